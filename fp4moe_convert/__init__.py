@@ -1,0 +1,58 @@
+"""Lay NVFP4 mixture-of-experts checkpoints out for FlashInfer's TRT-LLM kernels once, offline."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CheckpointError,
+    ConvertError,
+    HeaderError,
+    OutputError,
+    RowOrderError,
+    VerifyError,
+)
+
+if TYPE_CHECKING:
+    from .conversion import Report, convert, prepare
+    from .inspection import Inspection, inspect
+    from .progress import OnProgress, Progress
+    from .verification import Verified, verify
+
+__all__ = [
+    "CheckpointError",
+    "ConvertError",
+    "HeaderError",
+    "Inspection",
+    "OnProgress",
+    "OutputError",
+    "Progress",
+    "Report",
+    "RowOrderError",
+    "Verified",
+    "VerifyError",
+    "convert",
+    "inspect",
+    "prepare",
+    "verify",
+]
+
+_HOME = {
+    "Inspection": "inspection",
+    "OnProgress": "progress",
+    "Progress": "progress",
+    "Report": "conversion",
+    "convert": "conversion",
+    "inspect": "inspection",
+    "prepare": "conversion",
+    "Verified": "verification",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `fp4moe --help` should not wait for numpy.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

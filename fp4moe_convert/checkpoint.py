@@ -1,0 +1,259 @@
+"""A model folder, opened: its config, its quantization, the headers of its shards, its other files.
+
+Reads JSON and headers only. Whatever the folder claims about itself (an index, a quantization) is
+checked here, so that later rooms need not doubt it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .contract import (
+    CONFIG_NAME,
+    GROUP_SIZE,
+    HF_QUANT_CONFIG_NAME,
+    INDEX_NAME,
+    QUANT_METHOD,
+)
+from .errors import CheckpointError, naming
+from .headers import Header, TensorInfo, read_header
+
+_UNCOPIED_FOLDERS = frozenset({".git", ".cache"})
+"""What version control and the Hub's downloader keep for themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the checkpoint."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose headers are valid and agree with its index."""
+
+    root: Path
+    config: Mapping[str, Any]
+    """config.json, parsed."""
+    hf_quant_config: Mapping[str, Any] | None
+    """hf_quant_config.json, parsed; older ModelOpt exports describe the quantization only there."""
+    shards: tuple[Shard, ...]
+    """In order of name."""
+    other_files: tuple[str, ...]
+    """Everything else that belongs to the model, as paths relative to ``root``."""
+    strays: tuple[str, ...]
+    """safetensors files beside the shards that the index does not name."""
+
+    @cached_property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The source's own description; config.json's section wins, as it does in the engines."""
+        section = self.config.get("quantization_config")
+        if section is not None and not isinstance(section, dict):
+            raise CheckpointError(f"{CONFIG_NAME}: quantization_config is not an object")
+        return section if section is not None else self.hf_quant_config
+
+    @property
+    def is_converted(self) -> bool:
+        return (self.quantization or {}).get("quant_method") == QUANT_METHOD
+
+    def text_config_value(self, *keys: str) -> int | None:
+        """The first of ``keys`` that config.json holds, multimodal models' text part included.
+
+        Raises:
+            CheckpointError: the value is not a positive integer.
+        """
+        text_config = self.config.get("text_config")
+        for section in (self.config, text_config if isinstance(text_config, dict) else {}):
+            for key in keys:
+                value = section.get(key)
+                if value is None:
+                    continue
+                if type(value) is not int or value < 1:
+                    raise CheckpointError(
+                        f"{CONFIG_NAME}: {key} is {value!r}, expected a positive integer"
+                    )
+                return value
+        return None
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Open a model folder, converted or not.
+
+    Raises:
+        CheckpointError: not a model folder, or one that contradicts itself.
+        HeaderError: a shard breaks a rule of the safetensors format.
+    """
+    if not root.is_dir():
+        reason = "is not a folder" if root.exists() else "does not exist"
+        raise CheckpointError(f"{root}: {reason}; expected a model folder")
+    if not (root / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
+    config = read_json_object(root / CONFIG_NAME)
+    hf_quant_path = root / HF_QUANT_CONFIG_NAME
+    hf_quant_config = read_json_object(hf_quant_path) if hf_quant_path.exists() else None
+
+    with naming(root):
+        present = sorted(path.name for path in root.glob("*.safetensors"))
+    weight_map = _read_weight_map(root)
+    named = present if weight_map is None else sorted(set(weight_map.values()))
+    if not named:
+        raise CheckpointError(f"{root}: not a model folder: it has no *.safetensors files")
+    shards = tuple(_open_shard(root, name) for name in named)
+    if weight_map is not None:
+        _check_weight_map(weight_map, shards)
+    _check_unique(shards)
+    strays = tuple(name for name in present if name not in set(named))
+    return Checkpoint(
+        root=root,
+        config=config,
+        hf_quant_config=hf_quant_config,
+        shards=shards,
+        other_files=_other_files(root, {CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME, *present}),
+        strays=strays,
+    )
+
+
+def require_nvfp4(checkpoint: Checkpoint) -> None:
+    """Refuse what is not a ModelOpt NVFP4 checkpoint with blocks of 16, and say what it is.
+
+    Raises:
+        CheckpointError: already converted, another quantization, or none.
+    """
+    described = checkpoint.quantization
+    if checkpoint.is_converted:
+        raise CheckpointError(f"{checkpoint.root}: is already converted")
+    if described is None:
+        dtype = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
+        raise CheckpointError(
+            f"{checkpoint.root}: not NVFP4: it is not quantized"
+            + (f" ({CONFIG_NAME} says {dtype})" if dtype else "")
+        )
+    file = CONFIG_NAME if "quantization_config" in checkpoint.config else HF_QUANT_CONFIG_NAME
+    # hf_quant_config.json nests what config.json has at the top; it names its maker, not a method.
+    nested = described.get("quantization")
+    settings: Mapping[str, Any] = nested if isinstance(nested, dict) else described
+    producer = described.get("producer")
+    maker = producer.get("name") if isinstance(producer, dict) else None
+    method = described.get("quant_method", maker or "modelopt")
+    algorithm = settings.get("quant_algo")
+    # transformers' reader of ModelOpt's section also knows the method as "modelopt_fp4".
+    if not str(method).startswith("modelopt") or algorithm != "NVFP4":
+        kind = " ".join(str(word) for word in (method, algorithm, described.get("format")) if word)
+        raise CheckpointError(f"{file}: not ModelOpt NVFP4: the quantization is {kind}")
+    for group_size in _group_sizes(settings):
+        if group_size != GROUP_SIZE:
+            raise CheckpointError(f"{file}: group size is {group_size}, NVFP4 has {GROUP_SIZE}")
+
+
+def _group_sizes(settings: Mapping[str, Any]) -> list[Any]:
+    sizes = [settings["group_size"]] if settings.get("group_size") is not None else []
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("group_size") is not None:
+            sizes.append(weights["group_size"])
+    return sizes
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    with naming(path.name):
+        text = path.read_bytes()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name}: not a JSON object")
+    return content
+
+
+def _read_weight_map(root: Path) -> dict[str, str] | None:
+    path = root / INDEX_NAME
+    if not path.exists():
+        return None
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+    for tensor, file in weight_map.items():
+        # A shard is a file of this folder: no separators, so no way out of it.
+        if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{INDEX_NAME}: {tensor!r} is said to be in {file!r}, "
+                "which is not a file name inside the folder"
+            )
+    return weight_map
+
+
+def _open_shard(root: Path, name: str) -> Shard:
+    path = root / name
+    if not path.exists():
+        raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing")
+    with naming(name):
+        # Opening a FIFO would wait for a writer for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{name}: is not a regular file")
+    return Shard(name, path, read_header(path))
+
+
+def _check_weight_map(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> None:
+    contents = {shard.name: {tensor.name for tensor in shard.header.tensors} for shard in shards}
+    for tensor, file in weight_map.items():
+        if tensor not in contents[file]:
+            raise CheckpointError(f"{INDEX_NAME}: {tensor!r} is not in {file}")
+
+
+def _check_unique(shards: tuple[Shard, ...]) -> None:
+    home: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            if tensor.name in home:
+                raise CheckpointError(
+                    f"{shard.name}: {tensor.name!r} is in {home[tensor.name]} as well"
+                )
+            home[tensor.name] = shard.name
+
+
+def _other_files(root: Path, known: set[str]) -> tuple[str, ...]:
+    """Files to copy as they are: tokenizer, code, licence, whatever lies in sub-folders."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - _UNCOPIED_FOLDERS)
+        for name in files:
+            path = Path(folder, name)
+            relative = path.relative_to(root)
+            if str(relative) in known:
+                continue
+            with naming(relative):
+                mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):
+                raise CheckpointError(f"{relative}: is not a regular file")
+            found.append(str(relative))
+    return tuple(sorted(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A source tensor and the shard that holds it."""
+
+    shard: Shard
+    info: TensorInfo
+
+    @property
+    def offset(self) -> int:
+        """From the start of the file."""
+        return self.shard.header.nbytes + self.info.start

@@ -1,0 +1,223 @@
+"""The command line: parse, call the library, print. The only room that prints.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a known failure, 2 wrong
+usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console, RenderableType
+
+from .errors import ConvertError
+
+# The library's rooms are imported inside the commands: --help needs none of them, and numpy would
+# double its time.
+
+Params = ParamSpec("Params")
+
+app = typer.Typer(
+    name="fp4moe",
+    help="Lay NVFP4 mixture-of-experts checkpoints out for FlashInfer's TRT-LLM kernels, offline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(
+    name="fp4moe-convert", add_completion=False, pretty_exceptions_enable=False
+)
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "5GB", "500 MiB" or "1000000"; units of a thousand unless they say "i"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or (nbytes := round(float(match[1]) * unit)) < 1:
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MiB")
+    return nbytes
+
+
+def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
+    """Known failures become one line and exit code 1, Ctrl-C exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConvertError as error:
+            _say(f"error: {error}", style="red")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("error: interrupted", style="red")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone; the interpreter would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """One line on stderr, whatever its length: logs are read by line. Control characters, which a
+    file name may hold, are shown and not obeyed."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, style=style, markup=False)
+
+
+def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+    """The result, on stdout: JSON values as one object, or tables."""
+    if isinstance(result, dict):
+        print(json.dumps(result, indent=2))
+        return
+    # In a pipe or a file a line is as long as it needs to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    for table in result:
+        console.print(table)
+
+
+ModelDir = Annotated[
+    Path, typer.Argument(help="A local ModelOpt NVFP4 model folder.", show_default=False)
+]
+OutDir = Annotated[
+    Path, typer.Argument(help="The converted checkpoint: new or empty.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DirectIo = Annotated[
+    bool,
+    typer.Option(
+        "--direct-io/--no-direct-io",
+        help="Read and write past the page cache where the file system allows.",
+    ),
+]
+Threads = Annotated[
+    int, typer.Option(min=1, max=256, help="Workers; each takes about 25 MB of memory.")
+]
+
+
+@app.command("convert")
+@convert_app.command()
+@_fails_plainly
+def convert_command(
+    model_dir: ModelDir,
+    out_dir: OutDir,
+    max_shard_size: Annotated[
+        int,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
+    ] = "5GB",  # type: ignore[assignment]  # typer parses defaults, too
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then read it back and compare it with the source.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = 4,
+) -> None:
+    """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels."""
+    if dry_run:
+        from .conversion import prepare
+        from .display import plan_tables
+
+        _, plan = prepare(model_dir, max_shard_nbytes=max_shard_size)
+        _print(plan.as_json() if as_json else plan_tables(plan))
+        return
+    from .conversion import convert
+    from .display import progress_on, report_table
+
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = convert(
+            model_dir,
+            out_dir,
+            max_shard_nbytes=max_shard_size,
+            direct_io=direct_io,
+            threads=threads,
+            verify=verify,
+            on_progress=on_progress,
+        )
+    for warning in report.warnings:
+        _say(f"warning: {warning}", style="yellow")
+    _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("verify")
+@_fails_plainly
+def verify_command(
+    out_dir: Annotated[Path, typer.Argument(help="A converted checkpoint.", show_default=False)],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL_DIR",
+            help="The checkpoint it was converted from: undo each layout and compare.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = 4,
+) -> None:
+    """Read every byte of a converted checkpoint and hold it against its manifest, or its source."""
+    from .display import progress_on, verified_table
+    from .verification import verify
+
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        verified = verify(
+            out_dir, source, direct_io=direct_io, threads=threads, on_progress=on_progress
+        )
+    _print(verified.as_json() if as_json else [verified_table(verified)])
+
+
+@app.command("inspect")
+@_fails_plainly
+def inspect_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder, source or converted.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model folder holds, and what a conversion would do or did."""
+    from .display import inspection_tables
+    from .inspection import inspect
+
+    inspection = inspect(folder)
+    _print(inspection.as_json() if as_json else inspection_tables(inspection))
+
+
+def main() -> None:
+    """Entry point ``fp4moe``."""
+    _run(app)
+
+
+def main_convert() -> None:
+    """Entry point ``fp4moe-convert``."""
+    _run(convert_app)
+
+
+def _run(command: typer.Typer) -> None:
+    try:
+        command()
+    except SystemExit as end:
+        if any(thread.daemon for thread in threading.enumerate()):
+            # FlashInfer is still being imported, for a run that has failed. To wait would take
+            # seconds, and to tear the interpreter down under it can crash.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise

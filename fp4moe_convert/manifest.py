@@ -1,0 +1,241 @@
+"""The files around the shards: copies, config.json, the manifest and, last of all, the index.
+
+A folder with an index is a finished folder. The manifest says what every byte of it should be: a
+checksum for each tensor, each shard's header and each other file, and one over itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .blockio import ReadFile, WriteFile, partial_path, publish, read_buffer, write_file
+from .checkpoint import Checkpoint, read_json_object
+from .contract import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    quantization_section,
+)
+from .errors import OutputError, VerifyError, naming
+from .plan import MOVE_NBYTES, Plan
+from .row_order import RowOrder
+
+VERSION = importlib.metadata.version("fp4moe-convert")
+_CHECKSUM = "xxh3_128"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that is not a shard."""
+
+    nbytes: int
+    checksum: str
+    """XXH3-128 of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """An output shard; header and tensors cover all its bytes."""
+
+    nbytes: int
+    header: str
+    """XXH3-128 of the header, length word included."""
+    tensors: Mapping[str, str]
+    """XXH3-128 of each tensor's bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a converted folder holds, and what it was made from."""
+
+    source: Mapping[str, Any]
+    """Path, Hub id and revision where the path tells, and size and hash of each shard's header."""
+    versions: Mapping[str, str]
+    row_order: str
+    max_shard_nbytes: int
+    plan: str
+    """The plan's fingerprint."""
+    shards: Mapping[str, ShardRecord]
+    files: Mapping[str, FileRecord]
+    """config.json, the index and the copied files; everything but the shards and the manifest."""
+
+    def encode(self) -> bytes:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "checksum": _CHECKSUM,
+            "versions": dict(self.versions),
+            "row_order": self.row_order,
+            "max_shard_bytes": self.max_shard_nbytes,
+            "plan": self.plan,
+            "source": dict(self.source),
+            "files": {
+                name: {"bytes": record.nbytes, _CHECKSUM: record.checksum}
+                for name, record in self.files.items()
+            },
+            "shards": {
+                name: {
+                    "bytes": record.nbytes,
+                    "header": record.header,
+                    "tensors": dict(record.tensors),
+                }
+                for name, record in self.shards.items()
+            },
+        }
+        return _json({**content, "manifest": _hash_json(content)})
+
+
+def read_manifest(out_dir: Path) -> Manifest:
+    """Read a converted folder's manifest.
+
+    Raises:
+        VerifyError: missing, of another format version, or changed since it was written.
+    """
+    path = out_dir / MANIFEST_NAME
+    if not path.is_file():
+        raise VerifyError(
+            f"{MANIFEST_NAME}: missing: not a converted checkpoint, or an unfinished one"
+        )
+    content = read_json_object(path)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise VerifyError(
+            f"{MANIFEST_NAME}: format version {content.get('format_version')}, "
+            f"this release knows {FORMAT_VERSION}"
+        )
+    recorded = content.pop("manifest", None)
+    if recorded != _hash_json(content):
+        raise VerifyError(f"{MANIFEST_NAME}: has been changed: it does not match its own checksum")
+    return Manifest(
+        source=content["source"],
+        versions=content["versions"],
+        row_order=content["row_order"],
+        max_shard_nbytes=content["max_shard_bytes"],
+        plan=content["plan"],
+        shards={
+            name: ShardRecord(record["bytes"], record["header"], record["tensors"])
+            for name, record in content["shards"].items()
+        },
+        files={
+            name: FileRecord(record["bytes"], record[_CHECKSUM])
+            for name, record in content["files"].items()
+        },
+    )
+
+
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which checkpoint this is: where it lies, and what its headers say."""
+    root = checkpoint.root.resolve()
+    identity: dict[str, Any] = {"path": str(root)}
+    # A Hub cache keeps revisions as models--ORG--NAME/snapshots/REVISION.
+    repo = root.parent.parent.name
+    if root.parent.name == "snapshots" and repo.startswith("models--"):
+        identity["hub_id"] = repo.removeprefix("models--").replace("--", "/")
+        identity["revision"] = root.name
+    identity["shards"] = {
+        shard.name: {"bytes": shard.header.file_nbytes, "header": shard.header.digest}
+        for shard in checkpoint.shards
+    }
+    return identity
+
+
+def finish(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out_dir: Path,
+    *,
+    row_order: RowOrder,
+    checksums: Mapping[str, str],
+) -> Manifest:
+    """Write everything that stands beside the shards, the index last.
+
+    Args:
+        checkpoint: the source.
+        plan: the plan whose shards lie in ``out_dir``.
+        out_dir: where.
+        row_order: what FlashInfer answered.
+        checksums: of each output tensor, from `scatter.scatter`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        OutputError: a file cannot be written.
+    """
+    files = {name: _copy(checkpoint.root / name, out_dir / name) for name in checkpoint.other_files}
+    config = _json(_config(checkpoint, plan, row_order))
+    index = _json(
+        {
+            "metadata": {"total_size": plan.moved_nbytes},
+            "weight_map": {
+                name: shard.name for shard in plan.shards for name in sorted(shard.tensors)
+            },
+        }
+    )
+    for name, content in ((CONFIG_NAME, config), (INDEX_NAME, index)):
+        files[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    manifest = Manifest(
+        source=describe_source(checkpoint),
+        versions={"fp4moe-convert": VERSION, "flashinfer": row_order.flashinfer},
+        row_order=row_order.fingerprint,
+        max_shard_nbytes=plan.max_shard_nbytes,
+        plan=plan.fingerprint,
+        shards={
+            shard.name: ShardRecord(
+                shard.nbytes,
+                xxhash.xxh3_128_hexdigest(shard.header),
+                {name: checksums[name] for name in shard.tensors},
+            )
+            for shard in plan.shards
+        },
+        files=dict(sorted(files.items())),
+    )
+    write_file(out_dir / MANIFEST_NAME, manifest.encode())
+    write_file(out_dir / CONFIG_NAME, config)
+    write_file(out_dir / INDEX_NAME, index)
+    return manifest
+
+
+def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str, Any]:
+    assert checkpoint.quantization is not None
+    section = quantization_section(
+        {layer.prefix: layer.geometry for layer in plan.layers},
+        row_order=row_order.fingerprint,
+        flashinfer=row_order.flashinfer,
+        source=checkpoint.quantization,
+    )
+    # Where config.json has a section of its own, that one is the source; the file beside it says
+    # the same in other words, and goes on saying it here.
+    if checkpoint.hf_quant_config not in (None, checkpoint.quantization):
+        section["source_hf_quant_config"] = checkpoint.hf_quant_config
+    return {**checkpoint.config, "quantization_config": section}
+
+
+def _copy(source: Path, target: Path) -> FileRecord:
+    with naming(target.name, OutputError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    reader = ReadFile(source, direct=False)
+    nbytes = source.stat().st_size
+    writer = WriteFile(partial_path(target), nbytes, direct=False)
+    buffer = read_buffer(min(nbytes, MOVE_NBYTES))
+    digest = xxhash.xxh3_128()
+    for offset in range(0, nbytes, MOVE_NBYTES):
+        data = reader.read(buffer, offset, min(MOVE_NBYTES, nbytes - offset))
+        writer.write(data, offset)
+        digest.update(data.data)
+    writer.sync()
+    publish(writer.path, target)
+    return FileRecord(nbytes, digest.hexdigest())
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _hash_json(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(canonical.encode())

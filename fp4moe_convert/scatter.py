@@ -1,0 +1,171 @@
+"""Carries out a plan's moves: the only room that writes tensor bytes.
+
+A shard is made at its final size under a temporary name, filled in any order by a crew of
+threads, synced, and only then given its name. A worker owns its scratch for life, so memory does
+not depend on the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .blockio import (
+    ReadFile,
+    WriteFile,
+    aligned_buffer,
+    partial_path,
+    publish,
+    read_buffer,
+    write_buffer,
+    write_view,
+)
+from .crew import Checksum, Crew
+from .errors import CheckpointError
+from .layouts import Bytes, arrange, holds_nan
+from .plan import Move, Plan, PlannedShard
+from .progress import OnMove
+
+DEFAULT_THREADS = 4
+"""Two cores keep a disk busy with four: while two wait for it, two permute."""
+
+OPEN_SOURCES = 64
+"""Source files kept open; a plan reads forwards, so older ones are rarely wanted again."""
+
+Opener = Callable[[Path], ReadFile]
+
+
+def source_opener(*, direct: bool) -> Opener:
+    """Opens source files and keeps the latest open; a dropped one closes after its last read."""
+
+    @lru_cache(maxsize=OPEN_SOURCES)
+    def open_source(path: Path) -> ReadFile:
+        return ReadFile(path, direct=direct)
+
+    return open_source
+
+
+class Scratch:
+    """The memory of one worker: two sources and what they become."""
+
+    def __init__(self, moves: Iterable[Move]) -> None:
+        moves = list(moves)
+        largest_source = max((s.nbytes for move in moves for s in move.sources), default=0)
+        self._sources = [read_buffer(largest_source) for _ in range(2)]
+        self._out = write_buffer(max((move.nbytes for move in moves), default=0))
+
+    def fill(self, move: Move, open_source: Opener, offset: int) -> Bytes:
+        """Read a move's sources and arrange them.
+
+        Args:
+            move: which sources, and how.
+            open_source: from `source_opener`.
+            offset: where in its file the result will go; its memory is placed to suit.
+
+        Returns:
+            [move.nbytes] uint8, valid until the next call.
+        """
+        out = write_view(self._out, move.nbytes, offset)
+        if move.layout is None:
+            position = 0
+            for source in move.sources:
+                out[position : position + source.nbytes] = open_source(source.path).read(
+                    self._sources[0], source.offset, source.nbytes
+                )
+                position += source.nbytes
+            return out
+        parts = [
+            open_source(source.path).read(buffer, source.offset, source.nbytes)
+            for source, buffer in zip(move.sources, self._sources, strict=False)
+        ]
+        if move.layout.tiled:
+            for source, part in zip(move.sources, parts, strict=True):
+                if holds_nan(part, self._out):
+                    raise CheckpointError(
+                        f"{source.path.name}: {source.tensor!r} has a NaN block scale "
+                        "(0x7F or 0xFF)"
+                    )
+        arrange(parts, out, move.layout)
+        return out
+
+
+@dataclass
+class _OpenShard:
+    planned: PlannedShard
+    file: WriteFile
+    moves_left: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def scatter(
+    plan: Plan,
+    out_dir: Path,
+    *,
+    direct: bool,
+    threads: int,
+    confirm: Callable[[], object],
+    on_move: OnMove,
+) -> dict[str, str]:
+    """Write all shards of ``plan`` into ``out_dir``.
+
+    Args:
+        plan: what to write.
+        out_dir: an existing folder without files of the plan's names.
+        direct: bypass the page cache where the file systems allow.
+        threads: number of workers; each takes about 25 MB.
+        confirm: called before a shard gets its final name; raises if it must not.
+        on_move: told of progress.
+
+    Returns:
+        XXH3-128 of each output tensor's bytes, by name.
+
+    Raises:
+        CheckpointError: a source cannot be read, or has a NaN block scale.
+        OutputError: a shard cannot be written.
+    """
+    crew = Crew(threads)
+    checksums = {name: Checksum(crew) for shard in plan.shards for name in shard.tensors}
+    open_source = source_opener(direct=direct)
+
+    def jobs() -> Iterator[tuple[_OpenShard, Move]]:
+        for planned in plan.shards:
+            file = WriteFile(partial_path(out_dir / planned.name), planned.nbytes, direct=direct)
+            header = aligned_buffer(len(planned.header))
+            header[:] = np.frombuffer(planned.header, np.uint8)
+            file.write(header, 0)
+            shard = _OpenShard(planned, file, len(planned.moves))
+            if not planned.moves:
+                seal(shard)
+            for move in planned.moves:
+                yield shard, move
+
+    def seal(shard: _OpenShard) -> None:
+        shard.file.sync()
+        confirm()
+        publish(shard.file.path, out_dir / shard.planned.name)
+
+    def make_worker() -> Callable[[tuple[_OpenShard, Move]], None]:
+        own = Scratch(move for shard in plan.shards for move in shard.moves)
+
+        def work(job: tuple[_OpenShard, Move]) -> None:
+            shard, move = job
+            offset = shard.planned.offsets[move.tensor] + move.offset
+            data = own.fill(move, open_source, offset)
+            shard.file.write(data, offset)
+            checksums[move.tensor].update(move.offset, data)
+            on_move(move.tensor, move.nbytes)
+            with shard.lock:
+                shard.moves_left -= 1
+                last = shard.moves_left == 0
+            if last:
+                seal(shard)
+
+        return work
+
+    crew.run(jobs(), make_worker)
+    return {name: checksum.hexdigest() for name, checksum in checksums.items()}

@@ -1,0 +1,138 @@
+"""Let SGLang's NVFP4 MoE code, flashinfer_trtllm runner included, run on a machine without a GPU.
+
+All that is not SGLang's or FlashInfer's own code is in this module:
+
+- packages that are compiled for CUDA only are importable but inert;
+- FlashInfer's one CUDA kernel of the weight path is replaced by `interleave_block_scales`;
+- the question "is this a Blackwell GPU" is answered with yes;
+- server arguments and ranks are published by SGLang's own means instead of a running server.
+
+Call `bootstrap` before anything is imported from sglang, then `publish` for each rank.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness import interleave_block_scales
+
+CUDA_ONLY = ("torchvision", "sgl_kernel", "deep_gemm")
+
+
+def _inert_attribute(name: str) -> Any:
+    # Dunder look-ups must fail as usual, or copy, pickle and inspect believe in them.
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Inert()
+
+
+class _InertType(type):
+    def __getattr__(cls, name: str) -> Any:
+        return _inert_attribute(name)
+
+
+class _Inert(metaclass=_InertType):
+    """Any attribute of an inert package: callable, subclassable, and without effect."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return _inert_attribute(name)
+
+
+class _InertModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _InertType(name, (_Inert,), {})
+        setattr(self, name, value)
+        return value
+
+
+class _InertFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages: list[str]) -> None:
+        self.packages = frozenset(packages)
+
+    def find_spec(
+        self, fullname: str, _path: Any = None, _target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.packages:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _InertModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+@cache
+def bootstrap() -> None:
+    """Make sglang importable, and FlashInfer's weight path free of CUDA."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
+    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(engines / "flashinfer"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(engines / "triton"))
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+    # transformers caches the answer: ask before an inert torchvision looks installed.
+    from transformers.utils import import_utils
+
+    import_utils.is_torchvision_available()
+    sys.meta_path.append(
+        _InertFinder([name for name in CUDA_ONLY if importlib.util.find_spec(name) is None])
+    )
+
+    import flashinfer
+
+    flashinfer.nvfp4_block_scale_interleave = interleave_block_scales
+
+
+def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
+    """Make this process the given rank.
+
+    ``tp`` divides the intermediate size of the experts and ``ep`` the experts, SGLang's moe_tp and
+    moe_ep; its --tp-size is their product.
+    """
+    bootstrap()
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.runtime_context import get_context, get_parallel, override_platform
+
+    override_platform(is_blackwell=True, is_sm100=True).install()
+    get_context().override_server_args(moe_runner_backend="flashinfer_trtllm").install()
+    initialize_moe_config()
+    world, rank = tp_size * ep_size, ep_rank * tp_size + tp_rank
+    parallel = get_parallel()
+    parallel.clear_stamp()
+    parallel.override_permanently(
+        tp_size=world,
+        tp_rank=rank,
+        attn_tp_size=world,
+        attn_tp_rank=rank,
+        attn_dp_size=1,
+        attn_dp_rank=0,
+        attn_cp_size=1,
+        attn_cp_rank=0,
+        moe_ep_size=ep_size,
+        moe_ep_rank=ep_rank,
+        moe_tp_size=tp_size,
+        moe_tp_rank=tp_rank,
+        moe_dp_size=1,
+        moe_dp_rank=0,
+        pp_size=1,
+        pp_rank=0,
+    )

@@ -6,10 +6,12 @@ checked here, so that later rooms need not doubt it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +88,23 @@ class Checkpoint:
         return None
 
 
+@contextmanager
+def bulk_allocation() -> Iterator[None]:
+    """Keep the garbage collector out while many small objects are made.
+
+    There are no cycles among them, and looking for some took half of the 4.2 s in which
+    DeepSeek-V3, 180,000 tensors, is planned.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@bulk_allocation()
 def open_checkpoint(root: Path) -> Checkpoint:
     """Open a model folder, converted or not.
 

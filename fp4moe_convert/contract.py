@@ -141,17 +141,20 @@ def quantization_section(
     }
 
 
-def tensor_parallel_sizes(geometry: Geometry) -> dict[str, list[int]]:
-    """The sizes T at which each engine's slices are slices of the file (docs/format.md, 4).
+MAX_TENSOR_PARALLEL = 64
 
-    vLLM cuts at I/T, so that must be whole blocks of 64. SGLang cuts at I/T rounded up to 64 and
-    fills with zeros, so T must only divide I.
+
+def tensor_parallel_sizes(geometry: Geometry) -> dict[str, list[int]]:
+    """The sizes T at which each engine's rank holds a slice of the file (docs/format.md, 4).
+
+    Both engines want T to divide I. SGLang rounds I/T up to 64, cuts there and fills with zeros,
+    as the slices do; vLLM cuts at I/T, which is the same only where that is whole blocks of 64.
     """
     i = geometry.intermediate
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if i % size == 0]
+    sizes = [size for size in range(1, MAX_TENSOR_PARALLEL + 1) if i % size == 0]
     return {
         "sglang": sizes,
-        "vllm": [size for size in sizes if i % (size * INTERMEDIATE_MULTIPLE) == 0],
+        "vllm": [size for size in sizes if size == 1 or i % (size * INTERMEDIATE_MULTIPLE) == 0],
     }
 
 

@@ -24,7 +24,7 @@ from .contract import (
     MANIFEST_NAME,
     quantization_section,
 )
-from .errors import OutputError, VerifyError, naming
+from .errors import CheckpointError, OutputError, VerifyError, naming
 from .plan import MOVE_NBYTES, Plan
 from .row_order import RowOrder
 
@@ -103,7 +103,10 @@ def read_manifest(out_dir: Path) -> Manifest:
         raise VerifyError(
             f"{MANIFEST_NAME}: missing: not a converted checkpoint, or an unfinished one"
         )
-    content = read_json_object(path)
+    try:
+        content = read_json_object(path)
+    except CheckpointError as error:
+        raise VerifyError(str(error)) from error
     if content.get("format_version") != FORMAT_VERSION:
         raise VerifyError(
             f"{MANIFEST_NAME}: format version {content.get('format_version')}, "

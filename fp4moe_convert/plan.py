@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from .checkpoint import Checkpoint, Located
+from .checkpoint import Checkpoint, Located, bulk_allocation
 from .contract import (
     FORMAT_VERSION,
     GROUP_SIZE,
@@ -169,6 +169,7 @@ class _Group:
     moves: tuple[Move, ...]
 
 
+@bulk_allocation()
 def make_plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES) -> Plan:
     """Decide every byte of the output.
 
@@ -191,6 +192,7 @@ def make_plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = DEFAULT_MAX_SHA
     )
 
 
+@bulk_allocation()
 def source_moves(checkpoint: Checkpoint) -> tuple[Move, ...]:
     """All moves of a conversion, wherever the output's tensors lie.
 

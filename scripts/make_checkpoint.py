@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args, get_type_hints
 
@@ -84,6 +84,7 @@ class Spec:
     scale_shape: ScaleShape = "scalar"  # per-tensor scales as [] or as [1]
     style: Style = "deepseek_v3"
     seed: int = 0
+    sparse: bool = False  # true headers, holes for data: whole models that take no disk
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 0), ("dense_layers", 0), ("experts", 1), ("vocab_size", 1)):
@@ -304,11 +305,14 @@ def shard_names(spec: Spec, shards: int) -> list[str]:
     return [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
 
 
-def write_shard(path: Path, tensors: list[Tensor], seed: int) -> None:
+def write_shard(path: Path, tensors: list[Tensor], seed: int, sparse: bool) -> None:
     """Write ``tensors`` as the safetensors library would, byte for byte in the header."""
     ordered = sorted(tensors, key=lambda tensor: (DTYPE_RANK[tensor.dtype], tensor.name))
     with path.open("wb", buffering=1 << 16) as file:
         write_header(file, ordered)
+        if sparse:
+            file.truncate(file.tell() + sum(tensor.nbytes for tensor in ordered))
+            return
         for tensor in ordered:
             for piece in content(tensor, seed):
                 file.write(piece)
@@ -503,7 +507,7 @@ def make_checkpoint(out: Path, spec: Spec) -> None:
     # Random bits are made and written outside the interpreter lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         paths = [out / name for name in names]
-        list(pool.map(write_shard, paths, shards, [spec.seed] * len(shards)))
+        list(pool.map(write_shard, paths, shards, repeat(spec.seed), repeat(spec.sparse)))
     if spec.layout == "index":
         weight_map = {
             tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard

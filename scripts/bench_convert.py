@@ -1,0 +1,918 @@
+#!/usr/bin/env python3
+"""Compare a conversion with `cp -r` and with a naive converter: time, durability and memory.
+
+    scripts/bench_convert.py                                # a model of 6.8 GB, ten minutes
+    scripts/bench_convert.py --experts 32 --rounds 2        # 1.2 GB, one minute
+    scripts/bench_convert.py --json bench.json --plot bench.png
+    scripts/bench_convert.py --memory                       # our peak memory, models of 2 to 20 GB
+
+It takes an environment with the package and the dependency groups `test` and `bench`, and in
+--work-dir room for the model three times over. The naive converter needs twice the size of a layer
+in memory: 13 GB at the defaults.
+
+Three programs take turns, so that a disk that is slow for a while is slow for all of them:
+
+- **ours**, `fp4moe-convert MODEL OUT --quiet --json`, the whole process. It syncs what it writes.
+- **cp**, `cp -r MODEL OUT` and then `sync` with the name of each copied file and folder, which
+  calls fsync on it; the time is that of both.
+- **naive**, what one writes with safetensors, torch and FlashInfer's row functions (`naive` below),
+  with fsync at the end, as a process of its own. It is slow: --naive-rounds says how often it runs.
+
+Before each run the outputs of the last one are removed, everything dirty is written back, and the
+model is evicted from the page cache; mincore(2) must then find none of its pages. The disk may
+have caches of its own behind it. Libraries are imported just before, so that they come from the
+page cache. The tensors of ours and of the naive converter are compared byte for byte, on a tiny
+model and in the first round. After each run `sync` is timed once more on what it has written, to
+see whether that was on the disk.
+
+Times and memory are those that the kernel reports for the child process. A child starts with its
+parent's peak memory, so this script stays small: it imports numpy and matplotlib not before it
+needs them, and works through whatever takes memory in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+INDEX_NAME = "model.safetensors.index.json"
+EPILOGUE_TILE_M = 128
+COMPARE_NBYTES = 16 * 2**20
+MINCORE_NBYTES = 256 * 2**20
+LIBRARIES = "flashinfer, safetensors.torch, fp4moe_convert.cli, fp4moe_convert.conversion"
+MEMORY_CASES = ("1x64", "1x256", "3x64", "3x256")
+
+Json = dict[str, Any]
+
+
+# --- one child process ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a child process took."""
+
+    wall_s: float
+    cpu_s: float  # user and system
+    peak_rss_bytes: int
+    stdout: bytes
+
+
+def run_child(*command: str | Path) -> Usage:
+    """Run to the end and measure.
+
+    Raises:
+        subprocess.CalledProcessError: the child failed; it has said why on stderr.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        with process.stdout as pipe:
+            stdout = pipe.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        # Interrupted: it must not go on writing into a folder that is about to be removed.
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, [str(word) for word in command])
+    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout)
+
+
+def this_script(*arguments: str | Path) -> Usage:
+    return run_child(sys.executable, Path(__file__).resolve(), *arguments)
+
+
+# --- the programs ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of one program."""
+
+    program: str
+    round: int  # from 1
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    parts_s: dict[str, float]  # of the wall time, as the program itself reports or as measured
+    left_to_sync_s: float = 0.0  # a `sync` of its output afterwards; about 0 if that was durable
+
+
+def run_ours(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    usage = run_child(our_command(), model, out, "--quiet", "--json")
+    return usage, {"conversion": json.loads(usage.stdout)["seconds"]}
+
+
+def run_cp(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    copy = run_child("cp", "-r", model, out)
+    sync = sync_folder(out)
+    both = Usage(
+        copy.wall_s + sync.wall_s,
+        copy.cpu_s + sync.cpu_s,
+        max(copy.peak_rss_bytes, sync.peak_rss_bytes),
+        b"",
+    )
+    return both, {"cp": copy.wall_s, "sync": sync.wall_s}
+
+
+def run_naive(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    usage = this_script("--naive", model, out)
+    return usage, json.loads(usage.stdout)
+
+
+PROGRAMS: dict[str, Callable[[Path, Path], tuple[Usage, dict[str, float]]]] = {
+    "ours": run_ours,
+    "cp": run_cp,
+    "naive": run_naive,
+}
+TITLES = {
+    "ours": "fp4moe-convert",
+    "cp": "cp -r, then sync",
+    "naive": "naive converter",
+}
+
+
+def our_command() -> str:
+    """The console script of this interpreter's environment, active or not."""
+    beside = Path(sys.executable).parent
+    command = shutil.which("fp4moe-convert", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if command is None:
+        raise FileNotFoundError("fp4moe-convert is not installed")
+    return command
+
+
+def sync_folder(folder: Path) -> Usage:
+    """fsync of everything in a folder, and of itself, by coreutils."""
+    return run_child("sync", *sorted(folder.rglob("*")), folder)
+
+
+# --- the naive converter --------------------------------------------------------------------------
+
+
+def naive(model: Path, out: Path) -> dict[str, float]:
+    """Convert as one would by hand: one layer after the other, each in one shard.
+
+    Not a straw man: it writes the same tensors, makes each expert's row permutation a single
+    indexing with numbers that are computed once, and lets a layer's tensors go before the next. It
+    keeps the source's config.json and takes no checksums.
+
+    Returns:
+        Seconds of imports and of work, fsync included.
+    """
+    started = time.perf_counter()
+    import flashinfer  # noqa: F401 - its time belongs to the imports, not to the first layer
+    from safetensors.torch import save_file
+
+    imported = time.perf_counter()
+    out.mkdir()
+    shard_of = naive_weight_map(model)
+    layers = naive_layers(shard_of)
+    rest = [name for name in shard_of if not name.startswith(tuple(f"{x}." for x in layers))]
+    parts = [rest, *layers.values()]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, (prefix, names) in enumerate(zip(["", *layers], parts, strict=True), start=1):
+        tensors = naive_load(names, shard_of)
+        if prefix:
+            tensors = naive_layer(tensors, prefix)
+        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(tensors, out / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    for path in model.iterdir():
+        if path.suffix != ".safetensors" and path.name != INDEX_NAME:
+            shutil.copy(path, out / path.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / INDEX_NAME).write_text(json.dumps(index, indent=2))
+    for path in (*out.iterdir(), out):
+        fsync(path)
+    return {"imports": imported - started, "work": time.perf_counter() - imported}
+
+
+def naive_weight_map(model: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    shard_of: dict[str, Path] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            shard_of |= dict.fromkeys(shard.keys(), path)
+    return shard_of
+
+
+def naive_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of each layer with NVFP4 experts, by prefix."""
+    names = list(names)
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.+\.mlp\.experts)\.\d+\.\w+_proj\.\w+", name):
+            layers.setdefault(match[1], []).append(name)
+    return {
+        prefix: members
+        for prefix, members in layers.items()
+        if any(name.endswith(".weight_scale") for name in members)
+    }
+
+
+def naive_load(names: Iterable[str], shard_of: dict[str, Path]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        shards = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in {shard_of[name] for name in names}
+        }
+        return {name: shards[shard_of[name]].get_tensor(name) for name in names}
+
+
+def naive_layer(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The eight tensors that stand for a layer's experts."""
+    import torch
+    from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
+
+    experts = 1 + max(int(name[len(prefix) + 1 :].split(".", 1)[0]) for name in tensors)
+
+    def get(expert: int, projection: str, leaf: str) -> Tensor:
+        return tensors[f"{prefix}.{expert}.{projection}_proj.{leaf}"]
+
+    def up_gate(expert: int, leaf: str) -> Tensor:
+        return torch.cat([get(expert, "up", leaf), get(expert, "gate", leaf)])
+
+    def tiled(scales: Tensor) -> Tensor:
+        # 128x4 tiles, the rows of a tile as (4, 32) turned to (32, 4).
+        rows, cols = scales.shape
+        tiles = scales.view(rows // 128, 4, 32, cols // 4, 4)
+        return tiles.permute(0, 3, 2, 1, 4).reshape(rows, cols)
+
+    hidden, intermediate = get(0, "down", "weight").shape[0], get(0, "up", "weight").shape[0]
+    if hidden % 128 or intermediate % 64:
+        raise ValueError(f"H = {hidden}, I = {intermediate}: the naive converter does not pad")
+    # FlashInfer's own functions, once, on row numbers: indexing with the result is what they do.
+    w13_numbers = reorder_rows_for_gated_act_gemm(torch.arange(2 * intermediate)[:, None])
+    w13_rows = shuffle_matrix_a(w13_numbers, EPILOGUE_TILE_M)[:, 0]
+    w2_rows = shuffle_matrix_a(torch.arange(hidden)[:, None], EPILOGUE_TILE_M)[:, 0]
+
+    each = range(experts)
+    out = {
+        "w13_weight": torch.stack([up_gate(e, "weight")[w13_rows] for e in each]),
+        "w2_weight": torch.stack([get(e, "down", "weight")[w2_rows] for e in each]),
+        "w13_weight_scale": torch.stack(
+            [tiled(up_gate(e, "weight_scale")[w13_rows]) for e in each]
+        ),
+        "w2_weight_scale": torch.stack(
+            [tiled(get(e, "down", "weight_scale")[w2_rows]) for e in each]
+        ),
+    }
+    for leaf in ("weight_scale_2", "input_scale"):
+        both = [[get(e, "gate", leaf).item(), get(e, "up", leaf).item()] for e in each]
+        out[f"w13_{leaf}"] = torch.tensor(both)
+        out[f"w2_{leaf}"] = torch.tensor([get(e, "down", leaf).item() for e in each])
+    return {f"{prefix}.{leaf}": tensor for leaf, tensor in out.items()}
+
+
+# --- the same bytes? ------------------------------------------------------------------------------
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    path: Path
+    start: int  # from the first byte of the file
+    nbytes: int
+
+
+def compare(folders: Sequence[Path]) -> Json:
+    """Hold every tensor of one model folder against the other's: name, dtype, shape and bytes.
+
+    Raises:
+        ValueError: which tensor differs, and in what.
+    """
+    left, right = (stored_tensors(folder) for folder in folders)
+    if odd := sorted(left.keys() ^ right.keys()):
+        raise ValueError(f"only one folder has {odd[0]!r} ({len(odd)} such tensors)")
+    for name, a in left.items():
+        b = right[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            raise ValueError(
+                f"{name!r} is {a.dtype} {a.shape} in one, {b.dtype} {b.shape} in the other"
+            )
+        with a.path.open("rb", buffering=0) as file_a, b.path.open("rb", buffering=0) as file_b:
+            for offset in range(0, a.nbytes, COMPARE_NBYTES):
+                count = min(COMPARE_NBYTES, a.nbytes - offset)
+                piece = os.pread(file_a.fileno(), count, a.start + offset)
+                if len(piece) != count or piece != os.pread(
+                    file_b.fileno(), count, b.start + offset
+                ):
+                    raise ValueError(f"{name!r} differs in bytes {offset} to {offset + count}")
+    return {"tensors": len(left), "bytes": sum(tensor.nbytes for tensor in left.values())}
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header_nbytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_nbytes))
+        header.pop("__metadata__", None)
+        for name, info in header.items():
+            start, stop = info["data_offsets"]
+            tensors[name] = StoredTensor(
+                info["dtype"], info["shape"], path, 8 + header_nbytes + start, stop - start
+            )
+    return tensors
+
+
+# --- the same start for everybody -----------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A model and the place beside it where the programs write."""
+
+    model: Path
+    scratch: Path
+    pages: int = 0  # of the model
+    evictions: int = 0  # times that none of them was left in the page cache
+
+    def out(self, program: str) -> Path:
+        return self.scratch / f"out-{program}"
+
+    def run(self, program: str, number: int) -> Run:
+        """Run a program once, the model cold and the libraries warm. Its output stays."""
+        if program != "cp":
+            # A naive run takes enough memory to drive them out of the page cache.
+            run_child(sys.executable, "-c", f"import {LIBRARIES}")
+        self.prepare()
+        out = self.out(program)
+        usage, parts = PROGRAMS[program](self.model, out)
+        left = sync_folder(out).wall_s
+        return Run(
+            program,
+            number,
+            round(usage.wall_s, 3),
+            round(usage.cpu_s, 3),
+            usage.peak_rss_bytes,
+            {name: round(seconds, 3) for name, seconds in parts.items()},
+            round(left, 3),
+        )
+
+    def remove(self, program: str) -> None:
+        shutil.rmtree(self.out(program), ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Leave nothing dirty in memory and nothing of the model in the page cache.
+
+        Raises:
+            RuntimeError: the model does not leave the page cache.
+        """
+        os.sync()
+        files = model_files(self.model)
+        for _ in range(5):
+            for path in files:
+                evict(path)
+            counts = [cached_pages(path) for path in files]
+            cached = sum(count for count, _ in counts)
+            self.pages = sum(count for _, count in counts)
+            if not cached:
+                self.evictions += 1
+                return
+            time.sleep(1)  # pages that are being read or written at the moment stay
+        raise RuntimeError(f"{cached} of {self.pages} pages of the model stay in the page cache")
+
+
+def model_files(model: Path) -> list[Path]:
+    """All files of a model folder.
+
+    Raises:
+        ValueError: it has symbolic links, as a Hub cache does, which `cp -r` would copy as such.
+    """
+    paths = sorted(model.rglob("*"))
+    if links := [path.name for path in paths if path.is_symlink()]:
+        raise ValueError(f"{links[0]} is a symbolic link: cp -r would not copy what is behind it")
+    return [path for path in paths if path.is_file()]
+
+
+def fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def evict(path: Path) -> None:
+    """Drop a file's pages from the page cache; dirty ones would stay."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def cached_pages(path: Path) -> tuple[int, int]:
+    """Pages of a file that lie in the page cache, and all its pages.
+
+    The kernel counts all as cached for a file that the caller could not write.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = path.stat().st_size
+    cached = pages = 0
+    with path.open("rb") as file:
+        for start in range(0, size, MINCORE_NBYTES):
+            nbytes = min(MINCORE_NBYTES, size - start)
+            # ctypes only takes the address of what is writable: a private copy, never made.
+            with mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start) as window:
+                flags = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+                first = ctypes.c_char.from_buffer(window)
+                failed = libc.mincore(ctypes.byref(first), ctypes.c_size_t(nbytes), flags)
+                del first  # or the window cannot be closed
+            if failed:
+                raise OSError(ctypes.get_errno(), "mincore", str(path))
+            cached += len(flags) - bytes(flags).count(0)
+            pages += len(flags)
+    return cached, pages
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One program's figure over another's, round by round."""
+
+    title: str
+    values: list[float]
+
+
+@dataclass
+class Results:
+    environment: Json
+    conditions: Json
+    runs: list[Run] = field(default_factory=list)
+
+    def of(self, program: str) -> list[Run]:
+        return [run for run in self.runs if run.program == program]
+
+    def programs(self) -> list[str]:
+        return [program for program in PROGRAMS if self.of(program)]
+
+    def ratios(self) -> list[Ratio]:
+        return [
+            Ratio("wall, ours / cp and sync", self.paired("cp", lambda run: run.wall_s)),
+            Ratio("wall, ours / naive", self.paired("naive", lambda run: run.wall_s)),
+            Ratio("start-up aside, ours / naive", self.paired("naive", seconds_without_start_up)),
+            Ratio("CPU time, ours / naive", self.paired("naive", lambda run: run.cpu_s)),
+            Ratio("peak RSS, ours / naive", self.paired("naive", lambda run: run.peak_rss_bytes)),
+        ]
+
+    def paired(self, other: str, figure: Callable[[Run], float]) -> list[float]:
+        ours = {run.round: figure(run) for run in self.of("ours")}
+        return [round(ours[run.round] / figure(run), 4) for run in self.of(other)]
+
+    def as_json(self) -> Json:
+        nbytes = self.environment["model_bytes"]
+        return {
+            "environment": self.environment,
+            "conditions": self.conditions,
+            "summary": {
+                program: {
+                    **spread("wall_s", [run.wall_s for run in self.of(program)]),
+                    "median_cpu_s": round(median(run.cpu_s for run in self.of(program)), 3),
+                    "max_peak_rss_bytes": max(run.peak_rss_bytes for run in self.of(program)),
+                    "bytes_per_s": round(nbytes / median(x.wall_s for x in self.of(program))),
+                    "runs": len(self.of(program)),
+                }
+                for program in self.programs()
+            },
+            "ratios": {
+                ratio.title: {"median": round(median(ratio.values), 4), "rounds": ratio.values}
+                for ratio in self.ratios()
+                if ratio.values
+            },
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+def seconds_without_start_up(run: Run) -> float:
+    """What each says of itself. Ours counts from when its own modules are loaded, and includes the
+    wait for FlashInfer, which it imports meanwhile; the naive one's imports are not included."""
+    return run.parts_s["conversion" if run.program == "ours" else "work"]
+
+
+def spread(name: str, values: Sequence[float]) -> Json:
+    return {
+        f"min_{name}": min(values),
+        f"median_{name}": round(median(values), 3),
+        f"max_{name}": max(values),
+    }
+
+
+def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
+    check_on_tiny(scratch / "tiny")
+    model: Path = arguments.model or made_model(
+        scratch / "model", arguments.layers, arguments.experts, arguments
+    )
+    bench = Bench(model, scratch)
+    nbytes = sum(path.stat().st_size for path in model_files(model))
+    free = shutil.disk_usage(scratch).free
+    # Ours and the naive one's lie side by side until they are compared.
+    if free < 2.1 * nbytes:
+        raise OSError(
+            f"{free / 1e9:.1f} GB free in the work folder, needs {2.1 * nbytes / 1e9:.1f}"
+        )
+    results = Results(environment(scratch, nbytes), {})
+    compared: Json | None = None
+    for number in range(1, arguments.rounds + 1):
+        check = number == 1 and arguments.naive_rounds > 0
+        for program in PROGRAMS:
+            if program == "naive" and number > arguments.naive_rounds:
+                continue
+            run = bench.run(program, number)
+            results.runs.append(run)
+            say(f"round {number}/{arguments.rounds}  {describe(run)}")
+            if program == "naive" and check:
+                outs = [bench.out("ours"), bench.out("naive")]
+                compared = json.loads(this_script("--compare", *outs).stdout)
+                say(f"ours and naive: all {compared['tensors']} tensors are equal")
+                bench.remove("ours")
+            if not (program == "ours" and check):
+                bench.remove(program)
+    results.conditions = {
+        "order": "alternating, " + ", ".join(results.programs()),
+        "model_pages": bench.pages,
+        "starts_with_no_model_page_cached": bench.evictions,
+        "compared_with_naive": compared,
+        "rss_floor_bytes": rss_floor(),
+    }
+    return results
+
+
+def check_on_tiny(tiny: Path) -> None:
+    """Fail early if something is missing, or ours and the naive one's outputs differ."""
+    say("checking on a tiny model; its gate and up scales differ on purpose")
+    model = tiny / "model"
+    sizes = ("--layers", "2", "--experts", "3", "--hidden", "256", "--intermediate", "128")
+    make_model(model, *sizes, "--differing-scales")
+    for program in ("ours", "naive"):
+        PROGRAMS[program](model, tiny / program)
+    this_script("--compare", tiny / "ours", tiny / "naive")
+    shutil.rmtree(tiny)
+
+
+def made_model(out: Path, layers: int, experts: int, sizes: argparse.Namespace) -> Path:
+    say(f"making a model of {layers} x {experts} experts")
+    make_model(
+        out,
+        # No dense layer: beside so few MoE layers it would weigh more than in a real model.
+        *("--layers", str(layers), "--dense-layers", "0", "--experts", str(experts)),
+        *("--hidden", str(sizes.hidden), "--intermediate", str(sizes.intermediate)),
+    )
+    return out
+
+
+def make_model(out: Path, *options: str) -> None:
+    run_child(sys.executable, HERE / "make_checkpoint.py", out, *options)
+
+
+def rss_floor() -> int:
+    """Peak memory below which no child's can be seen."""
+    return run_child("true").peak_rss_bytes
+
+
+def environment(scratch: Path, nbytes: int) -> Json:
+    packages = ("fp4moe-convert", "flashinfer-python", "torch", "safetensors", "numpy")
+    file_system = run_child("df", "--output=fstype", scratch).stdout.split()[-1].decode()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": date.today().isoformat(),
+        "model_bytes": nbytes,
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_model(),
+        "memory_bytes": memory,
+        "file_system": file_system,
+        "kernel": platform.release().split("-")[0],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+            "cp": run_child("cp", "--version").stdout.decode().split("\n")[0],
+        },
+    }
+
+
+def cpu_model() -> str:
+    match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1] if match else platform.machine()
+
+
+# --- peak memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRun:
+    """Our peak for one size of model."""
+
+    layers: int
+    experts: int
+    model_bytes: int
+    wall_s: float
+    peak_rss_bytes: int
+
+
+def measure_memory(arguments: argparse.Namespace, scratch: Path) -> Json:
+    runs: list[MemoryRun] = []
+    skipped: list[str] = []
+    for case in arguments.memory:
+        layers, experts = map(int, case.split("x"))
+        needed = 2.1 * planned_nbytes(layers, experts, arguments)
+        free = shutil.disk_usage(scratch).free
+        if free < needed:
+            skipped.append(f"{case}: {free / 1e9:.1f} GB free, needs {needed / 1e9:.1f}")
+            say(f"skipped {skipped[-1]}")
+            continue
+        model = made_model(scratch / "model", layers, experts, arguments)
+        bench = Bench(model, scratch)
+        nbytes = sum(path.stat().st_size for path in model_files(model))
+        run = bench.run("ours", 1)
+        runs.append(MemoryRun(layers, experts, nbytes, run.wall_s, run.peak_rss_bytes))
+        say(f"{case}  {describe(run)}")
+        bench.remove("ours")
+        shutil.rmtree(model)
+    peaks = [run.peak_rss_bytes for run in runs]
+    return {
+        "environment": environment(scratch, max((run.model_bytes for run in runs), default=0)),
+        "runs": [asdict(run) for run in runs],
+        "skipped": skipped,
+        "spread_percent": round(100 * (max(peaks) / min(peaks) - 1), 1) if peaks else None,
+    }
+
+
+def planned_nbytes(layers: int, experts: int, sizes: argparse.Namespace) -> int:
+    from make_checkpoint import Spec, tensors_of
+
+    spec = Spec(
+        layers=layers,
+        dense_layers=0,
+        experts=experts,
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+    )
+    return sum(tensor.nbytes for tensor in tensors_of(spec))
+
+
+# --- saying it ------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def describe(run: Run) -> str:
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run.parts_s.items())
+    return (
+        f"{TITLES[run.program]:17} {run.wall_s:7.2f} s ({parts}; left to sync "
+        f"{run.left_to_sync_s:.2f}), CPU {run.cpu_s:.2f} s, {run.peak_rss_bytes / 1e6:.0f} MB"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines with the first column to the left and the others to the right."""
+    cells = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        first, *others = (
+            f"{cell:{'<' if i == 0 else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join((first, *others)).rstrip()
+
+
+def comparison_lines(results: Results) -> Iterator[str]:
+    content = results.as_json()
+    conditions = results.conditions
+    yield headline(results.environment)
+    yield (
+        f"before each of {conditions['starts_with_no_model_page_cached']} starts: nothing dirty, "
+        f"0 of the model's {conditions['model_pages']} pages in the page cache"
+    )
+    if compared := conditions["compared_with_naive"]:
+        yield (
+            f"ours and naive: {compared['tensors']} tensors, {compared['bytes'] / 1e9:.2f} GB, "
+            "equal byte for byte"
+        )
+    yield ""
+    yield from table(
+        ("wall, CPU, peak RSS", "runs", "min s", "median s", "max s", "CPU s", "MB", "GB/s"),
+        [
+            (
+                TITLES[program],
+                str(row["runs"]),
+                f"{row['min_wall_s']:.2f}",
+                f"{row['median_wall_s']:.2f}",
+                f"{row['max_wall_s']:.2f}",
+                f"{row['median_cpu_s']:.2f}",
+                peak(row["max_peak_rss_bytes"], results),
+                f"{row['bytes_per_s'] / 1e9:.2f}",
+            )
+            for program, row in content["summary"].items()
+        ],
+    )
+    yield ""
+    yield from table(
+        ("same bytes, same round", "median", "rounds"),
+        [
+            (title, f"{ratio['median']:.3f}", " ".join(f"{x:.3f}" for x in ratio["rounds"]))
+            for title, ratio in content["ratios"].items()
+        ],
+    )
+
+
+def peak(nbytes: float, results: Results) -> str:
+    """MB; a child that takes less memory than this script does cannot be told from it."""
+    floor = results.conditions["rss_floor_bytes"]
+    return f"{'<= ' if nbytes <= 1.05 * floor else ''}{nbytes / 1e6:.0f}"
+
+
+def memory_lines(content: Json) -> Iterator[str]:
+    yield where(content["environment"])
+    yield from table(
+        ("MoE layers x experts", "model GB", "wall s", "peak MB"),
+        [
+            (
+                f"{run['layers']} x {run['experts']}",
+                f"{run['model_bytes'] / 1e9:.2f}",
+                f"{run['wall_s']:.2f}",
+                f"{run['peak_rss_bytes'] / 1e6:.0f}",
+            )
+            for run in content["runs"]
+        ],
+    )
+    yield f"spread of the peak: {content['spread_percent']} %"
+    yield from (f"skipped {text}" for text in content["skipped"])
+
+
+def headline(environment: Json) -> str:
+    return f"{environment['model_bytes'] / 1e9:.2f} GB in and out, {where(environment)}"
+
+
+def where(environment: Json) -> str:
+    return f"{environment['cores']} cores, {environment['file_system']}, {environment['date']}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Dots for the runs and bars for their medians: wall time, and peak memory beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"ours": "#1b7f5c", "cp": "#7a869a", "naive": "#c2703d"}
+    programs = results.programs()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    panels: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
+        ("Wall time, durable on disk", "s", lambda run: run.wall_s),
+        ("Peak memory of the process", "MB", lambda run: run.peak_rss_bytes / 1e6),
+    )
+    for axis, (title, unit, figure_of) in zip(axes, panels, strict=True):
+        for place, program in enumerate(programs):
+            values = [figure_of(run) for run in results.of(program)]
+            middle = median(values)
+            axis.bar(place, middle, width=0.6, color=colors[program], alpha=0.35)
+            # Side by side, in the order of the rounds.
+            step = 0.4 / max(1, len(values) - 1)
+            shifts = [place + (i - (len(values) - 1) / 2) * step for i in range(len(values))]
+            axis.scatter(shifts, values, s=22, color=colors[program], zorder=3)
+            label = f"{middle:.1f}" if unit == "s" else peak(middle * 1e6, results)
+            axis.annotate(
+                f"{label} {unit}",
+                (place, max(values)),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+            )
+        axis.set_xticks(range(len(programs)), [TITLES[program] for program in programs])
+        axis.set_title(title, fontsize=11)
+        axis.set_ylabel(unit)
+        axis.margins(y=0.12)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{headline(results.environment)}: model evicted from the page cache before each run\n"
+        "dots are runs, bars medians",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="an existing model folder; default: make one")
+    parser.add_argument("--layers", type=int, default=1, help="MoE layers to make (1)")
+    parser.add_argument("--experts", type=int, default=256, help="experts of a layer (256)")
+    parser.add_argument("--hidden", type=int, default=7168, help="(7168, as DeepSeek-V3)")
+    parser.add_argument("--intermediate", type=int, default=2048, help="(2048, as DeepSeek-V3)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of ours and of cp (5)")
+    parser.add_argument("--naive-rounds", type=int, default=2, help="of these with naive, too (2)")
+    parser.add_argument(
+        "--memory",
+        nargs="*",
+        metavar="LxE",
+        help="instead: peak memory for each number of layers and experts "
+        f"({' '.join(MEMORY_CASES)}), larger ones if the disk has room",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="for everything large, on the disk to be measured; all of it is removed at the end",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results as JSON")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a PNG of the comparison")
+    # This script's own children.
+    for hidden in ("--naive", "--compare"):
+        parser.add_argument(hidden, type=Path, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.naive_rounds < 0:
+        parser.error("--rounds is at least 1, --naive-rounds at least 0")
+    if arguments.memory is not None:
+        arguments.memory = arguments.memory or list(MEMORY_CASES)
+        if not all(re.fullmatch(r"\d+x\d+", case) for case in arguments.memory):
+            parser.error("--memory takes sizes such as 1x64")
+        if arguments.plot or arguments.model:
+            parser.error("--memory goes without --plot and --model")
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib (dependency group bench)")
+    return arguments
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder, removed whatever happens; SIGTERM would leave it otherwise."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="fp4moe-bench-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.naive:
+        print(json.dumps(naive(*arguments.naive)))
+        return
+    if arguments.compare:
+        print(json.dumps(compare(arguments.compare)))
+        return
+    results: Results | None = None
+    with scratch_folder(arguments.work_dir) as scratch:
+        if arguments.memory is not None:
+            content = measure_memory(arguments, scratch)
+            lines = memory_lines(content)
+        else:
+            results = compare_programs(arguments, scratch)
+            content, lines = results.as_json(), comparison_lines(results)
+    print("\n".join(lines))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.plot and results:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""A model folder is opened, or refused in one line that says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from make_checkpoint import hf_quant_config, quantization_section
+
+from fp4moe_convert.checkpoint import open_checkpoint, require_nvfp4
+from fp4moe_convert.errors import CheckpointError, HeaderError
+from fp4moe_convert.manifest import describe_source
+
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+OTHER_FILES = (
+    "configuration_deepseek.py",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON object; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def weight_map(model_dir: Path) -> dict[str, str]:
+    mapping: dict[str, str] = json.loads((model_dir / INDEX).read_text())["weight_map"]
+    return mapping
+
+
+def write_shard(path: Path, *names: str) -> None:
+    """A shard whose tensors are one byte each."""
+    entries = {
+        name: {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]}
+        for n, name in enumerate(names)
+    }
+    raw = json.dumps(entries).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(len(names)))
+
+
+def refuses(folder: Path, message: str, kind: type[CheckpointError] = CheckpointError) -> None:
+    """Opening the folder, or asking for NVFP4, fails with exactly this message."""
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        require_nvfp4(open_checkpoint(folder))
+
+
+# --- what is opened -------------------------------------------------------------------------------
+
+
+def test_shards_that_an_index_names(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    require_nvfp4(checkpoint)
+    assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND, THIRD]
+    homes = {t.name: s.name for s in checkpoint.shards for t in s.header.tensors}
+    assert homes == weight_map(tiny)
+    assert checkpoint.other_files == OTHER_FILES
+    assert checkpoint.strays == ()
+    assert checkpoint.text_config_value("num_hidden_layers") == 3
+    assert not checkpoint.is_converted
+
+
+def test_shards_without_an_index(model_dir: Path) -> None:
+    with_index = open_checkpoint(model_dir)
+    (model_dir / INDEX).unlink()
+    without = open_checkpoint(model_dir)
+    require_nvfp4(without)
+    assert without.shards == with_index.shards
+    assert without.other_files == OTHER_FILES
+
+
+def test_a_single_file(model_dir: Path) -> None:
+    for name in (INDEX, FIRST, SECOND, THIRD):
+        (model_dir / name).unlink()
+    write_shard(model_dir / "model.safetensors", "a", "b")
+    checkpoint = open_checkpoint(model_dir)
+    require_nvfp4(checkpoint)
+    assert [shard.name for shard in checkpoint.shards] == ["model.safetensors"]
+
+
+def test_an_index_may_leave_tensors_out(model_dir: Path) -> None:
+    mapping = weight_map(model_dir)
+    del mapping["lm_head.weight"]
+    edit_json(model_dir / INDEX, weight_map=mapping)
+    names = {t.name for s in open_checkpoint(model_dir).shards for t in s.header.tensors}
+    assert "lm_head.weight" in names
+
+
+def test_strays_are_neither_shards_nor_other_files(model_dir: Path) -> None:
+    write_shard(model_dir / "consolidated.safetensors", "lm_head.weight")
+    checkpoint = open_checkpoint(model_dir)
+    assert checkpoint.strays == ("consolidated.safetensors",)
+    assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND, THIRD]
+    assert checkpoint.other_files == OTHER_FILES
+
+
+def test_other_files_in_sub_folders(model_dir: Path) -> None:
+    for name in ("inference/model.py", "figures/deep/a b.png", "original/x.safetensors"):
+        (model_dir / name).parent.mkdir(parents=True)
+        (model_dir / name).write_bytes(b"x")
+    for name in (".git/HEAD", ".cache/huggingface/x.lock", "inference/.git/HEAD"):
+        (model_dir / name).parent.mkdir(parents=True)
+        (model_dir / name).write_bytes(b"x")
+    added = ("inference/model.py", "figures/deep/a b.png", "original/x.safetensors")
+    assert open_checkpoint(model_dir).other_files == tuple(sorted((*OTHER_FILES, *added)))
+
+
+def test_symlinks_of_a_hub_cache_are_followed(model_dir: Path, tmp_path: Path) -> None:
+    expected = open_checkpoint(model_dir)
+    repo = tmp_path / "models--nvidia--Tiny-FP4"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(model_dir.iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+
+    checkpoint = open_checkpoint(snapshot)
+    require_nvfp4(checkpoint)
+    assert [s.header for s in checkpoint.shards] == [s.header for s in expected.shards]
+    assert [s.name for s in checkpoint.shards] == [FIRST, SECOND, THIRD]
+    assert checkpoint.other_files == OTHER_FILES
+    identity = describe_source(checkpoint)
+    assert (identity["hub_id"], identity["revision"]) == ("nvidia/Tiny-FP4", "0123abcd")
+
+
+def test_quantization_only_in_hf_quant_config(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None)
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(TINY)))
+    checkpoint = open_checkpoint(model_dir)
+    require_nvfp4(checkpoint)
+    assert checkpoint.quantization == hf_quant_config(TINY)
+    assert checkpoint.other_files == OTHER_FILES
+
+
+def test_quantization_in_both_places(model_dir: Path) -> None:
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(TINY)))
+    checkpoint = open_checkpoint(model_dir)
+    require_nvfp4(checkpoint)
+    assert checkpoint.quantization == quantization_section(TINY)
+    assert checkpoint.hf_quant_config == hf_quant_config(TINY)
+
+
+# --- not a model folder ---------------------------------------------------------------------------
+
+
+def test_refuses_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    refuses(tmp_path / "no", f"{tmp_path / 'no'}: does not exist; expected a model folder")
+
+
+def test_refuses_a_file(model_dir: Path) -> None:
+    path = model_dir / FIRST
+    refuses(path, f"{path}: is not a folder; expected a model folder")
+
+
+def test_refuses_a_name_that_the_system_will_not_take(tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * 300)
+    refuses(folder, f"{folder}: File name too long")
+
+
+def test_refuses_an_empty_folder(tmp_path: Path) -> None:
+    refuses(tmp_path, f"{tmp_path}: not a model folder: it has no config.json")
+
+
+def test_refuses_a_folder_without_config(model_dir: Path) -> None:
+    (model_dir / "config.json").unlink()
+    refuses(model_dir, f"{model_dir}: not a model folder: it has no config.json")
+
+
+def test_refuses_a_folder_without_shards(model_dir: Path) -> None:
+    for name in (INDEX, FIRST, SECOND, THIRD):
+        (model_dir / name).unlink()
+    refuses(model_dir, f"{model_dir}: not a model folder: it has no *.safetensors files")
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", INDEX])
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", "not JSON: "),
+        (b'{"a": ', "not JSON: "),
+        (b'{"\xff": 1}', "not JSON: "),
+        (b"[" * 100_000, "not JSON: "),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+    ],
+    ids=["empty", "cut", "not UTF-8", "deep", "list", "null"],
+)
+def test_refuses_json_that_is_not_an_object(
+    model_dir: Path, name: str, content: bytes, rule: str
+) -> None:
+    (model_dir / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: {rule}") as caught:
+        open_checkpoint(model_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, "61", 61.0, True])
+def test_refuses_a_count_that_is_not_one(model_dir: Path, value: object) -> None:
+    edit_json(model_dir / "config.json", num_hidden_layers=value)
+    message = f"config.json: num_hidden_layers is {value!r}, expected a positive integer"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        open_checkpoint(model_dir).text_config_value("num_hidden_layers")
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, {}, [], "x"], ids=repr)
+def test_refuses_an_index_without_weight_map(model_dir: Path, value: object) -> None:
+    edit_json(model_dir / INDEX, weight_map=value)
+    refuses(model_dir, f"{INDEX}: has no weight_map")
+
+
+def test_refuses_an_index_that_names_a_missing_file(model_dir: Path) -> None:
+    (model_dir / SECOND).unlink()
+    refuses(model_dir, f"{INDEX}: names {SECOND}, which is missing")
+
+
+def test_refuses_an_index_that_names_a_dangling_link(model_dir: Path) -> None:
+    (model_dir / SECOND).unlink()
+    (model_dir / SECOND).symlink_to("../blobs/gone")
+    refuses(model_dir, f"{INDEX}: names {SECOND}, which is missing")
+
+
+@pytest.mark.parametrize(
+    "file", ["../x", "/abs.safetensors", "a/b.safetensors", "", ".", "..", 1, None, []], ids=repr
+)
+def test_refuses_an_index_that_points_outside(model_dir: Path, file: object) -> None:
+    edit_json(model_dir / INDEX, weight_map={**weight_map(model_dir), "lm_head.weight": file})
+    refuses(
+        model_dir,
+        f"{INDEX}: 'lm_head.weight' is said to be in {file!r}, "
+        "which is not a file name inside the folder",
+    )
+
+
+@pytest.mark.parametrize("file", ["n" * 300, "nul\0", "half \ud800"], ids=["long", "nul", "half"])
+def test_refuses_an_index_with_an_impossible_file_name(model_dir: Path, file: str) -> None:
+    edit_json(model_dir / INDEX, weight_map={**weight_map(model_dir), "lm_head.weight": file})
+    with pytest.raises(CheckpointError):
+        open_checkpoint(model_dir)
+
+
+def test_refuses_an_index_that_names_a_tensor_that_is_not_there(model_dir: Path) -> None:
+    edit_json(model_dir / INDEX, weight_map={**weight_map(model_dir), "model.extra": SECOND})
+    refuses(model_dir, f"{INDEX}: 'model.extra' is not in {SECOND}")
+
+
+def test_refuses_an_index_that_names_the_wrong_shard(model_dir: Path) -> None:
+    mapping = weight_map(model_dir)
+    assert mapping["lm_head.weight"] == THIRD
+    edit_json(model_dir / INDEX, weight_map={**mapping, "lm_head.weight": FIRST})
+    refuses(model_dir, f"{INDEX}: 'lm_head.weight' is not in {FIRST}")
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_refuses_a_tensor_in_two_shards(model_dir: Path) -> None:
+    (model_dir / INDEX).unlink()
+    write_shard(model_dir / "model-extra.safetensors", "lm_head.weight")
+    refuses(model_dir, f"model-extra.safetensors: 'lm_head.weight' is in {THIRD} as well")
+
+
+def test_refuses_shards_without_an_index_when_their_names_count_more(model_dir: Path) -> None:
+    (model_dir / INDEX).unlink()
+    (model_dir / SECOND).unlink()
+    with pytest.raises(CheckpointError, match=SECOND):
+        open_checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_refuses_a_fifo_as_shard(model_dir: Path, indexed: bool) -> None:
+    if not indexed:
+        (model_dir / INDEX).unlink()
+    (model_dir / SECOND).unlink()
+    os.mkfifo(model_dir / SECOND)
+    refuses(model_dir, f"{SECOND}: is not a regular file")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_refuses_a_folder_as_shard(model_dir: Path, indexed: bool) -> None:
+    if not indexed:
+        (model_dir / INDEX).unlink()
+    (model_dir / SECOND).unlink()
+    (model_dir / SECOND).mkdir()
+    refuses(model_dir, f"{SECOND}: is not a regular file")
+
+
+@pytest.mark.parametrize("name", ["pipe", "sub/pipe"])
+def test_refuses_a_fifo_among_the_other_files(model_dir: Path, name: str) -> None:
+    (model_dir / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(model_dir / name)
+    refuses(model_dir, f"{name}: is not a regular file")
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", INDEX])
+def test_refuses_a_fifo_as_json_without_waiting_for_it(model_dir: Path, name: str) -> None:
+    (model_dir / name).unlink(missing_ok=True)
+    os.mkfifo(model_dir / name)
+    # A writer that opens and closes lets a reader go that should not have been there.
+    writer = os.open(model_dir / name, os.O_RDWR | os.O_NONBLOCK)
+    os.write(writer, b"{}")
+    try:
+        refuses(model_dir, f"{name}: is not a regular file")
+    finally:
+        os.close(writer)
+
+
+def test_refuses_a_dangling_link_among_the_other_files(model_dir: Path) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    (model_dir / "tokenizer.json").symlink_to("gone")
+    refuses(model_dir, "tokenizer.json: No such file or directory")
+
+
+def test_a_broken_header_names_its_shard(model_dir: Path) -> None:
+    with open(model_dir / SECOND, "r+b") as file:
+        file.truncate(7)
+    message = f"{SECOND}: 7 bytes is too short for a header length"
+    refuses(model_dir, message, HeaderError)
+
+
+# --- what it is quantized with --------------------------------------------------------------------
+
+
+def test_refuses_what_is_not_quantized(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None)
+    message = f"{model_dir}: not NVFP4: it is not quantized (config.json says bfloat16)"
+    refuses(model_dir, message)
+
+
+def test_refuses_what_is_not_quantized_and_says_no_dtype(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None, torch_dtype=None)
+    refuses(model_dir, f"{model_dir}: not NVFP4: it is not quantized")
+
+
+@pytest.mark.parametrize("value", [[], "nvfp4", 1], ids=repr)
+def test_refuses_a_quantization_that_is_not_an_object(model_dir: Path, value: object) -> None:
+    edit_json(model_dir / "config.json", quantization_config=value)
+    refuses(model_dir, "config.json: quantization_config is not an object")
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "compressed-tensors nvfp4-pack-quantized",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "modelopt NVFP4_AWQ"),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "modelopt MIXED_PRECISION"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}, "modelopt W4A8_NVFP4_FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt W4A8_AWQ"),
+        ({"quant_method": "modelopt"}, "modelopt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_another_quantization_and_says_which(
+    model_dir: Path, section: dict[str, Any], kind: str
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, f"config.json: not ModelOpt NVFP4: the quantization is {kind}")
+
+
+def test_refuses_another_quantization_in_hf_quant_config(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None)
+    described = hf_quant_config(TINY)
+    described["quantization"]["quant_algo"] = "FP8"
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
+    refuses(model_dir, "hf_quant_config.json: not ModelOpt NVFP4: the quantization is modelopt FP8")
+
+
+def test_names_the_file_that_describes_the_quantization(model_dir: Path) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": None}))
+    described = hf_quant_config(TINY)
+    described["quantization"]["group_size"] = 32
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
+    refuses(model_dir, "hf_quant_config.json: group size is 32, NVFP4 has 16")
+
+
+@pytest.mark.parametrize("size", [32, 128, "16"])
+def test_refuses_another_group_size(model_dir: Path, size: object) -> None:
+    section = quantization_section(TINY)
+    section["config_groups"]["group_0"]["weights"]["group_size"] = size
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, f"config.json: group size is {size}, NVFP4 has 16")
+
+
+def test_refuses_a_converted_checkpoint(model_dir: Path) -> None:
+    section = {"quant_method": "fp4moe", "format_version": 1, "source": quantization_section(TINY)}
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, f"{model_dir}: is already converted")
+
+
+def test_copying_a_folder_does_not_change_what_it_is(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "copy")
+    ours, theirs = open_checkpoint(tmp_path / "copy"), open_checkpoint(tiny)
+    assert describe_source(ours)["shards"] == describe_source(theirs)["shards"]

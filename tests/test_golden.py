@@ -1,0 +1,125 @@
+"""The converter's bytes against those that SGLang's and vLLM's own loaders end with.
+
+``golden/`` was made by the engines' code (scripts/golden says how and with which versions): whole
+tensors for one tiny layer, checksums for wider ones and for every tensor- and expert-parallel
+rank. A rank must be a slice of the converted file, cut as docs/format.md says in section 4.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from make_checkpoint import Spec, make_checkpoint
+from safetensors import safe_open
+
+from fp4moe_convert import convert
+from fp4moe_convert.contract import Geometry, round_up, tensor_parallel_sizes
+from fp4moe_convert.layouts import Bytes
+
+GOLDEN = Path(__file__).parent / "golden"
+RECORD = json.loads((GOLDEN / "digests.json").read_text())
+CASES: dict[str, Spec] = {name: Spec(**spec) for name, spec in RECORD["cases"].items()}
+PREFIX = f"model.layers.{RECORD['layer']}.mlp.experts."
+
+
+def geometry_of(spec: Spec) -> Geometry:
+    return Geometry(spec.experts, spec.hidden, spec.intermediate)
+
+
+def raw_tensors(path: Path, prefix: str = "") -> dict[str, Bytes]:
+    """All tensors under ``prefix`` as bytes, last axis in bytes; read by the safetensors library,
+    through torch because numpy has no float8."""
+    import torch
+
+    with safe_open(path, "pt") as file:
+        return {
+            name.removeprefix(prefix): file.get_tensor(name).view(torch.uint8).numpy()
+            for name in file.keys()  # noqa: SIM118 (not a dict)
+            if name.startswith(prefix)
+        }
+
+
+def fit(array: Bytes, axis: int, start: int, nbytes: int) -> Bytes:
+    """[start, start + nbytes) of ``axis``, zeros past its end."""
+    stop = min(start + nbytes, array.shape[axis])
+    part = np.take(array, range(min(start, stop), stop), axis)
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, nbytes - part.shape[axis])
+    return np.pad(part, padding)
+
+
+def rank_slices(file: Mapping[str, Bytes], spec: Spec, run: Mapping[str, Any]) -> dict[str, Bytes]:
+    """docs/format.md, section 4: what one rank takes from the file."""
+    h, i = spec.hidden, round_up(spec.intermediate, 64)
+    p = round_up(-(-spec.intermediate // run["tp_size"]), 64)
+    rank, padded_h = run["tp_rank"], run["hidden"]
+    e = spec.experts // run["ep_size"]
+    local = slice(run["ep_rank"] * e, (run["ep_rank"] + 1) * e)
+
+    w13_scale_tiles = fit(file["w13_weight_scale"][local], 1, rank * 2 * p, 2 * p)
+    w2_scale_tiles = file["w2_weight_scale"][local].reshape(e, h // 128, i // 64, 512)
+    w2_scale_tiles = fit(w2_scale_tiles, 2, rank * p // 64, p // 64)
+    w2_weight = fit(file["w2_weight"][local], 2, rank * p // 2, p // 2)
+    return {
+        "w13_weight": fit(
+            fit(file["w13_weight"][local], 1, rank * 2 * p, 2 * p), 2, 0, padded_h // 2
+        ),
+        "w2_weight": fit(w2_weight, 1, 0, padded_h),
+        "w13_weight_scale": fit(
+            w13_scale_tiles.reshape(e, 2 * p // 128, h // 64, 512), 2, 0, padded_h // 64
+        ),
+        "w2_weight_scale": fit(w2_scale_tiles, 1, 0, padded_h // 128),
+        "w13_weight_scale_2": file["w13_weight_scale_2"].reshape(spec.experts, -1)[local],
+        "w2_weight_scale_2": file["w2_weight_scale_2"].reshape(spec.experts, -1)[local],
+        # Both engines keep every expert's activation scale on every rank: they use the maximum.
+        "w13_input_scale": file["w13_input_scale"],
+        "w2_input_scale": file["w2_input_scale"],
+    }
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(name, spec, the layer's tensors as the converted file has them)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    spec = CASES[request.param]
+    make_checkpoint(folder / "source", spec)
+    convert(folder / "source", folder / "out")
+    tensors: dict[str, Bytes] = {}
+    for path in (folder / "out").glob("*.safetensors"):
+        tensors |= raw_tensors(path, PREFIX)
+    return request.param, spec, tensors
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
+    name, spec, tensors = case
+    served = tensor_parallel_sizes(geometry_of(spec))[engine]
+    checked = 0
+    for run in RECORD["runs"]:
+        if (run["case"], run["engine"]) != (name, engine):
+            continue
+        if "refused" in run:
+            assert run["tp_size"] not in served, run
+            continue
+        if run["tp_size"] not in served:
+            continue  # vLLM cuts elsewhere; nothing is promised
+        slices = rank_slices(tensors, spec, run)
+        for tensor, recorded in run["tensors"].items():
+            digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(slices[tensor]).tobytes())
+            assert digest == recorded["xxh3_128"], (tensor, run)
+            checked += 1
+    assert checked, "no run of this engine on record"
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_a_tiny_layer_byte_for_byte(engine: str, tmp_path: Path) -> None:
+    """The same, but where it fails one can see which bytes."""
+    make_checkpoint(tmp_path / "source", CASES["E4-H256-I128"])
+    convert(tmp_path / "source", tmp_path / "out")
+    ours = raw_tensors(next((tmp_path / "out").glob("*.safetensors")), PREFIX)
+    for name, theirs in raw_tensors(GOLDEN / f"tiny_{engine}.safetensors").items():
+        np.testing.assert_array_equal(ours[name], theirs, err_msg=name)

@@ -1,0 +1,133 @@
+"""Byte orders, against FlashInfer's CPU functions and the published formula of the tiles."""
+
+import numpy as np
+import pytest
+import torch
+from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp4moe_convert import row_order
+from fp4moe_convert.contract import Geometry
+from fp4moe_convert.errors import RowOrderError
+from fp4moe_convert.layouts import Bytes, Layout, arrange, holds_nan, undo
+
+
+def random_bytes(*shape: int, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def flashinfer_rows(sources: list[Bytes]) -> Bytes:
+    """What FlashInfer does to [up; gate], or to down alone, before any tiling."""
+    matrix = torch.from_numpy(np.concatenate(sources))
+    if len(sources) == 2:
+        matrix = reorder_rows_for_gated_act_gemm(matrix)
+    return shuffle_matrix_a(matrix, 128).numpy()
+
+
+def tiled(scales: Bytes) -> Bytes:
+    """128x4 tiles, byte by byte: cuBLAS documentation, "1D Block Scaling Factors Layout"."""
+    rows, cols = scales.shape
+    out = np.empty(rows * cols, np.uint8)
+    for (row, col), value in np.ndenumerate(scales):
+        tile = (row // 128) * (cols // 4) + col // 4
+        out[tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + col % 4] = value
+    return out
+
+
+def arranged(sources: list[Bytes], *, tiles: bool) -> Bytes:
+    rows, row_nbytes = sources[0].shape
+    out = np.empty(sum(source.size for source in sources), np.uint8)
+    layout = Layout(rows, row_nbytes, rows, row_nbytes, tiled=tiles)
+    arrange([source.reshape(-1) for source in sources], out, layout)
+    return out
+
+
+SIZES = pytest.mark.parametrize(
+    ("count", "rows", "row_nbytes"),
+    [(1, 128, 8), (1, 256, 36), (1, 384, 4), (2, 64, 8), (2, 192, 12), (2, 320, 64)],
+    ids=lambda value: str(value),
+)
+
+
+@SIZES
+def test_rows_are_flashinfers(count: int, rows: int, row_nbytes: int) -> None:
+    sources = [random_bytes(rows, row_nbytes, seed=n) for n in range(count)]
+    assert np.array_equal(arranged(sources, tiles=False), flashinfer_rows(sources).reshape(-1))
+
+
+@SIZES
+def test_scales_are_flashinfers_rows_in_128x4_tiles(count: int, rows: int, row_nbytes: int) -> None:
+    sources = [random_bytes(rows, row_nbytes, seed=n) for n in range(count)]
+    assert np.array_equal(arranged(sources, tiles=True), tiled(flashinfer_rows(sources)))
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2, 3])
+def test_memory_need_not_be_aligned(phase: int) -> None:
+    """Sources lie in their buffers as they lie in their file."""
+    memory = random_bytes(64 * 8 + 4)
+    source = memory[phase : phase + 64 * 8].reshape(64, 8)
+    aligned = source.copy()
+    assert np.array_equal(
+        arranged([source, source], tiles=True), arranged([aligned, aligned], tiles=True)
+    )
+
+
+@given(
+    count=st.sampled_from([1, 2]),
+    tiles=st.booleans(),
+    blocks=st.integers(1, 3),
+    width=st.integers(1, 5),
+    missing_blocks=st.integers(0, 3),
+    missing_words=st.integers(0, 1),
+)
+def test_padding_is_zero_and_undo_gives_the_source_back(
+    count: int, tiles: bool, blocks: int, width: int, missing_blocks: int, missing_words: int
+) -> None:
+    rows, row_nbytes = blocks * 128 // count, 4 * (width + missing_words)
+    source_rows, source_row_nbytes = rows - 16 * missing_blocks, 4 * width
+    layout = Layout(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
+    sources = [random_bytes(source_rows * source_row_nbytes, seed=n) for n in range(count)]
+    out = np.full(count * layout.nbytes, 0xA5, np.uint8)
+    arrange(sources, out, layout)
+
+    padded = [np.zeros((rows, row_nbytes), np.uint8) for _ in sources]
+    for matrix, source in zip(padded, sources, strict=True):
+        matrix[:source_rows, :source_row_nbytes] = source.reshape(source_rows, -1)
+    assert np.array_equal(out, arranged(padded, tiles=tiles))
+
+    undone = [np.full((rows, row_nbytes), 0xA5, np.uint8) for _ in sources]
+    undo(out, undone, layout)
+    assert all(map(np.array_equal, undone, padded))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], False), ([0x00, 0x7E, 0xFE, 0x80], False), ([0x10, 0x7F], True), ([0xFF, 0x10], True)],
+)
+def test_nan_is_0x7f_or_0xff(values: list[int], expected: bool) -> None:
+    scales = np.array(values, np.uint8)
+    assert holds_nan(scales, np.empty(8, np.uint8)) is expected
+    as_torch = torch.from_numpy(scales).view(torch.float8_e4m3fn).float()
+    assert bool(as_torch.isnan().any()) is expected
+
+
+def test_flashinfer_agrees_for_real_layers() -> None:
+    """DeepSeek-V3, Qwen3-235B, and an I that is padded."""
+    geometries = [Geometry(256, 7168, 2048), Geometry(128, 4096, 1536), Geometry(4, 256, 96)]
+    order = row_order.ask_flashinfer(geometries)
+    assert order.fingerprint == row_order.fingerprint(row_order.our_rows)
+
+
+def test_another_row_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashinfer.shuffle_matrix_a", lambda matrix, _: matrix)
+    with pytest.raises(RowOrderError, match=r"puts row 1 of 256 rows at 1, expected row 4"):
+        row_order.ask_flashinfer([])
+
+
+def test_the_fingerprint_tells_orders_apart() -> None:
+    def swapped(count: int, gated: bool) -> row_order.Rows:
+        rows = row_order.our_rows(count, gated)
+        return rows if not gated else rows[::-1].copy()
+
+    assert row_order.fingerprint(swapped) != row_order.fingerprint(row_order.our_rows)

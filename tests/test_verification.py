@@ -1,0 +1,180 @@
+"""A converted folder that was changed afterwards: what is found, and what it is called."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make_checkpoint import Spec, make_checkpoint
+
+from fp4moe_convert import VerifyError, convert, verify
+from fp4moe_convert.contract import MANIFEST_NAME
+from fp4moe_convert.headers import read_header
+
+SPEC = Spec(
+    layers=1, experts=2, hidden=128, intermediate=80, dense_layers=0, vocab_size=16, shards=2
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(source, converted), for reading only."""
+    folder = tmp_path_factory.mktemp("pair")
+    make_checkpoint(folder / "source", SPEC)
+    convert(folder / "source", folder / "out", max_shard_nbytes=200_000)
+    return folder / "source", folder / "out"
+
+
+@pytest.fixture
+def source(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair[0], tmp_path / "source"))
+
+
+@pytest.fixture
+def out(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair[1], tmp_path / "out"))
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_an_untouched_folder_verifies(source: Path, out: Path) -> None:
+    alone, compared = verify(out), verify(out, source)
+    assert (
+        alone.tensors
+        == compared.tensors
+        == sum(len(read_header(path).tensors) for path in out.glob("*.safetensors"))
+    )
+    assert alone.nbytes + (out / MANIFEST_NAME).stat().st_size == sum(
+        path.stat().st_size for path in out.iterdir()
+    )
+    assert (alone.source, compared.source) == (None, source)
+
+
+def name_at(path: Path, position: int) -> str | None:
+    """The tensor that a byte of a shard belongs to; None for the header or another file."""
+    if path.suffix != ".safetensors":
+        return None
+    header = read_header(path)
+    for tensor in header.tensors:
+        if header.nbytes + tensor.start <= position < header.nbytes + tensor.stop:
+            return tensor.name
+    return None
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_is_found_and_named(
+    pair: tuple[Path, Path], tmp_path: Path, data: st.DataObject
+) -> None:
+    out = tmp_path / "flipped"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(pair[1], out)
+    path = data.draw(st.sampled_from(sorted(out.iterdir())))
+    position = data.draw(st.integers(0, path.stat().st_size - 1))
+    tensor = name_at(path, position)
+    flip_bit(path, position, data.draw(st.integers(0, 7)))
+    with pytest.raises(VerifyError) as caught:
+        verify(out)
+    assert str(caught.value).startswith(path.name)
+    assert tensor is None or repr(tensor) in str(caught.value)
+
+
+def test_missing_extra_and_truncated_files(out: Path) -> None:
+    (out / "extra").touch()
+    with pytest.raises(VerifyError, match=r"^extra: is not in the manifest$"):
+        verify(out)
+    (out / "extra").unlink()
+    (out / "tokenizer.json").rename(out.parent / "tokenizer.json")
+    with pytest.raises(VerifyError, match=r"^tokenizer.json: is missing"):
+        verify(out)
+    (out.parent / "tokenizer.json").rename(out / "tokenizer.json")
+    shard = sorted(out.glob("*.safetensors"))[-1]
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(VerifyError, match=rf"^{shard.name}: has \d+ bytes, the manifest says"):
+        verify(out)
+
+
+def test_a_folder_without_a_manifest(source: Path, out: Path) -> None:
+    with pytest.raises(VerifyError, match=r"fp4moe_manifest\.json: missing: not a converted"):
+        verify(source)
+    (out / MANIFEST_NAME).write_text("[]")
+    with pytest.raises(VerifyError, match=r"fp4moe_manifest\.json: not a JSON object"):
+        verify(out)
+
+
+def rewrite_manifest(out: Path, shard: Path, tensor: str) -> None:
+    """Make the manifest vouch for the tensor as it now is."""
+    header = read_header(shard)
+    info = next(info for info in header.tensors if info.name == tensor)
+    data = shard.read_bytes()[header.nbytes + info.start : header.nbytes + info.stop]
+    content = json.loads((out / MANIFEST_NAME).read_text())
+    content["shards"][shard.name]["tensors"][tensor] = xxhash.xxh3_128_hexdigest(data)
+    del content["manifest"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
+    (out / MANIFEST_NAME).write_text(json.dumps(content))
+
+
+LEAVES = ["weight", "weight_scale", "weight_scale_2", "input_scale"]
+
+
+@pytest.mark.parametrize(
+    "suffix", [*(f".{w}_{leaf}" for w in ("w13", "w2") for leaf in LEAVES), "embed_tokens.weight"]
+)
+def test_the_source_convicts_a_folder_whose_manifest_lies(
+    source: Path, out: Path, suffix: str
+) -> None:
+    shard, tensor = next(
+        (path, info)
+        for path in sorted(out.glob("*.safetensors"))
+        for info in read_header(path).tensors
+        if info.name.endswith(suffix)
+    )
+    flip_bit(shard, read_header(shard).nbytes + tensor.start)
+    rewrite_manifest(out, shard, tensor.name)
+    verify(out)
+    with pytest.raises(VerifyError, match=rf"^{shard.name}: '{tensor.name}' differs from '.*' in"):
+        verify(out, source)
+
+
+def test_padding_that_is_not_zero(source: Path, out: Path) -> None:
+    """I = 80 is padded to 128: the last rows of w13 hold nothing."""
+    shard, tensor = next(
+        (path, info)
+        for path in sorted(out.glob("*.safetensors"))
+        for info in read_header(path).tensors
+        if info.name.endswith(".w13_weight")
+    )
+    last = read_header(shard).nbytes + tensor.stop - 1
+    assert shard.read_bytes()[last] == 0
+    flip_bit(shard, last)
+    rewrite_manifest(out, shard, tensor.name)
+    with pytest.raises(VerifyError, match="is padded with something but zeros"):
+        verify(out, source)
+
+
+def test_a_source_that_is_another_checkpoint(out: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "other", Spec(**{**_fields(SPEC), "vocab_size": 32}))
+    with pytest.raises(VerifyError, match="is not the checkpoint that was converted"):
+        verify(out, tmp_path / "other")
+    with pytest.raises(VerifyError, match="is not the checkpoint that was converted"):
+        verify(out, out)
+
+
+def test_a_source_whose_bytes_have_changed(source: Path, out: Path) -> None:
+    shard = sorted(source.glob("*.safetensors"))[0]
+    flip_bit(shard, shard.stat().st_size - 1)
+    with pytest.raises(VerifyError, match=rf"differs from '.*' in {shard.name}"):
+        verify(out, source)
+
+
+def _fields(spec: Spec) -> dict[str, object]:
+    return {name: getattr(spec, name) for name in spec.__slots__}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     CheckpointError,
     ConvertError,
+    FormatError,
     HeaderError,
     OutputError,
     RowOrderError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConvertError",
+    "FormatError",
     "HeaderError",
     "Inspection",
     "OnProgress",

@@ -1,7 +1,7 @@
 """What a converted checkpoint is; ``docs/format.md`` says the same in prose.
 
 Letters: **E** experts, **H** hidden size, **I** MoE intermediate size of one expert (not doubled),
-**T** tensor-parallel size. This module computes and imports nothing of ours, so that the
+**T** tensor-parallel size. It does no I/O and knows no tensors, so that the
 converter, the verifier and the serving plugins can all stand on it.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from .errors import FormatError
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "fp4moe"
@@ -139,6 +141,49 @@ def quantization_section(
         "layers": {prefix: geometry.as_json() for prefix, geometry in layers.items()},
         "source": dict(source),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What the ``quantization_config`` of a converted checkpoint says."""
+
+    layers: Mapping[str, Geometry]
+    """By prefix, up to and including ``.experts``."""
+    row_order: str
+    """Fingerprint of the row order."""
+    flashinfer: str
+    """The FlashInfer that gave it."""
+    source: Mapping[str, Any]
+    """The source's own description of its quantization."""
+
+
+def read_quantization_section(section: Mapping[str, Any]) -> Conversion:
+    """The inverse of `quantization_section`.
+
+    Raises:
+        FormatError: another version or layout, or not what a converter writes.
+    """
+    version = section.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{CONFIG_NAME}: the checkpoint has format version {version!r}, "
+            f"this release of fp4moe-convert knows {FORMAT_VERSION}"
+        )
+    try:
+        layout = section["layout"]
+        if (layout["name"], layout["epilogue_tile_m"]) != (LAYOUT_NAME, EPILOGUE_TILE_M):
+            raise FormatError(
+                f"{CONFIG_NAME}: the layout is {layout['name']} with an epilogue tile of "
+                f"{layout['epilogue_tile_m']}, expected {LAYOUT_NAME} with {EPILOGUE_TILE_M}"
+            )
+        return Conversion(
+            layers={prefix: Geometry(**sizes) for prefix, sizes in section["layers"].items()},
+            row_order=str(layout["row_order"]),
+            flashinfer=str(layout["flashinfer"]),
+            source=dict(section["source"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FormatError(f"{CONFIG_NAME}: quantization_config is malformed: {error!r}") from None
 
 
 MAX_TENSOR_PARALLEL = 64

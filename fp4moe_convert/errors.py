@@ -3,6 +3,7 @@
 ConvertError
 ├── CheckpointError     the source is not a checkpoint that can be converted
 │   └── HeaderError     a safetensors file breaks a rule of its own format
+├── FormatError         a converted checkpoint is of a version or a form that this release does not know
 ├── OutputError         the output folder cannot be used, or writing to it failed
 ├── RowOrderError       the installed FlashInfer orders rows differently, or cannot be asked
 └── VerifyError         a converted checkpoint is not what it should be
@@ -28,6 +29,10 @@ class CheckpointError(ConvertError):
 
 class HeaderError(CheckpointError):
     """A safetensors file breaks a rule of its own format."""
+
+
+class FormatError(ConvertError):
+    """A converted checkpoint is of a version or a form that this release does not know."""
 
 
 class OutputError(ConvertError):

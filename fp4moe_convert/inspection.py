@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
-from .contract import FORMAT_VERSION, INDEX_NAME, Geometry, common_tensor_parallel_sizes
+from .contract import (
+    INDEX_NAME,
+    Conversion,
+    Geometry,
+    common_tensor_parallel_sizes,
+    read_quantization_section,
+)
 from .errors import CheckpointError
 from .experts import PassedLayer, find_layers
 
@@ -52,6 +58,7 @@ def inspect(folder: str | Path) -> Inspection:
 
     Raises:
         CheckpointError: not a model folder, or one that contradicts itself.
+        FormatError: converted, but to a format that this release does not know.
     """
     checkpoint = open_checkpoint(Path(folder))
     dtypes: Counter[str] = Counter()
@@ -59,13 +66,16 @@ def inspect(folder: str | Path) -> Inspection:
         for tensor in shard.header.tensors:
             dtypes[tensor.dtype] += tensor.nbytes
     section = checkpoint.quantization or {}
-    layout: dict[str, Any] = {}
+    conversion: Conversion | None = None
     state, reason = "source", None
     layers: dict[str, Geometry] = {}
     others: list[PassedLayer] = []
     if checkpoint.is_converted:
         state = "converted"
-        layers, layout = _converted(checkpoint)
+        if not (checkpoint.root / INDEX_NAME).exists():
+            raise CheckpointError(f"{checkpoint.root}: is unfinished: it has no {INDEX_NAME}")
+        conversion = read_quantization_section(section)
+        layers = dict(conversion.layers)
         _, others = find_layers(checkpoint)
     else:
         try:
@@ -88,25 +98,9 @@ def inspect(folder: str | Path) -> Inspection:
         layers=layers,
         passed_layers={layer.prefix: layer.reason for layer in others},
         tensor_parallel=common_tensor_parallel_sizes(layers.values()),
-        row_order=layout.get("row_order"),
-        flashinfer=layout.get("flashinfer"),
+        row_order=conversion.row_order if conversion else None,
+        flashinfer=conversion.flashinfer if conversion else None,
     )
-
-
-def _converted(checkpoint: Checkpoint) -> tuple[dict[str, Geometry], dict[str, Any]]:
-    section = checkpoint.quantization or {}
-    if section.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"config.json: format version {section.get('format_version')}, "
-            f"this release knows {FORMAT_VERSION}"
-        )
-    if not (checkpoint.root / INDEX_NAME).exists():
-        raise CheckpointError(f"{checkpoint.root}: is unfinished: it has no {INDEX_NAME}")
-    try:
-        layers = {prefix: Geometry(**sizes) for prefix, sizes in section["layers"].items()}
-        return layers, dict(section["layout"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"config.json: quantization_config is malformed: {error!r}") from None
 
 
 def _quantization(section: Any) -> str:

@@ -64,8 +64,7 @@ def ask_flashinfer(geometries: Iterable[Geometry]) -> RowOrder:
     Raises:
         RowOrderError: FlashInfer cannot be imported, or orders rows differently.
     """
-    rows = _flashinfer_rows()
-    version = importlib.metadata.version("flashinfer-python")
+    rows, version = _flashinfer_rows()
     counts = {(_FINGERPRINT_ROWS, False), (_FINGERPRINT_ROWS, True)}
     for geometry in geometries:
         counts |= {(2 * geometry.padded_intermediate, True), (geometry.hidden, False)}
@@ -81,7 +80,17 @@ def ask_flashinfer(geometries: Iterable[Geometry]) -> RowOrder:
     return RowOrder(fingerprint(rows), version)
 
 
-def _flashinfer_rows() -> RowFunction:
+def flashinfer_row_order() -> RowOrder:
+    """Import FlashInfer and fingerprint its order, whatever it is.
+
+    Raises:
+        RowOrderError: FlashInfer cannot be imported.
+    """
+    rows, version = _flashinfer_rows()
+    return RowOrder(fingerprint(rows), version)
+
+
+def _flashinfer_rows() -> tuple[RowFunction, str]:
     try:
         import torch
         from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
@@ -92,10 +101,11 @@ def _flashinfer_rows() -> RowFunction:
         ) from error
 
     def rows(count: int, gated: bool) -> Rows:
-        column = torch.arange(count, dtype=torch.int32).reshape(count, 1)
+        # An engine may be loading under a default device that is not this one.
+        column = torch.arange(count, dtype=torch.int32, device="cpu").reshape(count, 1)
         if gated:
             column = reorder_rows_for_gated_act_gemm(column)
         shuffled = shuffle_matrix_a(column, EPILOGUE_TILE_M)
         return np.asarray(shuffled.reshape(count).numpy(), np.int32)
 
-    return rows
+    return rows, importlib.metadata.version("flashinfer-python")

@@ -3,7 +3,7 @@
 ConvertError
 ├── CheckpointError     the source is not a checkpoint that can be converted
 │   └── HeaderError     a safetensors file breaks a rule of its own format
-├── FormatError         a converted checkpoint is of a version or a form that this release does not know
+├── FormatError         a converted checkpoint has a version or a form that is not known here
 ├── OutputError         the output folder cannot be used, or writing to it failed
 ├── RowOrderError       the installed FlashInfer orders rows differently, or cannot be asked
 └── VerifyError         a converted checkpoint is not what it should be
@@ -32,7 +32,7 @@ class HeaderError(CheckpointError):
 
 
 class FormatError(ConvertError):
-    """A converted checkpoint is of a version or a form that this release does not know."""
+    """A converted checkpoint has a version or a form that is not known here."""
 
 
 class OutputError(ConvertError):

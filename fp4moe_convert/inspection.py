@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
+from .checkpoint import open_checkpoint, require_nvfp4
 from .contract import (
     INDEX_NAME,
     Conversion,

@@ -15,8 +15,8 @@ Three programs take turns, so that a disk that is slow for a while is slow for a
 - **ours**, `fp4moe-convert MODEL OUT --quiet --json`, the whole process. It syncs what it writes.
 - **cp**, `cp -r MODEL OUT` and then `sync` with the name of each copied file and folder, which
   calls fsync on it; the time is that of both.
-- **naive**, what one writes with safetensors, torch and FlashInfer's row functions (`naive` below),
-  with fsync at the end, as a process of its own. It is slow: --naive-rounds says how often it runs.
+- **naive**, `naive_convert.py MODEL OUT`, what one writes with safetensors, torch and FlashInfer's
+  row functions, with fsync at the end. It is slow: --naive-rounds says how often it runs.
 
 Before each run the outputs of the last one are removed, everything dirty is written back, and the
 model is evicted from the page cache; mincore(2) must then find none of its pages. The disk may
@@ -48,15 +48,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 INDEX_NAME = "model.safetensors.index.json"
@@ -145,7 +142,7 @@ def run_cp(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
 
 
 def run_naive(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
-    usage = this_script("--naive", model, out)
+    usage = run_child(sys.executable, HERE / "naive_convert.py", model, out)
     return usage, json.loads(usage.stdout)
 
 
@@ -173,129 +170,6 @@ def our_command() -> str:
 def sync_folder(folder: Path) -> Usage:
     """fsync of everything in a folder, and of itself, by coreutils."""
     return run_child("sync", *sorted(folder.rglob("*")), folder)
-
-
-# --- the naive converter --------------------------------------------------------------------------
-
-
-def naive(model: Path, out: Path) -> dict[str, float]:
-    """Convert as one would by hand: one layer after the other, each in one shard.
-
-    Not a straw man: it writes the same tensors, makes each expert's row permutation a single
-    indexing with numbers that are computed once, and lets a layer's tensors go before the next. It
-    keeps the source's config.json and takes no checksums.
-
-    Returns:
-        Seconds of imports and of work, fsync included.
-    """
-    started = time.perf_counter()
-    import flashinfer  # noqa: F401 - its time belongs to the imports, not to the first layer
-    from safetensors.torch import save_file
-
-    imported = time.perf_counter()
-    out.mkdir()
-    shard_of = naive_weight_map(model)
-    layers = naive_layers(shard_of)
-    rest = [name for name in shard_of if not name.startswith(tuple(f"{x}." for x in layers))]
-    parts = [rest, *layers.values()]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, (prefix, names) in enumerate(zip(["", *layers], parts, strict=True), start=1):
-        tensors = naive_load(names, shard_of)
-        if prefix:
-            tensors = naive_layer(tensors, prefix)
-        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file(tensors, out / shard, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    for path in model.iterdir():
-        if path.suffix != ".safetensors" and path.name != INDEX_NAME:
-            shutil.copy(path, out / path.name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    for path in (*out.iterdir(), out):
-        fsync(path)
-    return {"imports": imported - started, "work": time.perf_counter() - imported}
-
-
-def naive_weight_map(model: Path) -> dict[str, Path]:
-    from safetensors import safe_open
-
-    shard_of: dict[str, Path] = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
-            shard_of |= dict.fromkeys(shard.keys(), path)
-    return shard_of
-
-
-def naive_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """The tensors of each layer with NVFP4 experts, by prefix."""
-    names = list(names)
-    layers: dict[str, list[str]] = {}
-    for name in names:
-        if match := re.fullmatch(r"(.+\.mlp\.experts)\.\d+\.\w+_proj\.\w+", name):
-            layers.setdefault(match[1], []).append(name)
-    return {
-        prefix: members
-        for prefix, members in layers.items()
-        if any(name.endswith(".weight_scale") for name in members)
-    }
-
-
-def naive_load(names: Iterable[str], shard_of: dict[str, Path]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        shards = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in {shard_of[name] for name in names}
-        }
-        return {name: shards[shard_of[name]].get_tensor(name) for name in names}
-
-
-def naive_layer(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The eight tensors that stand for a layer's experts."""
-    import torch
-    from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
-
-    experts = 1 + max(int(name[len(prefix) + 1 :].split(".", 1)[0]) for name in tensors)
-
-    def get(expert: int, projection: str, leaf: str) -> Tensor:
-        return tensors[f"{prefix}.{expert}.{projection}_proj.{leaf}"]
-
-    def up_gate(expert: int, leaf: str) -> Tensor:
-        return torch.cat([get(expert, "up", leaf), get(expert, "gate", leaf)])
-
-    def tiled(scales: Tensor) -> Tensor:
-        # 128x4 tiles, the rows of a tile as (4, 32) turned to (32, 4).
-        rows, cols = scales.shape
-        tiles = scales.view(rows // 128, 4, 32, cols // 4, 4)
-        return tiles.permute(0, 3, 2, 1, 4).reshape(rows, cols)
-
-    hidden, intermediate = get(0, "down", "weight").shape[0], get(0, "up", "weight").shape[0]
-    if hidden % 128 or intermediate % 64:
-        raise ValueError(f"H = {hidden}, I = {intermediate}: the naive converter does not pad")
-    # FlashInfer's own functions, once, on row numbers: indexing with the result is what they do.
-    w13_numbers = reorder_rows_for_gated_act_gemm(torch.arange(2 * intermediate)[:, None])
-    w13_rows = shuffle_matrix_a(w13_numbers, EPILOGUE_TILE_M)[:, 0]
-    w2_rows = shuffle_matrix_a(torch.arange(hidden)[:, None], EPILOGUE_TILE_M)[:, 0]
-
-    each = range(experts)
-    out = {
-        "w13_weight": torch.stack([up_gate(e, "weight")[w13_rows] for e in each]),
-        "w2_weight": torch.stack([get(e, "down", "weight")[w2_rows] for e in each]),
-        "w13_weight_scale": torch.stack(
-            [tiled(up_gate(e, "weight_scale")[w13_rows]) for e in each]
-        ),
-        "w2_weight_scale": torch.stack(
-            [tiled(get(e, "down", "weight_scale")[w2_rows]) for e in each]
-        ),
-    }
-    for leaf in ("weight_scale_2", "input_scale"):
-        both = [[get(e, "gate", leaf).item(), get(e, "up", leaf).item()] for e in each]
-        out[f"w13_{leaf}"] = torch.tensor(both)
-        out[f"w2_{leaf}"] = torch.tensor([get(e, "down", leaf).item() for e in each])
-    return {f"{prefix}.{leaf}": tensor for leaf, tensor in out.items()}
 
 
 # --- the same bytes? ------------------------------------------------------------------------------
@@ -865,9 +739,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results as JSON")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write a PNG of the comparison")
-    # This script's own children.
-    for hidden in ("--naive", "--compare"):
-        parser.add_argument(hidden, type=Path, nargs=2, help=argparse.SUPPRESS)
+    # This script's own child.
+    parser.add_argument("--compare", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.naive_rounds < 0:
         parser.error("--rounds is at least 1, --naive-rounds at least 0")
@@ -892,9 +765,6 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.naive:
-        print(json.dumps(naive(*arguments.naive)))
-        return
     if arguments.compare:
         print(json.dumps(compare(arguments.compare)))
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +23,19 @@ from .contract import (
     GROUP_SIZE,
     HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
+    MANIFEST_NAME,
     QUANT_METHOD,
+    shard_name,
 )
 from .errors import CheckpointError, naming
 from .headers import Header, TensorInfo, read_header
 
-_UNCOPIED_FOLDERS = frozenset({".git", ".cache"})
+_GENERATED = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
+"""What a converted checkpoint has of its own."""
+
+_COUNTED_NAME = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
+
+FOREIGN_FOLDERS = frozenset({".git", ".cache"})
 """What version control and the Hub's downloader keep for themselves."""
 
 
@@ -53,8 +61,8 @@ class Checkpoint:
     """In order of name."""
     other_files: tuple[str, ...]
     """Everything else that belongs to the model, as paths relative to ``root``."""
-    strays: tuple[str, ...]
-    """safetensors files beside the shards that the index does not name."""
+    left_out: Mapping[str, str]
+    """What lies in the folder and is not taken for part of the model, with the reason."""
 
     @cached_property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -112,11 +120,12 @@ def open_checkpoint(root: Path) -> Checkpoint:
         CheckpointError: not a model folder, or one that contradicts itself.
         HeaderError: a shard breaks a rule of the safetensors format.
     """
-    if not root.is_dir():
-        reason = "is not a folder" if root.exists() else "does not exist"
-        raise CheckpointError(f"{root}: {reason}; expected a model folder")
-    if not (root / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
+    with naming(root):
+        if not root.is_dir():
+            reason = "is not a folder" if root.exists() else "does not exist"
+            raise CheckpointError(f"{root}: {reason}; expected a model folder")
+        if not (root / CONFIG_NAME).is_file():
+            raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
     config = read_json_object(root / CONFIG_NAME)
     hf_quant_path = root / HF_QUANT_CONFIG_NAME
     hf_quant_config = read_json_object(hf_quant_path) if hf_quant_path.exists() else None
@@ -125,20 +134,25 @@ def open_checkpoint(root: Path) -> Checkpoint:
         present = sorted(path.name for path in root.glob("*.safetensors"))
     weight_map = _read_weight_map(root)
     named = present if weight_map is None else sorted(set(weight_map.values()))
+    if weight_map is None:
+        _check_numbering(root, named)
     if not named:
         raise CheckpointError(f"{root}: not a model folder: it has no *.safetensors files")
     shards = tuple(_open_shard(root, name) for name in named)
     if weight_map is not None:
         _check_weight_map(weight_map, shards)
     _check_unique(shards)
-    strays = tuple(name for name in present if name not in set(named))
+    other_files, left_out = _other_files(root, {*_GENERATED, HF_QUANT_CONFIG_NAME, *present})
+    left_out |= {
+        name: f"is not named by {INDEX_NAME}" for name in present if name not in set(named)
+    }
     return Checkpoint(
         root=root,
         config=config,
         hf_quant_config=hf_quant_config,
         shards=shards,
-        other_files=_other_files(root, {CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME, *present}),
-        strays=strays,
+        other_files=other_files,
+        left_out=left_out,
     )
 
 
@@ -157,7 +171,8 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
             f"{checkpoint.root}: not NVFP4: it is not quantized"
             + (f" ({CONFIG_NAME} says {dtype})" if dtype else "")
         )
-    file = CONFIG_NAME if "quantization_config" in checkpoint.config else HF_QUANT_CONFIG_NAME
+    in_config = checkpoint.config.get("quantization_config") is not None
+    file = CONFIG_NAME if in_config else HF_QUANT_CONFIG_NAME
     # hf_quant_config.json nests what config.json has at the top; it names its maker, not a method.
     nested = described.get("quantization")
     settings: Mapping[str, Any] = nested if isinstance(nested, dict) else described
@@ -191,6 +206,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: unreadable, not JSON, or not an object.
     """
     with naming(path.name):
+        _require_regular(path)
         text = path.read_bytes()
     try:
         content = json.loads(text)
@@ -199,6 +215,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name}: not a JSON object")
     return content
+
+
+def _require_regular(path: Path) -> None:
+    """Opening a FIFO would wait for a writer for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path.name}: is not a regular file")
 
 
 def _read_weight_map(root: Path) -> dict[str, str] | None:
@@ -218,14 +240,22 @@ def _read_weight_map(root: Path) -> dict[str, str] | None:
     return weight_map
 
 
+def _check_numbering(root: Path, names: list[str]) -> None:
+    """Without an index, names that count shards are all that can tell of a missing one."""
+    for count in {match[1] for name in names if (match := _COUNTED_NAME.fullmatch(name))}:
+        for number in range(1, int(count) + 1):
+            name = shard_name(number, int(count))
+            if name not in names:
+                raise CheckpointError(f"{root}: {name} is missing, and there is no {INDEX_NAME}")
+
+
 def _open_shard(root: Path, name: str) -> Shard:
     path = root / name
-    if not path.exists():
-        raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing")
     with naming(name):
-        # Opening a FIFO would wait for a writer for ever.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{name}: is not a regular file")
+        try:
+            _require_regular(path)
+        except (FileNotFoundError, ValueError):  # ValueError: a name that no file can have
+            raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing") from None
     return Shard(name, path, read_header(path))
 
 
@@ -247,11 +277,21 @@ def _check_unique(shards: tuple[Shard, ...]) -> None:
             home[tensor.name] = shard.name
 
 
-def _other_files(root: Path, known: set[str]) -> tuple[str, ...]:
-    """Files to copy as they are: tokenizer, code, licence, whatever lies in sub-folders."""
+def _other_files(root: Path, known: set[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Files to copy as they are: tokenizer, code, licence, whatever lies in sub-folders. Links to
+    folders are left out: they may lead anywhere, and round in circles."""
     found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - _UNCOPIED_FOLDERS)
+    left_out = {}
+
+    def unreadable(error: OSError) -> None:
+        with naming(Path(error.filename).relative_to(root)):
+            raise error
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        folders[:] = sorted(set(folders) - FOREIGN_FOLDERS)
+        for path in (Path(folder, name) for name in folders):
+            if path.is_symlink():
+                left_out[str(path.relative_to(root))] = "is a link to a folder"
         for name in files:
             path = Path(folder, name)
             relative = path.relative_to(root)
@@ -262,7 +302,7 @@ def _other_files(root: Path, known: set[str]) -> tuple[str, ...]:
             if not stat.S_ISREG(mode):
                 raise CheckpointError(f"{relative}: is not a regular file")
             found.append(str(relative))
-    return tuple(sorted(found))
+    return tuple(sorted(found)), left_out
 
 
 @dataclass(frozen=True, slots=True)

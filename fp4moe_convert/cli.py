@@ -44,9 +44,9 @@ def parse_size(text: str) -> int:
     """Bytes from "5GB", "500 MiB" or "1000000"; units of a thousand unless they say "i"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or (nbytes := round(float(match[1]) * unit)) < 1:
+    if match is None or unit is None or not 1 <= (nbytes := float(match[1]) * unit) < 2**63:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MiB")
-    return nbytes
+    return round(nbytes)
 
 
 def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
@@ -62,12 +62,18 @@ def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
         except KeyboardInterrupt:
             _say("error: interrupted", style="red")
             raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # Whoever read our output has gone; the interpreter would complain once more at exit.
+        except _StdoutError as error:
+            # The interpreter would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error.__cause__, BrokenPipeError):  # its reader has gone by itself
+                _say(f"error: stdout: {error}", style="red")
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+class _StdoutError(Exception):
+    """The result could not be printed."""
 
 
 def _say(text: str, style: str | None = None) -> None:
@@ -77,7 +83,7 @@ def _say(text: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, style=style, markup=False)
 
 
-def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
     """The result, on stdout: JSON values as one object, or tables."""
     if isinstance(result, dict):
         print(json.dumps(result, indent=2))
@@ -90,6 +96,14 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
     with console.capture() as captured:
         console.print(*result, sep="\n")
     print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
+
+
+def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+    try:
+        _render(result)
+        sys.stdout.flush()
+    except OSError as error:
+        raise _StdoutError(error.strerror) from error
 
 
 ModelDir = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 from .blockio import ReadFile, partial_path, read_buffer
 from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
 from .contract import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, layer_tensors
-from .errors import CheckpointError, OutputError, naming
+from .errors import CheckpointError, OutputError, VerifyError, naming
 from .manifest import finish
 from .plan import DEFAULT_MAX_SHARD_NBYTES, Plan, make_plan
 from .progress import OnProgress, track
@@ -41,7 +43,7 @@ class Report:
     bytes_in: int
     bytes_out: int
     seconds: float
-    """Wall time, start-up of the interpreter aside."""
+    """Wall time of the conversion, from the first header to the index."""
     peak_rss: int
     """Bytes; of the whole process so far."""
     tensor_parallel: dict[str, list[int]]
@@ -49,7 +51,8 @@ class Report:
     flashinfer: str
     row_order: str
     warnings: list[str]
-    verified: bool
+    verify_seconds: float | None
+    """Wall time of reading the result back; None if that was not asked for."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -71,7 +74,9 @@ class Report:
             "flashinfer": self.flashinfer,
             "row_order": self.row_order,
             "warnings": self.warnings,
-            "verified": self.verified,
+            "verify_seconds": None
+            if self.verify_seconds is None
+            else round(self.verify_seconds, 3),
         }
 
 
@@ -142,7 +147,7 @@ def convert(
             out_dir,
             direct=direct_io,
             threads=threads,
-            confirm=row_order.result,
+            confirmation=row_order,
             on_move=track("converting", plan.moved_nbytes, on_progress),
         )
         warnings = _warnings(checkpoint, plan, out_dir)
@@ -150,14 +155,17 @@ def convert(
     except BaseException:
         _discard(checkpoint, plan, out_dir, folder_too=created)
         raise
+    seconds = time.perf_counter() - started
+    verify_seconds = None
     if verify:
-        verify_folder(
-            out_dir,
-            model_dir,
-            direct_io=direct_io,
-            threads=threads,
-            on_progress=on_progress,
-        )
+        try:
+            verify_seconds = verify_folder(
+                out_dir, model_dir, direct_io=direct_io, threads=threads, on_progress=on_progress
+            ).seconds
+        except VerifyError:
+            # Whatever is wrong with the folder, it must not look finished.
+            (out_dir / INDEX_NAME).unlink(missing_ok=True)
+            raise
     return Report(
         out_dir=out_dir,
         layers=len(plan.layers),
@@ -166,13 +174,13 @@ def convert(
         tensors_out=plan.tensors_out,
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         peak_rss=peak_rss(),
         tensor_parallel=plan.tensor_parallel,
         flashinfer=row_order.result().flashinfer,
         row_order=row_order.result().fingerprint,
         warnings=warnings,
-        verified=verify,
+        verify_seconds=verify_seconds,
     )
 
 
@@ -183,7 +191,8 @@ def check_out_dir(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> None:
         OutputError: not a folder, not empty, equal to, inside or around the source, or on a file
             system without enough free space.
     """
-    source, target = checkpoint.root.resolve(), out_dir.resolve()
+    # realpath, because Path.resolve raises RuntimeError for a link to itself.
+    source, target = Path(os.path.realpath(checkpoint.root)), Path(os.path.realpath(out_dir))
     if target == source or source in target.parents or target in source.parents:
         relation = (
             "is" if target == source else "is inside" if source in target.parents else "holds"
@@ -200,9 +209,7 @@ def check_out_dir(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> None:
             (checkpoint.root / name).stat().st_size for name in checkpoint.other_files
         )
     if free < needed:
-        raise OutputError(
-            f"{out_dir}: needs {needed / 1e9:.2f} GB of free disk, has {free / 1e9:.2f} GB"
-        )
+        raise OutputError(f"{out_dir}: needs {needed:,} bytes of free disk, there are {free:,}")
 
 
 def peak_rss() -> int:
@@ -226,7 +233,7 @@ def _in_background(function: Callable[[Argument], Result], argument: Argument) -
 
 
 def _warnings(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> list[str]:
-    warnings = [f"{name}: is not named by {INDEX_NAME}, left out" for name in checkpoint.strays]
+    warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
     buffer = read_buffer(max(8 * layer.geometry.experts for layer in plan.layers))
     shard_of = {name: shard for shard in plan.shards for name in shard.tensors}
     for layer in plan.layers:
@@ -255,9 +262,11 @@ def _discard(checkpoint: Checkpoint, plan: Plan, out_dir: Path, *, folder_too: b
         *checkpoint.other_files,
     ]
     for path in (out_dir / name for name in names):
-        path.unlink(missing_ok=True)
-        partial_path(path).unlink(missing_ok=True)
+        with suppress(OSError):  # the failure that led here is the one to tell of
+            path.unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
     folders = {parent for name in names for parent in (out_dir / name).parents}
     for folder in sorted(folders, reverse=True):
         if (out_dir in folder.parents or (folder == out_dir and folder_too)) and folder.is_dir():
-            folder.rmdir()
+            with suppress(OSError):  # somebody else's file is in it
+                folder.rmdir()

@@ -42,7 +42,7 @@ class Crew:
         taking = threading.Lock()
         failures: list[BaseException] = []
 
-        def loop() -> None:
+        def loop(ended: threading.Event) -> None:
             try:
                 work = make_worker()
                 while not self._stopped:
@@ -56,18 +56,23 @@ class Crew:
             except BaseException as failure:
                 failures.append(failure)
                 self._stop()
+            finally:
+                ended.set()
 
-        threads = [threading.Thread(target=loop, name=f"crew-{n}") for n in range(self._size)]
+        # Not Thread.join: before Python 3.13, one that Ctrl-C interrupts takes its thread for
+        # ended from then on.
+        ends: list[threading.Event] = []
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            for n in range(self._size):
+                ended = threading.Event()
+                threading.Thread(target=loop, args=(ended,), name=f"crew-{n}").start()
+                ends.append(ended)
+            for ended in ends:
+                ended.wait()
         except BaseException:
             self._stop()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            for ended in ends:
+                ended.wait()
             raise
         if failures:
             raise failures[0]

@@ -114,7 +114,9 @@ def report_table(report: Report) -> Table:
         "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
         "time": f"{report.seconds:.1f} s, {report.bytes_per_second / 1e9:.2f} GB/s",
         "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
-        "verified": "every byte against the source" if report.verified else "",
+        "verified": ""
+        if report.verify_seconds is None
+        else f"every byte against the source, {report.verify_seconds:.1f} s",
         "row order": f"{report.row_order} (flashinfer {report.flashinfer})",
         "tensor parallel": _tensor_parallel(report.tensor_parallel),
         "serve": f"{report.out_dir} with the fp4moe plugin for SGLang or vLLM (see the README)",

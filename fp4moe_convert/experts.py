@@ -25,8 +25,10 @@ LEAVES: tuple[Leaf, ...] = get_args(Leaf)
 EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 """How config.json spells E: DeepSeek and GLM, Qwen, Mixtral and MiniMax."""
 
-_EXPERT_NAME = re.compile(r"(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<rest>.+)", re.DOTALL)
-_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT_NAME = re.compile(
+    r"(?P<prefix>.*\.experts)\.(?P<expert>[0-9]{1,18})\.(?P<rest>.+)", re.DOTALL
+)
+_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _TENSOR_OF = {f"{p}.{leaf}": (p, leaf) for p in PROJECTIONS for leaf in LEAVES}
 
 

@@ -138,6 +138,8 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     """
     try:
         content = json.loads(raw[8:].decode(), object_pairs_hook=_unique_keys)
+        if b"\\u" in raw:  # JSON can spell half a surrogate pair, which no header could hold
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{file}: header is not JSON: {error}") from None
     if not isinstance(content, dict):

@@ -101,7 +101,7 @@ def read_manifest(out_dir: Path) -> Manifest:
     path = out_dir / MANIFEST_NAME
     if not path.is_file():
         raise VerifyError(
-            f"{MANIFEST_NAME}: missing: not a converted checkpoint, or an unfinished one"
+            f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"
         )
     try:
         content = read_json_object(path)
@@ -236,9 +236,9 @@ def _copy(source: Path, target: Path) -> FileRecord:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _hash_json(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(canonical.encode())

@@ -29,6 +29,7 @@ from .contract import (
     layer_tensors,
     shard_name,
 )
+from .errors import CheckpointError
 from .experts import Leaf, MoeLayer, PassedLayer, Projection, find_layers
 from .headers import DTYPE_BITS, encode_header, spec_nbytes
 from .layouts import TILE_ROWS, Layout
@@ -182,6 +183,11 @@ def make_plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = DEFAULT_MAX_SHA
     """
     layers, passed = find_layers(checkpoint)
     groups = list(_groups(checkpoint, layers))
+    names: set[str] = set()
+    for tensor in (tensor for group in groups for tensor in group.tensors):
+        if tensor.name in names:
+            raise CheckpointError(f"{tensor.name!r} is there already: the layer is half converted")
+        names.add(tensor.name)
     return Plan(
         layers=tuple(PlannedLayer(layer.prefix, layer.geometry) for layer in layers),
         passed=tuple(passed),

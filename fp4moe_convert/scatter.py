@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,20 +36,20 @@ from .progress import OnMove
 DEFAULT_THREADS = 4
 """Two cores keep a disk busy with four: while two wait for it, two permute."""
 
-OPEN_SOURCES = 64
-"""Source files kept open; a plan reads forwards, so older ones are rarely wanted again."""
+OPEN_FILES = 64
+"""Files kept open for reading; a plan reads forwards, so older ones are rarely wanted again."""
 
 Opener = Callable[[Path], ReadFile]
 
 
-def source_opener(*, direct: bool) -> Opener:
-    """Opens source files and keeps the latest open; a dropped one closes after its last read."""
+def file_opener(*, direct: bool) -> Opener:
+    """Opens files and keeps the latest open; a dropped one closes after its last read."""
 
-    @lru_cache(maxsize=OPEN_SOURCES)
-    def open_source(path: Path) -> ReadFile:
+    @lru_cache(maxsize=OPEN_FILES)
+    def open_file(path: Path) -> ReadFile:
         return ReadFile(path, direct=direct)
 
-    return open_source
+    return open_file
 
 
 class Scratch:
@@ -64,7 +66,7 @@ class Scratch:
 
         Args:
             move: which sources, and how.
-            open_source: from `source_opener`.
+            open_source: from `file_opener`.
             offset: where in its file the result will go; its memory is placed to suit.
 
         Returns:
@@ -108,7 +110,7 @@ def scatter(
     *,
     direct: bool,
     threads: int,
-    confirm: Callable[[], object],
+    confirmation: Future[Any],
     on_move: OnMove,
 ) -> dict[str, str]:
     """Write all shards of ``plan`` into ``out_dir``.
@@ -118,7 +120,8 @@ def scatter(
         out_dir: an existing folder without files of the plan's names.
         direct: bypass the page cache where the file systems allow.
         threads: number of workers; each takes about 25 MB.
-        confirm: called before a shard gets its final name; raises if it must not.
+        confirmation: no shard gets its final name before this has a result; if it has an
+            exception instead, that is raised.
         on_move: told of progress.
 
     Returns:
@@ -130,7 +133,7 @@ def scatter(
     """
     crew = Crew(threads)
     checksums = {name: Checksum(crew) for shard in plan.shards for name in shard.tensors}
-    open_source = source_opener(direct=direct)
+    open_source = file_opener(direct=direct)
 
     def jobs() -> Iterator[tuple[_OpenShard, Move]]:
         for planned in plan.shards:
@@ -146,7 +149,8 @@ def scatter(
 
     def seal(shard: _OpenShard) -> None:
         shard.file.sync()
-        confirm()
+        crew.wait_for(confirmation.done)
+        confirmation.result()
         publish(shard.file.path, out_dir / shard.planned.name)
 
     def make_worker() -> Callable[[tuple[_OpenShard, Move]], None]:
@@ -167,5 +171,6 @@ def scatter(
 
         return work
 
+    confirmation.add_done_callback(lambda _: crew.announce())
     crew.run(jobs(), make_worker)
     return {name: checksum.hexdigest() for name, checksum in checksums.items()}

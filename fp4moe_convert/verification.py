@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from .blockio import ReadFile, read_buffer
-from .checkpoint import Checkpoint, Shard, open_checkpoint
+from .checkpoint import FOREIGN_FOLDERS, Checkpoint, Shard, open_checkpoint
 from .contract import CONFIG_NAME, MANIFEST_NAME
 from .crew import Checksum, Crew
 from .errors import CheckpointError, VerifyError, naming
@@ -28,7 +28,7 @@ from .layouts import Bytes, Layout, undo
 from .manifest import FileRecord, Manifest, describe_source, read_manifest
 from .plan import MOVE_NBYTES, Move, source_moves
 from .progress import OnProgress, track
-from .scatter import DEFAULT_THREADS, Opener, source_opener
+from .scatter import DEFAULT_THREADS, Opener, file_opener
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +93,18 @@ def verify(
         for shard in shards
         for tensor in shard.header.tensors
     }
-    files = {shard.name: ReadFile(shard.path, direct=direct_io) for shard in shards}
-    open_source = source_opener(direct=direct_io)
+    open_file = file_opener(direct=direct_io)
     on_move = track("verifying", sum(move.nbytes for move in moves), on_progress)
     largest = max((move.nbytes for move in moves), default=0)
 
     def make_worker() -> Callable[[Move], None]:
         buffer = read_buffer(largest)
-        comparison = _Comparison(largest, open_source) if checkpoint is not None else None
+        comparison = _Comparison(largest, open_file) if checkpoint is not None else None
 
         def work(move: Move) -> None:
             shard = home[move.tensor]
             offset = starts[move.tensor] + move.offset
-            data = files[shard.name].read(buffer, offset, move.nbytes)
+            data = open_file(shard.path).read(buffer, offset, move.nbytes)
             if comparison is not None:
                 comparison.check(move, data, shard)
             checksums[move.tensor].update(move.offset, data)
@@ -133,11 +132,11 @@ def verify(
 
 def _check_names(out_dir: Path, manifest: Manifest) -> None:
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
-    found = {
-        os.path.relpath(os.path.join(folder, name), out_dir)
-        for folder, _, names in os.walk(out_dir)
-        for name in names
-    }
+    found = set()
+    for folder, folders, names in os.walk(out_dir):
+        folders[:] = set(folders) - FOREIGN_FOLDERS
+        found |= {os.path.relpath(os.path.join(folder, name), out_dir) for name in names}
+    found.discard(".gitattributes")  # as the Hub adds to every repository
     for name in sorted(expected - found):
         raise VerifyError(f"{name}: is missing, the manifest lists it")
     for name in sorted(found - expected):
@@ -225,10 +224,10 @@ def _whole_tensors(shards: list[Shard]) -> tuple[Move, ...]:
 class _Comparison:
     """One worker's memory for undoing layouts and reading sources."""
 
-    def __init__(self, largest: int, open_source: Opener) -> None:
+    def __init__(self, largest: int, open_file: Opener) -> None:
         self._buffer = read_buffer(largest)
         self._undone = np.empty(largest, np.uint8)
-        self._open_source = open_source
+        self._open_file = open_file
 
     def check(self, move: Move, data: Bytes, shard: Shard) -> None:
         """Compare output bytes with the source bytes they came from."""
@@ -238,9 +237,7 @@ class _Comparison:
         else:
             parts = self._undo(move.layout, data, move.tensor, shard)
         for source, part in zip(move.sources, parts, strict=True):
-            original = self._open_source(source.path).read(
-                self._buffer, source.offset, source.nbytes
-            )
+            original = self._open_file(source.path).read(self._buffer, source.offset, source.nbytes)
             if not np.array_equal(original.reshape(part.shape), part):
                 raise VerifyError(
                     f"{shard.name}: {move.tensor!r} differs from {source.tensor!r} "

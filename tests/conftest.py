@@ -17,6 +17,14 @@ hypothesis.settings.load_profile("fp4moe")
 TINY = Spec(experts=4, hidden=256, intermediate=128, layers=2, shards=3, vocab_size=64)
 
 
+@pytest.fixture(autouse=True)
+def _uncoloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI systems like to force colours upon programs; the tests say themselves where they want
+    any."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two MoE layers of four experts in three shards; for reading only."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_shards_that_an_index_names(tiny: Path) -> None:
     homes = {t.name: s.name for s in checkpoint.shards for t in s.header.tensors}
     assert homes == weight_map(tiny)
     assert checkpoint.other_files == OTHER_FILES
-    assert checkpoint.strays == ()
+    assert checkpoint.left_out == {}
     assert checkpoint.text_config_value("num_hidden_layers") == 3
     assert not checkpoint.is_converted
 
@@ -98,7 +99,7 @@ def test_an_index_may_leave_tensors_out(model_dir: Path) -> None:
 def test_strays_are_neither_shards_nor_other_files(model_dir: Path) -> None:
     write_shard(model_dir / "consolidated.safetensors", "lm_head.weight")
     checkpoint = open_checkpoint(model_dir)
-    assert checkpoint.strays == ("consolidated.safetensors",)
+    assert list(checkpoint.left_out) == ["consolidated.safetensors"]
     assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND, THIRD]
     assert checkpoint.other_files == OTHER_FILES
 
@@ -308,13 +309,17 @@ def test_refuses_a_fifo_among_the_other_files(model_dir: Path, name: str) -> Non
 def test_refuses_a_fifo_as_json_without_waiting_for_it(model_dir: Path, name: str) -> None:
     (model_dir / name).unlink(missing_ok=True)
     os.mkfifo(model_dir / name)
-    # A writer that opens and closes lets a reader go that should not have been there.
-    writer = os.open(model_dir / name, os.O_RDWR | os.O_NONBLOCK)
-    os.write(writer, b"{}")
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("waited for a FIFO")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         refuses(model_dir, f"{name}: is not a regular file")
     finally:
-        os.close(writer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_refuses_a_dangling_link_among_the_other_files(model_dir: Path) -> None:

@@ -1,0 +1,728 @@
+"""Every bad input through the command line: one line of error, the source untouched, and nothing
+in the output folder that looks finished."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY
+from make_checkpoint import Spec, make_checkpoint, quantization_section
+from typer.testing import CliRunner
+
+from fp4moe_convert import conversion
+from fp4moe_convert.cli import convert_app
+
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+LAYER = "model.layers.1.mlp.experts"
+EXPERT = f"{LAYER}.1"
+HALF_A_PAIR = "\ud800"
+
+Damage = Callable[[Path], None]
+Entries = dict[str, Any]
+
+
+# --- doing damage ---------------------------------------------------------------------------------
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON object; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def read_entries(path: Path) -> tuple[Entries, int]:
+    """A shard's header, and where its data starts."""
+    with open(path, "rb") as file:
+        nbytes = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(nbytes)), 8 + nbytes
+
+
+def home_of(model_dir: Path, tensor: str) -> Path:
+    """The shard that holds a tensor."""
+    return next(
+        path for path in sorted(model_dir.glob("*.safetensors")) if tensor in read_entries(path)[0]
+    )
+
+
+def read_tensor(model_dir: Path, tensor: str) -> bytes:
+    path = home_of(model_dir, tensor)
+    entries, data = read_entries(path)
+    start, stop = entries[tensor]["data_offsets"]
+    return path.read_bytes()[data + start : data + stop]
+
+
+def poke(model_dir: Path, tensor: str, position: int, value: int) -> None:
+    """Change one byte of a tensor; a negative position counts from its end."""
+    path = home_of(model_dir, tensor)
+    entries, data = read_entries(path)
+    start, stop = entries[tensor]["data_offsets"]
+    with open(path, "r+b") as file:
+        file.seek(data + (start if position >= 0 else stop) + position)
+        file.write(bytes([value]))
+
+
+def rewrite_header(path: Path, edit: Callable[[Entries], None]) -> None:
+    """Edit a shard's header and leave its data alone; the index goes, so as not to contradict."""
+    entries, data = read_entries(path)
+    content = path.read_bytes()[data:]
+    edit(entries)
+    raw = json.dumps(entries).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + content)
+    path.with_name(INDEX).unlink(missing_ok=True)
+
+
+def rename_tensor(model_dir: Path, old: str, new: str) -> None:
+    def edit(entries: Entries) -> None:
+        entries[new] = entries.pop(old)
+
+    rewrite_header(home_of(model_dir, old), edit)
+
+
+def change_entry(model_dir: Path, tensor: str, **fields: Any) -> None:
+    rewrite_header(home_of(model_dir, tensor), lambda entries: entries[tensor].update(fields))
+
+
+# --- what must hold after every failure -----------------------------------------------------------
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Name and content of everything in a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "not a file"
+        for path in folder.rglob("*")
+    }
+
+
+def one_error(stderr: str) -> str:
+    """The message of the one line on stderr."""
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    return stderr.removeprefix("error: ").removesuffix("\n")
+
+
+def fails(model_dir: Path, out_dir: Path, *options: str) -> str:
+    """Convert, see it fail as it should, and return the message."""
+    before = fingerprints(model_dir)
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(out_dir), *options])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert fingerprints(model_dir) == before
+    return one_error(result.stderr)
+
+
+def holds_nothing_finished(out_dir: Path) -> bool:
+    """An aborted run may leave an empty folder, but no file of its own."""
+    return not out_dir.exists() or not any(out_dir.iterdir())
+
+
+# --- found before the first byte ------------------------------------------------------------------
+
+
+def truncate(name: str, nbytes: int) -> Damage:
+    def damage(model_dir: Path) -> None:
+        os.truncate(model_dir / name, (model_dir / name).stat().st_size + nbytes)
+
+    return damage
+
+
+def overwrite(name: str, content: bytes) -> Damage:
+    """Overwrite the first bytes of a file."""
+
+    def damage(model_dir: Path) -> None:
+        with open(model_dir / name, "r+b") as file:
+            file.write(content)
+
+    return damage
+
+
+def edit_config(**changes: Any) -> Damage:
+    return lambda model_dir: edit_json(model_dir / "config.json", **changes)
+
+
+def edit_index(**changes: str) -> Damage:
+    def damage(model_dir: Path) -> None:
+        path = model_dir / INDEX
+        edit_json(path, weight_map=json.loads(path.read_text())["weight_map"] | changes)
+
+    return damage
+
+
+def shift_a_tensor(by: int) -> Damage:
+    """Move all tensors of the second shard but the first, and make room for them."""
+
+    def damage(model_dir: Path) -> None:
+        def edit(entries: Entries) -> None:
+            tensors = [e for name, e in entries.items() if name != "__metadata__"]
+            first = min(tensors, key=lambda e: e["data_offsets"])
+            for entry in tensors:
+                if entry is not first:
+                    entry["data_offsets"] = [offset + by for offset in entry["data_offsets"]]
+
+        rewrite_header(model_dir / SECOND, edit)
+        truncate(SECOND, by)(model_dir)
+
+    return damage
+
+
+def copy_a_shard(model_dir: Path) -> None:
+    (model_dir / INDEX).unlink()
+    shutil.copy(model_dir / THIRD, model_dir / "model-again.safetensors")
+
+
+def drop_an_expert(model_dir: Path) -> None:
+    for path in sorted(model_dir.glob("*.safetensors")):
+
+        def edit(entries: Entries) -> None:
+            for name in [name for name in entries if name.startswith(f"{EXPERT}.")]:
+                entries[name.replace(".experts.1.", ".dropped.1.")] = entries.pop(name)
+
+        rewrite_header(path, edit)
+
+
+def narrow_the_experts(model_dir: Path) -> None:
+    """A checkpoint with H = 192 in place of the good one."""
+    shutil.rmtree(model_dir)
+    spec = Spec(experts=1, hidden=192, intermediate=64, layers=1, shards=1, vocab_size=8)
+    make_checkpoint(model_dir, spec)
+
+
+GROUPS_OF_32 = quantization_section(TINY)
+GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
+
+UP = f"{EXPERT}.up_proj"
+BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
+    "not a model folder": (
+        lambda model_dir: (model_dir / "config.json").unlink(),
+        r"{model_dir}: not a model folder: it has no config\.json",
+    ),
+    "config not JSON": (overwrite("config.json", b"?"), r"config\.json: not JSON: .*"),
+    "not quantized": (
+        edit_config(quantization_config=None),
+        r"{model_dir}: not NVFP4: it is not quantized \(config\.json says bfloat16\)",
+    ),
+    "FP8": (
+        edit_config(quantization_config={"quant_method": "fp8"}),
+        r"config\.json: not ModelOpt NVFP4: the quantization is fp8",
+    ),
+    "group size": (
+        edit_config(quantization_config=GROUPS_OF_32),
+        r"config\.json: group size is 32, NVFP4 has 16",
+    ),
+    "shard missing": (
+        lambda model_dir: (model_dir / SECOND).unlink(),
+        rf"{INDEX}: names {SECOND}, which is missing",
+    ),
+    "shard empty": (
+        lambda model_dir: os.truncate(model_dir / SECOND, 0),
+        rf"{SECOND}: 0 bytes is too short for a header length",
+    ),
+    "shard truncated": (
+        truncate(SECOND, -1),
+        rf"{SECOND}: is truncated: \d+ bytes, its header describes \d+",
+    ),
+    "shard too long": (
+        truncate(SECOND, 1),
+        rf"{SECOND}: has bytes after its data: \d+ bytes, its header describes \d+",
+    ),
+    "header not JSON": (
+        overwrite(SECOND, b"\x10" + bytes(7) + b"?"),
+        rf"{SECOND}: header is not JSON: .*",
+    ),
+    "header lies about its length": (
+        overwrite(SECOND, (2**40).to_bytes(8, "little")),
+        rf"{SECOND}: header claims 1099511627776 bytes, the limit is 100000000",
+    ),
+    "header length beyond the file": (
+        overwrite(SECOND, (99_999_999).to_bytes(8, "little")),
+        rf"{SECOND}: header claims 99999999 bytes, the file has \d+ after the length",
+    ),
+    "header leaves a hole": (
+        shift_a_tensor(1),
+        rf"{SECOND}: '.+' leaves a hole: starts at byte \d+, expected \d+",
+    ),
+    "header overlaps": (
+        shift_a_tensor(-1),
+        rf"{SECOND}: '.+' overlaps the tensor before it: starts at byte \d+, expected \d+",
+    ),
+    "header with half a character": (
+        lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"lm{HALF_A_PAIR}"),
+        rf"{THIRD}: .*",
+    ),
+    "index names a missing file": (
+        edit_index(**{"lm_head.weight": "nowhere.safetensors"}),
+        rf"{INDEX}: names nowhere\.safetensors, which is missing",
+    ),
+    "index names a file nobody could": (
+        edit_index(**{"lm_head.weight": "n" * 300}),
+        rf"({INDEX}|n+): .*",
+    ),
+    "index points outside": (
+        edit_index(**{"lm_head.weight": "../model.safetensors"}),
+        rf"{INDEX}: 'lm_head\.weight' is said to be in '\.\./model\.safetensors', which is not .*",
+    ),
+    "index names a tensor that is not there": (
+        edit_index(**{"lm_head.bias": THIRD}),
+        rf"{INDEX}: 'lm_head\.bias' is not in {THIRD}",
+    ),
+    "tensor in two shards": (
+        copy_a_shard,
+        rf"model-again\.safetensors: '.+' is in {THIRD} as well",
+    ),
+    "expert missing": (
+        drop_an_expert,
+        rf"config\.json: layer '{LAYER}' should have 4 experts, but no shard has expert 1",
+    ),
+    "more experts than config says": (
+        edit_config(n_routed_experts=3),
+        rf"model-.*: '{LAYER}\.3\..+' is of expert 3, config\.json allows 3",
+    ),
+    "leaf missing": (
+        lambda model_dir: rename_tensor(model_dir, f"{UP}.input_scale", "elsewhere"),
+        rf"model-.*: '{UP}\.input_scale' is missing from every shard",
+    ),
+    "leaf unknown": (
+        lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"{UP}.bias"),
+        rf"{THIRD}: '{UP}\.bias' is not a tensor of a ModelOpt NVFP4 expert .*",
+    ),
+    "dtype unlike the others'": (
+        lambda model_dir: change_entry(model_dir, f"{UP}.weight", dtype="I8"),
+        rf"model-.*: '{UP}\.weight' is I8 \[128, 128\], expected U8 \[128, 128\] .*",
+    ),
+    "shape unlike the others'": (
+        lambda model_dir: change_entry(model_dir, f"{UP}.weight", shape=[64, 256]),
+        rf"model-.*: '{UP}\.weight' is U8 \[64, 256\], expected U8 \[128, 128\] .*",
+    ),
+    "hidden size": (
+        narrow_the_experts,
+        rf"model-.*: '{LAYER}\.0\.gate_proj\.weight' gives .* H = 192, which is not a multiple .*",
+    ),
+    "no layers to convert": (
+        edit_config(num_hidden_layers=1),
+        r"{model_dir}: has no layer with NVFP4 experts to convert \(.*\(MTP\).*\)",
+    ),
+    "no number of layers": (
+        edit_config(num_hidden_layers=None),
+        r"config\.json: num_hidden_layers is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_FIRST_BYTE)
+def test_refused_before_the_first_byte(model_dir: Path, tmp_path: Path, case: str) -> None:
+    damage, message = BEFORE_THE_FIRST_BYTE[case]
+    damage(model_dir)
+    found = fails(model_dir, tmp_path / "out")
+    assert re.fullmatch(message.replace("{model_dir}", re.escape(str(model_dir))), found), found
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_refuses_what_it_has_converted_itself(tiny: Path, tmp_path: Path) -> None:
+    conversion.convert(tiny, tmp_path / "once")
+    assert (
+        fails(tmp_path / "once", tmp_path / "twice") == f"{tmp_path / 'once'}: is already converted"
+    )
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_dry_run_refuses_the_same(model_dir: Path, tmp_path: Path) -> None:
+    truncate(SECOND, -1)(model_dir)
+    assert fails(model_dir, tmp_path / "out", "--dry-run").startswith(f"{SECOND}: is truncated")
+
+
+def test_names_with_control_characters_stay_on_the_line(model_dir: Path, tmp_path: Path) -> None:
+    odd = model_dir.rename(tmp_path / "two\nlines\x1b[31m")
+    (odd / "config.json").unlink()
+    message = f"{tmp_path}/two\\nlines\\x1b[31m: not a model folder: it has no config.json"
+    assert fails(odd, tmp_path / "out") == message
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+def test_refuses_an_out_dir_that_is_the_source(model_dir: Path) -> None:
+    message = f"{model_dir}: is the source folder {model_dir}"
+    assert fails(model_dir, model_dir) == message
+
+
+def test_refuses_an_out_dir_inside_the_source(model_dir: Path) -> None:
+    out_dir = model_dir / "deep" / "out"
+    assert fails(model_dir, out_dir) == f"{out_dir}: is inside the source folder {model_dir}"
+
+
+def test_refuses_an_out_dir_around_the_source(model_dir: Path) -> None:
+    out_dir = model_dir.parent
+    assert fails(model_dir, out_dir) == f"{out_dir}: holds the source folder {model_dir}"
+
+
+@pytest.mark.parametrize(
+    ("target", "relation"),
+    [("model", "is"), ("model/sub", "is inside"), (".", "holds")],
+)
+def test_refuses_such_an_out_dir_by_a_link_too(
+    model_dir: Path, tmp_path: Path, target: str, relation: str
+) -> None:
+    (model_dir / "sub").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    assert fails(model_dir, link) == f"{link}: {relation} the source folder {model_dir}"
+
+
+def test_refuses_a_source_by_a_link_too(model_dir: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(model_dir)
+    assert fails(link, model_dir / "out") == (
+        f"{model_dir / 'out'}: is inside the source folder {link}"
+    )
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "sub/"])
+def test_refuses_an_out_dir_that_is_not_empty(tiny: Path, tmp_path: Path, name: str) -> None:
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    if name.endswith("/"):
+        (out_dir / name).mkdir()
+    else:
+        (out_dir / name).write_text("mine")
+    before = fingerprints(out_dir)
+    assert fails(tiny, out_dir) == f"{out_dir}: is not empty"
+    assert fingerprints(out_dir) == before
+
+
+def test_refuses_an_out_dir_that_is_a_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert fails(tiny, tmp_path / "out") == f"{tmp_path / 'out'}: is not a folder"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_refuses_an_out_dir_under_a_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    out_dir = tmp_path / "file" / "out"
+    assert fails(tiny, out_dir) == f"{out_dir}: Not a directory"
+
+
+def test_refuses_an_out_dir_that_links_to_itself(tiny: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert fails(tiny, loop).startswith(f"{loop}: ")
+
+
+def test_refuses_an_out_dir_of_too_long_a_name(tiny: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / ("n" * 300)
+    assert fails(tiny, out_dir) == f"{out_dir}: File name too long"
+
+
+def test_refuses_too_little_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir = tmp_path / "model"
+    make_checkpoint(model_dir, Spec(experts=64, layers=1, sparse=True))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    arguments = [str(model_dir), str(tmp_path / "out")]
+    result = CliRunner().invoke(convert_app, arguments)
+    assert result.exit_code == 1
+    message = one_error(result.stderr)
+    # 64 experts of 3 x 7168 x 2048 values at 4.5 bits are 1.58 GB; attention and the rest add some.
+    found = re.fullmatch(
+        rf"{tmp_path / 'out'}: needs (\S+) bytes of free disk, there are 1,500,000,000", message
+    )
+    assert found, message
+    needed = int(found[1].replace(",", ""))
+    assert needed == pytest.approx(conversion.prepare(model_dir)[1].bytes_out, 0.01)
+    assert needed > 1.58e9
+    assert not (tmp_path / "out").exists()
+
+
+def test_needs_no_more_than_it_says(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = conversion.prepare(tiny)[1]
+    needed = plan.bytes_out + sum(
+        path.stat().st_size
+        for path in tiny.iterdir()
+        if path.suffix in (".json", ".py") and path.name not in ("config.json", INDEX)
+    )
+    for free, enough in ((needed - 1, False), (needed, True)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        checkpoint = conversion.open_checkpoint(tiny)
+        if enough:
+            conversion.check_out_dir(checkpoint, plan, tmp_path / "out")
+        else:
+            with pytest.raises(conversion.OutputError, match="of free disk"):
+                conversion.check_out_dir(checkpoint, plan, tmp_path / "out")
+
+
+# --- found while bytes move -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["new", "empty"])
+def out_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Not there yet, or there and empty."""
+    path = tmp_path / "out"
+    if request.param == "empty":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("value", [0x7F, 0xFF])
+@pytest.mark.parametrize(
+    ("tensor", "position"),
+    [
+        (f"{LAYER}.0.gate_proj.weight_scale", 0),
+        (f"{LAYER}.3.up_proj.weight_scale", 777),
+        ("model.layers.2.mlp.experts.3.down_proj.weight_scale", -1),
+    ],
+    ids=["gate", "up", "down"],
+)
+def test_a_nan_block_scale(
+    model_dir: Path, tmp_path: Path, tensor: str, position: int, value: int
+) -> None:
+    poke(model_dir, tensor, position, value)
+    home = home_of(model_dir, tensor).name
+    message = fails(model_dir, tmp_path / "out", "--quiet")
+    assert message == f"{home}: {tensor!r} has a NaN block scale (0x7F or 0xFF)"
+    assert holds_nothing_finished(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("value", [0x00, 0x7E, 0x80, 0xFE])
+def test_other_extreme_block_scales_are_converted(
+    model_dir: Path, tmp_path: Path, value: int
+) -> None:
+    poke(model_dir, f"{UP}.weight_scale", 5, value)
+    conversion.convert(model_dir, tmp_path / "out", verify=True)
+
+
+def before_moving(monkeypatch: pytest.MonkeyPatch, damage: Callable[[], object]) -> None:
+    """Do something after the plan has been made and before any byte has moved."""
+    scatter = conversion.scatter
+
+    def damaged(*args: Any, **kwargs: Any) -> dict[str, str]:
+        damage()
+        return scatter(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "scatter", damaged)
+
+
+def fails_while_moving(model_dir: Path, out_dir: Path, *options: str) -> str:
+    """As `fails`, where it is the test that changes the source."""
+    existed = out_dir.exists()
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(out_dir), "--quiet", *options])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert holds_nothing_finished(out_dir)
+    assert out_dir.exists() == existed
+    return one_error(result.stderr)
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("option", ["--direct-io", "--no-direct-io"])
+def test_a_source_truncated_while_it_is_read(
+    model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    nbytes = (model_dir / SECOND).stat().st_size - 1
+    before_moving(monkeypatch, lambda: os.truncate(model_dir / SECOND, nbytes))
+    message = fails_while_moving(model_dir, out_dir, option)
+    assert message == (
+        f"{SECOND}: ends at byte {nbytes}, expected at least {nbytes + 1}: it has become shorter"
+    )
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_source_that_vanishes(
+    model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_moving(monkeypatch, (model_dir / SECOND).unlink)
+    assert fails_while_moving(model_dir, out_dir) == f"{SECOND}: No such file or directory"
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("function", ["pwrite", "fsync", "ftruncate"])
+@pytest.mark.parametrize("option", ["--direct-io", "--no-direct-io"])
+def test_a_full_disk(
+    tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, function: str, option: str
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before_moving(monkeypatch, lambda: monkeypatch.setattr(os, function, full))
+    message = fails_while_moving(tiny, out_dir, option)
+    assert message == "model-00001-of-00001.safetensors.partial: No space left on device"
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("name", ["config.json", "fp4moe_manifest.json", INDEX, "tokenizer.json"])
+def test_a_disk_that_fills_up_at_the_end(
+    tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    assert fails_while_moving(tiny, out_dir) == f"{name}: No space left on device"
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_somebody_elses_file_in_out_dir_survives_a_failure(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_dir = tmp_path / "out"
+    poke(model_dir, f"{UP}.weight_scale", 0, 0x7F)
+    before_moving(monkeypatch, lambda: (out_dir / "notes.txt").write_text("mine"))
+    assert "NaN block scale" in fails(model_dir, out_dir, "--quiet")
+    assert [path.name for path in out_dir.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.usefixtures("flashinfer")
+@pytest.mark.parametrize("function", ["shuffle_matrix_a", "reorder_rows_for_gated_act_gemm"])
+def test_a_flashinfer_with_another_order(
+    tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr(f"flashinfer.{function}", lambda rows, *_: rows.flip(0))
+    message = fails_while_moving(tiny, out_dir)
+    assert re.fullmatch(
+        r"flashinfer \S+: puts row \d+ of \d+ (interleaved )?rows at \d+, expected row \d+: "
+        r"this release of fp4moe-convert does not know its layout",
+        message,
+    )
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_flashinfer_that_does_not_import(
+    tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    message = fails_while_moving(tiny, out_dir)
+    assert re.fullmatch(r"flashinfer: cannot be imported \(.*\); .* install .*", message)
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_result_that_does_not_verify(
+    model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = conversion.finish
+
+    def finish_and_damage(*args: Any, **kwargs: Any) -> Any:
+        manifest = finish(*args, **kwargs)
+        poke(out_dir, "lm_head.weight", 0, 0x55)
+        return manifest
+
+    monkeypatch.setattr(conversion, "finish", finish_and_damage)
+    arguments = [str(model_dir), str(out_dir), "--quiet", "--verify"]
+    result = CliRunner().invoke(convert_app, arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    message = one_error(result.stderr)
+    assert message.startswith("model-00001-of-00001.safetensors: 'lm_head.weight' ")
+    assert not (out_dir / INDEX).exists()
+
+
+# --- not bad enough to fail -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_differing_gate_and_up_scales_are_kept_with_a_warning(tmp_path: Path) -> None:
+    model_dir, out_dir = tmp_path / "model", tmp_path / "out"
+    spec = Spec(
+        experts=2, hidden=128, intermediate=64, layers=1, vocab_size=8, differing_scales=True
+    )
+    make_checkpoint(model_dir, spec)
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(out_dir), "--quiet"])
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        f"warning: {LAYER}: gate and up {leaf} differ for 2 of 2 experts; both are kept"
+        for leaf in ("weight_scale_2", "input_scale")
+    ]
+    for leaf in ("weight_scale_2", "input_scale"):
+        kept = read_tensor(out_dir, f"{LAYER}.w13_{leaf}")
+        assert kept == b"".join(
+            read_tensor(model_dir, f"{LAYER}.{expert}.{projection}.{leaf}")
+            for expert in range(2)
+            for projection in ("gate_proj", "up_proj")
+        )
+        gate, up = np.frombuffer(kept, "<f4").reshape(2, 2).T
+        assert (gate != up).all()
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_strays_are_left_out_with_a_warning(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(model_dir / THIRD, model_dir / "consolidated.safetensors")
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0
+    assert (
+        result.stderr == f"warning: consolidated.safetensors: is not named by {INDEX}, left out\n"
+    )
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_folder_whose_name_is_not_utf8(tiny: Path, tmp_path: Path) -> None:
+    model_dir = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xffel"))
+    shutil.copytree(tiny, model_dir)
+    arguments = [str(model_dir), str(tmp_path / "out"), "--quiet", "--verify"]
+    result = CliRunner().invoke(convert_app, arguments)
+    assert result.exit_code == 0, result.exception
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_source_with_a_manifest_of_its_own(model_dir: Path, tmp_path: Path) -> None:
+    # Left over from a conversion; the new one has to replace it.
+    (model_dir / "fp4moe_manifest.json").write_text("{}")
+    conversion.convert(model_dir, tmp_path / "out", verify=True)
+
+
+# --- as a process of its own ----------------------------------------------------------------------
+
+
+def run_process(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+CLI = (sys.executable, "-c", "from fp4moe_convert.cli import main_convert; main_convert()")
+
+
+def test_process_refuses_before_the_first_byte(model_dir: Path, tmp_path: Path) -> None:
+    truncate(SECOND, -1)(model_dir)
+    done = run_process(*CLI, str(model_dir), str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert one_error(done.stderr).startswith(f"{SECOND}: is truncated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_process_fails_while_bytes_move(model_dir: Path, tmp_path: Path) -> None:
+    # FlashInfer may still be half imported when the process ends.
+    poke(model_dir, f"{LAYER}.0.gate_proj.weight_scale", 0, 0x7F)
+    done = run_process(*CLI, str(model_dir), str(tmp_path / "out"), "--quiet")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "NaN block scale" in one_error(done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_process_meets_a_limit_of_the_system(tiny: Path, tmp_path: Path) -> None:
+    limited = ("bash", "-c", 'ulimit -f 1000 && exec "$@"', "bash", *CLI)
+    done = run_process(*limited, str(tiny), str(tmp_path / "out"), "--quiet")
+    assert (done.returncode, done.stdout) == (1, "")
+    message = "model-00001-of-00001.safetensors.partial: File too large"
+    assert one_error(done.stderr) == message
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,467 @@
+"""The command line: what it imports, prints and returns. Its failures are in test_bad_input.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from conftest import TINY
+from typer.testing import CliRunner, Result
+
+import fp4moe_convert
+from fp4moe_convert import Report, convert
+from fp4moe_convert.cli import app, convert_app, parse_size
+
+INDEX = "model.safetensors.index.json"
+LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+SIZES = {"experts": TINY.experts, "hidden": TINY.hidden, "intermediate": TINY.intermediate}
+ESCAPE = "\x1b"
+COLOUR = re.compile(rb"\x1b\[(\d+;)*[34][0-9](;\d+)*m")
+
+
+def run(*arguments: object) -> Result:
+    """``fp4moe`` in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def command(*arguments: object, python: tuple[str, ...] = (), call: str = "main") -> list[str]:
+    """A command line that runs ``fp4moe`` in a process of its own."""
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from fp4moe_convert.cli import {call}; {call}()"
+    )
+    return [sys.executable, *python, "-c", code, *map(str, arguments)]
+
+
+def one_json(text: str) -> dict[str, Any]:
+    """The only thing on stdout."""
+    content = json.loads(text)
+    assert isinstance(content, dict)
+    return content
+
+
+@pytest.fixture(scope="module")
+def report(tiny: Path, tmp_path_factory: pytest.TempPathFactory, flashinfer: None) -> Report:  # noqa: ARG001
+    """`tiny`, converted; for reading only."""
+    return convert(tiny, tmp_path_factory.mktemp("converted") / "out")
+
+
+@pytest.fixture
+def converted(report: Report) -> Path:
+    return report.out_dir
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+
+def imports_of(*arguments: object) -> set[str]:
+    """The top-level modules that a successful run imports."""
+    timed = command(*arguments, python=("-X", "importtime"))
+    done = subprocess.run(timed, capture_output=True, text=True, timeout=60, check=True)
+    names = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]], ids=" ".join)
+def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
+    imported = imports_of(*arguments)
+    assert "typer" in imported
+    assert not imported & {"numpy", "torch", "flashinfer", "xxhash"}
+
+
+def test_a_dry_run_imports_neither_torch_nor_flashinfer(tiny: Path, tmp_path: Path) -> None:
+    imported = imports_of("convert", tiny, tmp_path / "out", "--dry-run")
+    assert "numpy" in imported
+    assert not imported & {"torch", "flashinfer"}
+
+
+def test_inspect_and_verify_import_neither_torch_nor_flashinfer(
+    tiny: Path, converted: Path
+) -> None:
+    for arguments in (["inspect", tiny], ["verify", converted, "--source", tiny]):
+        assert not imports_of(*arguments) & {"torch", "flashinfer"}
+
+
+def test_every_public_name_is_there() -> None:
+    for name in fp4moe_convert.__all__:
+        assert getattr(fp4moe_convert, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = fp4moe_convert.nonsense
+
+
+# --- entry points and exit codes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "shows"),
+    [("fp4moe", ["convert", "verify", "inspect"]), ("fp4moe-convert", ["--max-shard-size"])],
+)
+def test_entry_points(script: str, shows: list[str]) -> None:
+    path = Path(sysconfig.get_path("scripts")) / script
+    done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    for word in shows:
+        assert word in done.stdout
+
+
+def test_convert_is_the_same_by_both_entry_points() -> None:
+    ours = CliRunner().invoke(convert_app, ["--help"]).stdout
+    theirs = run("convert", "--help").stdout
+    options = re.compile(r"--[a-z-]+")
+    assert set(options.findall(ours)) == set(options.findall(theirs))
+
+
+def test_exit_code_1_for_a_known_failure(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "no")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == (f"error: {tmp_path / 'no'}: does not exist; expected a model folder\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert"],
+        ["convert", "model"],
+        ["convert", "model", "out", "more"],
+        ["convert", "model", "out", "--nonsense"],
+        ["convert", "model", "out", "--threads", "0"],
+        ["convert", "model", "out", "--threads", "many"],
+        ["convert", "model", "out", "--max-shard-size", "12 junk"],
+        ["convert", "model", "out", "--max-shard-size", "9" * 400],
+        ["verify"],
+        ["inspect"],
+        ["nonsense"],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:60],
+)
+def test_exit_code_2_for_wrong_usage(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1", 1),
+        ("1000000", 10**6),
+        ("5GB", 5 * 10**9),
+        ("5gb", 5 * 10**9),
+        ("1.5 TB", 1_500_000_000_000),
+        ("500MiB", 500 * 2**20),
+        (" 2 kib ", 2048),
+        ("7B", 7),
+        ("0.5KB", 500),
+    ],
+)
+def test_parse_size(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.1", "-1", "12 junk", "GB", "5 G B", "1e9", "1,000", "5GB5", "inf", "0x10"]
+)
+def test_parse_size_refuses(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a size such as 5GB or 500MiB"):
+        parse_size(text)
+
+
+def test_max_shard_size_reaches_the_plan(tiny: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny, tmp_path / "out", "--dry-run", "--json", "--max-shard-size=1MiB")
+    plan = one_json(result.stdout)
+    assert plan["max_shard_bytes"] == 2**20
+    assert len(plan["shards"]) > 1
+    assert all(shard["bytes"] <= 2**20 for shard in plan["shards"].values())
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "out"
+    result = run("convert", tiny, out_dir, "--verify")
+    assert result.exit_code == 0
+    for words in (
+        r"converted +2 MoE layers",
+        r"tensors +[\d,]+ -> [\d,]+",
+        r"bytes +[\d,]+ -> [\d,]+",
+        r"time +[\d.]+ s, [\d.]+ GB/s",
+        r"peak memory +\d+ MB",
+        r"verified +every byte against the source",
+        r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+\)",
+        r"tensor parallel +sglang 1, 2, .*vllm 1, 2\b",
+        rf"serve +{out_dir} ",
+    ):
+        assert re.search(rf"^{words}", result.stdout, re.MULTILINE), words
+    assert ESCAPE not in result.stdout
+    assert (out_dir / INDEX).is_file()
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_convert_prints_one_json_object(tiny: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny, tmp_path / "out", "--json", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    content = one_json(result.stdout)
+    assert content["out_dir"] == str(tmp_path / "out")
+    assert content["layers"] == 2
+    assert content["tensors_in"] - content["tensors_out"] == 2 * (12 * TINY.experts - 8)
+    shards = (tmp_path / "out").glob("*.safetensors")
+    assert content["bytes_out"] == sum(path.stat().st_size for path in shards)
+    assert content["tensor_parallel"]["vllm"] == [1, 2]
+    assert content["verify_seconds"] is None
+    assert content["warnings"] == []
+
+
+def test_a_dry_run_writes_nothing(tiny: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny, tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert re.search(r"^would convert +2 MoE layers", result.stdout, re.MULTILINE)
+    for word in (*LAYERS, "model-00001-of-00001.safetensors"):
+        assert word in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_plans_what_a_run_does(tiny: Path, tmp_path: Path, report: Report) -> None:
+    result = run("convert", tiny, tmp_path / "out", "--dry-run", "--json")
+    plan = one_json(result.stdout)
+    assert plan["bytes_out"] == report.bytes_out
+    assert plan["tensors_out"] == report.tensors_out
+    assert plan["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
+    for name, shard in plan["shards"].items():
+        assert (report.out_dir / name).stat().st_size == shard["bytes"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_a_source(tiny: Path) -> None:
+    result = run("inspect", tiny)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"^state +source", result.stdout, re.MULTILINE)
+    assert re.search(r"^quantization +modelopt NVFP4", result.stdout, re.MULTILINE)
+    assert re.search(r"^to convert +2 MoE layers", result.stdout, re.MULTILINE)
+    for layer in LAYERS:
+        assert re.search(rf"^ *{layer} +4 +256 +128 *$", result.stdout, re.MULTILINE)
+
+
+def test_inspect_a_source_as_json(tiny: Path) -> None:
+    content = one_json(run("inspect", tiny, "--json").stdout)
+    assert content["state"] == "source"
+    assert content["reason"] is None
+    assert content["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
+    assert content["passed_layers"] == {}
+    assert content["shards"] == 3
+    assert content["bytes"] == sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
+    assert content["row_order"] is None
+
+
+def test_inspect_a_converted_folder(converted: Path) -> None:
+    result = run("inspect", converted)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"^state +converted", result.stdout, re.MULTILINE)
+    assert re.search(r"^converted +2 MoE layers", result.stdout, re.MULTILINE)
+
+
+def test_inspect_a_converted_folder_as_json(converted: Path, report: Report) -> None:
+    content = one_json(run("inspect", converted, "--json").stdout)
+    assert content["state"] == "converted"
+    assert content["quantization"] == "fp4moe NVFP4"
+    assert content["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
+    assert content["tensors"] == report.tensors_out
+    assert content["bytes"] == report.bytes_out
+    assert content["tensor_parallel"] == report.tensor_parallel
+    assert content["row_order"] == report.row_order
+    assert content["flashinfer"] == report.flashinfer
+
+
+def test_inspect_says_why_a_folder_is_unsupported(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    result = run("inspect", model_dir, "--json")
+    assert result.exit_code == 0
+    content = one_json(result.stdout)
+    assert content["state"] == "unsupported"
+    assert content["reason"] == "config.json: not ModelOpt NVFP4: the quantization is fp8"
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+def test_verify(tiny: Path, converted: Path, with_source: bool) -> None:
+    options = ["--source", tiny] if with_source else []
+    result = run("verify", converted, "--quiet", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"^verified +the manifest's checksums", result.stdout, re.MULTILINE)
+    assert (f"every byte with {tiny}" in result.stdout) == with_source
+
+    result = run("verify", converted, "--quiet", "--json", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = one_json(result.stdout)
+    assert content["source"] == (str(tiny) if with_source else None)
+    files = [path for path in converted.rglob("*") if path.is_file()]
+    assert content["files"] == len(files)
+
+
+def test_verify_finds_a_changed_byte(tiny: Path, tmp_path: Path, flashinfer: None) -> None:  # noqa: ARG001
+    out_dir = convert(tiny, tmp_path / "out").out_dir
+    shard = out_dir / "model-00001-of-00001.safetensors"
+    with open(shard, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    for options in ([], ["--source", tiny]):
+        result = run("verify", out_dir, "--quiet", *options)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert re.fullmatch(rf"error: {shard.name}: '.+' .+\n", result.stderr)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_progress_in_a_log_is_plain_lines(tiny: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny, tmp_path / "out", "--verify")
+    lines = result.stderr.splitlines()
+    phases = [line.split()[0] for line in lines]
+    assert phases == ["converting", "converting", "verifying", "verifying"]
+    for line in lines:
+        assert re.match(r"(converting|verifying) +\d+%, [\d.]+ of [\d.]+ GB\b", line)
+        assert line.isprintable()
+    assert "100%" in lines[1]
+    assert "100%" in lines[3]
+
+
+def on_a_terminal(arguments: list[str], **env: str) -> bytes:
+    """What a successful run writes to stderr when that is a terminal; stdout is a pipe."""
+    ours, theirs = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "100", **env}
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while piece := os.read(ours, 65536):
+                written += piece
+        except OSError:  # Linux says so when the other side has closed
+            pass
+        os.close(ours)
+        assert process.stdout is not None
+        assert ESCAPE.encode() not in process.stdout.read()
+    assert process.returncode == 0
+    return written
+
+
+def test_progress_on_a_terminal_is_a_bar(tiny: Path, converted: Path) -> None:
+    written = on_a_terminal(command("verify", converted, "--source", tiny))
+    assert COLOUR.search(written)
+    assert "verifying" in written.decode()
+    assert "━━━" in written.decode()
+    assert re.search(rb"\d\.\d/\d\.\d MB", written)
+    hidden, shown = written.rfind(b"\x1b[?25l"), written.rfind(b"\x1b[?25h")
+    assert hidden < shown  # the cursor is back
+
+
+def test_no_color_is_respected(converted: Path) -> None:
+    written = on_a_terminal(command("verify", converted), NO_COLOR="1")
+    assert b"verifying" in written
+    assert not COLOUR.search(written)
+
+
+def test_quiet_shows_no_bar(converted: Path) -> None:
+    assert on_a_terminal(command("verify", converted, "--quiet")) == b""
+
+
+# --- Ctrl-C and broken pipes ----------------------------------------------------------------------
+
+
+def looks_unfinished(out_dir: Path) -> bool:
+    return not (out_dir / INDEX).exists() and not list(out_dir.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--threads=1"], ["--max-shard-size=300KB"]],
+    ids=["one thread", "all threads wait"],
+)
+def test_ctrl_c(tiny: Path, tmp_path: Path, options: list[str]) -> None:
+    # A FlashInfer that takes long to import, as from a cold disk: until it answers no shard gets
+    # its name, so the run is certain to be under way when the signal comes.
+    slow = tmp_path / "slow" / "flashinfer"
+    slow.mkdir(parents=True)
+    (slow / "__init__.py").write_text("import time\ntime.sleep(8)\n")
+    search = [str(slow.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    out_dir = tmp_path / "out"
+    process = subprocess.Popen(
+        command(tiny, out_dir, *options, call="main_convert"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+    )
+    with process:
+        assert process.stderr is not None
+        assert select.select([process.stderr], [], [], 30)[0]
+        assert process.stderr.readline().startswith("converting")
+        time.sleep(0.5)
+        assert list(out_dir.glob("*.partial"))
+        started = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        seconds = time.perf_counter() - started
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert looks_unfinished(out_dir)
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_reader_that_has_gone_is_no_traceback(tiny: Path, options: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command("inspect", tiny, *options),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command("inspect", tiny, *options),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*: No space left on device\n", done.stderr)

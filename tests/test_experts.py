@@ -1,0 +1,373 @@
+"""Which layers are converted, which pass through, which are refused: names, dtypes, shapes only."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp4moe_convert.checkpoint import Checkpoint, Shard
+from fp4moe_convert.contract import Geometry
+from fp4moe_convert.errors import CheckpointError
+from fp4moe_convert.experts import LEAVES, PROJECTIONS, MoeLayer, PassedLayer, find_layers
+from fp4moe_convert.headers import Header, TensorInfo, spec_nbytes
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+E, H, I = 3, 256, 128  # noqa: E741 (the letters of the format)
+PREFIX = "model.layers.1.mlp.experts"
+CONFIG = {"num_hidden_layers": 3, "n_routed_experts": E}
+
+
+def layer(
+    prefix: str = PREFIX, *, experts: int = E, hidden: int = H, intermediate: int = I
+) -> Tensors:
+    """The tensors of one complete NVFP4 layer."""
+    tensors: Tensors = {}
+    for expert in range(experts):
+        for projection in PROJECTIONS:
+            rows, cols = (
+                (hidden, intermediate) if projection == "down_proj" else (intermediate, hidden)
+            )
+            name = f"{prefix}.{expert}.{projection}"
+            tensors[f"{name}.weight"] = ("U8", (rows, cols // 2))
+            tensors[f"{name}.weight_scale"] = ("F8_E4M3", (rows, cols // 16))
+            tensors[f"{name}.weight_scale_2"] = ("F32", ())
+            tensors[f"{name}.input_scale"] = ("F32", ())
+    return tensors
+
+
+def checkpoint(*shards: Tensors, **config: Any) -> Checkpoint:
+    """A checkpoint of shards ``1.safetensors``, ``2.safetensors``, ... that no disk holds."""
+    opened = []
+    for number, tensors in enumerate(shards, start=1):
+        infos, position = [], 0
+        for name, (dtype, shape) in tensors.items():
+            stop = position + spec_nbytes(dtype, shape)
+            infos.append(TensorInfo(name, dtype, shape, position, stop))
+            position = stop
+        path = Path(f"{number}.safetensors")
+        opened.append(Shard(path.name, path, Header(8, tuple(infos), "digest")))
+    return Checkpoint(
+        root=Path(),
+        config={key: value for key, value in (CONFIG | config).items() if value is not None},
+        hf_quant_config=None,
+        shards=tuple(opened),
+        other_files=(),
+        left_out={},
+    )
+
+
+def found(*shards: Tensors, **config: Any) -> list[MoeLayer]:
+    """The layers to convert, where none passes through."""
+    layers, passed = find_layers(checkpoint(*shards, **config))
+    assert passed == []
+    return layers
+
+
+def passed(*shards: Tensors, **config: Any) -> dict[str, str]:
+    """The reasons by prefix, where no layer is converted."""
+    layers, others = find_layers(checkpoint(*shards, **config))
+    assert layers == []
+    return {layer.prefix: layer.reason for layer in others}
+
+
+def refuses(message: str, *shards: Tensors, **config: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        find_layers(checkpoint(*shards, **config))
+
+
+# --- converted ------------------------------------------------------------------------------------
+
+
+def test_a_complete_layer() -> None:
+    tensors = layer()
+    [moe] = found(tensors)
+    assert (moe.prefix, moe.number) == (PREFIX, 1)
+    assert moe.geometry == Geometry(experts=E, hidden=H, intermediate=I)
+    assert {t.info.name for t in moe.tensors.values()} == set(tensors)
+    for (expert, projection, leaf), tensor in moe.tensors.items():
+        assert tensor.info.name == f"{PREFIX}.{expert}.{projection}.{leaf}"
+
+
+def test_a_layer_whose_shards_cut_an_expert_in_two() -> None:
+    whole = list(layer().items())
+    cut = next(n for n, (name, _) in enumerate(whole) if name.endswith("1.up_proj.weight"))
+    [moe] = found(dict(whole[:cut]), dict(whole[cut:]))
+    assert moe.tensors[1, "gate_proj", "weight"].shard.name == "1.safetensors"
+    assert moe.tensors[1, "up_proj", "weight"].shard.name == "2.safetensors"
+
+
+def test_names_may_come_in_any_order() -> None:
+    [moe] = found(dict(reversed(layer().items())))
+    assert moe.geometry.experts == E
+
+
+def test_layers_come_in_order_of_their_numbers() -> None:
+    prefixes = [f"model.layers.{number}.mlp.experts" for number in (10, 9, 0)]
+    shards = [layer(prefix) for prefix in prefixes]
+    layers = found(*shards, num_hidden_layers=11)
+    assert [moe.number for moe in layers] == [0, 9, 10]
+
+
+def test_layers_may_differ_in_size() -> None:
+    other = layer("model.layers.2.mlp.experts", hidden=128, intermediate=48)
+    sizes = [(moe.geometry.hidden, moe.geometry.intermediate) for moe in found(layer(), other)]
+    assert sizes == [(256, 128), (128, 48)]
+
+
+def test_tensors_that_are_no_experts_do_not_matter() -> None:
+    others: Tensors = {
+        "model.layers.1.mlp.gate.weight": ("BF16", (E, H)),
+        "model.layers.1.mlp.shared_experts.up_proj.weight": ("U8", (I, H // 2)),
+        "model.layers.1.mlp.experts_bias": ("F32", (E,)),
+        "lm_head.weight": ("BF16", (8, H)),
+    }
+    assert len(found(others, layer())) == 1
+
+
+@pytest.mark.parametrize("key", ["n_routed_experts", "num_experts", "num_local_experts"])
+def test_the_number_of_experts_goes_by_many_names(key: str) -> None:
+    [moe] = found(layer(), **{"n_routed_experts": None, key: E})
+    assert moe.geometry.experts == E
+
+
+def test_the_number_of_experts_may_be_unsaid() -> None:
+    [moe] = found(layer(experts=5), n_routed_experts=None)
+    assert moe.geometry.experts == 5
+
+
+def test_multimodal_models_nest_their_text_config() -> None:
+    tensors = layer("language_model.model.layers.1.mlp.experts")
+    nested = dict(CONFIG)
+    [moe] = found(tensors, num_hidden_layers=None, n_routed_experts=None, text_config=nested)
+    assert moe.number == 1
+    assert moe.prefix == "language_model.model.layers.1.mlp.experts"
+
+
+def test_per_tensor_scales_may_be_vectors_of_one() -> None:
+    tensors = {
+        name: (dtype, (1,) if dtype == "F32" else shape) for name, (dtype, shape) in layer().items()
+    }
+    assert len(found(tensors)) == 1
+
+
+# --- passed through -------------------------------------------------------------------------------
+
+
+def test_an_mtp_layer_passes_through() -> None:
+    tensors = layer("model.layers.3.mlp.experts")
+    reason = "layer 3 is not among the 3 hidden layers (MTP)"
+    assert passed(tensors) == {"model.layers.3.mlp.experts": reason}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "said"),
+    [(["BF16"], "BF16"), (["F8_E4M3"], "F8_E4M3"), (["F16", "BF16"], "BF16 and F16")],
+)
+def test_experts_that_are_not_nvfp4_pass_through(dtypes: list[str], said: str) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}.{expert}.up_proj.weight": (dtype, (I, H)) for expert, dtype in enumerate(dtypes)
+    }
+    assert passed(tensors) == {PREFIX: f"its experts are {said}, not NVFP4"}
+
+
+def test_experts_without_weights_pass_through() -> None:
+    tensors: Tensors = {f"{PREFIX}.0.up_proj.input_scale": ("F32", ())}
+    assert passed(tensors) == {PREFIX: "its experts are without weights, not NVFP4"}
+
+
+def test_experts_outside_the_layers_pass_through() -> None:
+    assert passed(layer("model.mtp.experts")) == {
+        "model.mtp.experts": "its name has no layer number"
+    }
+
+
+def test_passed_layers_come_in_order_and_beside_converted_ones() -> None:
+    bf16: Tensors = {"model.layers.0.mlp.experts.0.up_proj.weight": ("BF16", (I, H))}
+    layers, others = find_layers(checkpoint(layer("model.layers.10.mlp.experts"), layer(), bf16))
+    assert [moe.prefix for moe in layers] == [PREFIX]
+    assert others == [
+        PassedLayer("model.layers.0.mlp.experts", "its experts are BF16, not NVFP4"),
+        PassedLayer(
+            "model.layers.10.mlp.experts", "layer 10 is not among the 3 hidden layers (MTP)"
+        ),
+    ]
+
+
+def test_a_model_without_experts_has_no_layers() -> None:
+    assert find_layers(checkpoint({"lm_head.weight": ("BF16", (8, H))})) == ([], [])
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_refuses_a_missing_leaf(projection: str, leaf: str) -> None:
+    tensors = layer()
+    name = f"{PREFIX}.1.{projection}.{leaf}"
+    del tensors[name]
+    refuses(f"1.safetensors: '{name}' is missing from every shard", tensors)
+
+
+def test_a_missing_leaf_is_sought_where_its_expert_is() -> None:
+    whole = list(layer().items())
+    half = len(whole) // 2
+    second = dict(whole[half:])
+    del second[f"{PREFIX}.2.down_proj.input_scale"]
+    message = f"2.safetensors: '{PREFIX}.2.down_proj.input_scale' is missing from every shard"
+    refuses(message, dict(whole[:half]), second)
+
+
+@pytest.mark.parametrize("missing", range(E))
+def test_refuses_a_missing_expert(missing: int) -> None:
+    tensors = {n: t for n, t in layer().items() if not n.startswith(f"{PREFIX}.{missing}.")}
+    message = (
+        f"config.json: layer '{PREFIX}' should have 3 experts, but no shard has expert {missing}"
+    )
+    refuses(message, tensors)
+
+
+def test_refuses_a_missing_expert_that_config_does_not_count() -> None:
+    tensors = {n: t for n, t in layer().items() if not n.startswith(f"{PREFIX}.1.")}
+    message = f"{PREFIX}.1: no shard has this expert, but some have later ones"
+    refuses(message, tensors, n_routed_experts=None)
+
+
+def test_refuses_more_experts_than_config_counts() -> None:
+    message = f"1.safetensors: '{PREFIX}.2.gate_proj.weight' is of expert 2, config.json allows 2"
+    refuses(message, layer(), n_routed_experts=2)
+
+
+def test_a_huge_number_of_experts_is_refused_at_once() -> None:
+    tensors = layer() | {f"{PREFIX}.999999999999.up_proj.weight": ("U8", (I, H // 2))}
+    refuses(
+        f"{PREFIX}.3: no shard has this expert, but some have later ones",
+        tensors,
+        n_routed_experts=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"model.layers.{'9' * 5000}.mlp.experts.0.up_proj.weight", f"{PREFIX}.{'9' * 5000}.x"],
+    ids=["layer", "expert"],
+)
+def test_a_number_of_thousands_of_digits_is_no_reason_to_crash(name: str) -> None:
+    with suppress(CheckpointError):  # int() raises ValueError beyond 4300 digits
+        find_layers(checkpoint(layer(), {name: ("U8", (1,))}))
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BF16", "F4"])
+def test_refuses_a_weight_of_another_dtype(dtype: str) -> None:
+    name = f"{PREFIX}.1.up_proj.weight"
+    refuses(
+        f"1.safetensors: '{name}' is {dtype} [128, 128], expected U8 [128, 128] "
+        "(H = 256, I = 128, as in expert 0)",
+        layer() | {name: (dtype, (128, 128))},
+    )
+
+
+def test_refuses_a_first_weight_of_another_dtype() -> None:
+    name = f"{PREFIX}.0.gate_proj.weight"
+    refuses(
+        f"1.safetensors: '{name}' is BF16 [128, 256], expected U8 [I, H/2]",
+        layer() | {name: ("BF16", (128, 256))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "shape", "expected"),
+    [
+        ("gate_proj.weight", "U8", (128, 64), "U8 [128, 128]"),
+        ("up_proj.weight", "U8", (64, 128), "U8 [128, 128]"),
+        ("up_proj.weight", "U8", (128 * 128,), "U8 [128, 128]"),
+        ("down_proj.weight", "U8", (128, 128), "U8 [256, 64]"),
+        ("gate_proj.weight_scale", "F8_E4M3", (128, 8), "F8_E4M3 [128, 16]"),
+        ("gate_proj.weight_scale", "U8", (128, 16), "F8_E4M3 [128, 16]"),
+        ("down_proj.weight_scale", "F8_E5M2", (256, 8), "F8_E4M3 [256, 8]"),
+        ("up_proj.weight_scale_2", "F32", (2,), "F32 []"),
+        ("up_proj.weight_scale_2", "BF16", (), "F32 []"),
+        ("down_proj.input_scale", "F32", (1, 1), "F32 []"),
+    ],
+)
+def test_refuses_what_is_unlike_the_other_experts(
+    leaf: str, dtype: str, shape: tuple[int, ...], expected: str
+) -> None:
+    name = f"{PREFIX}.2.{leaf}"
+    refuses(
+        f"1.safetensors: '{name}' is {dtype} {list(shape)}, expected {expected} "
+        "(H = 256, I = 128, as in expert 0)",
+        layer() | {name: (dtype, shape)},
+    )
+
+
+@pytest.mark.parametrize(
+    "rest", ["up_proj.bias", "up_proj.weight_zero_point", "w1.weight", "gate_up_proj.weight", "x"]
+)
+def test_refuses_an_unknown_leaf(rest: str) -> None:
+    name = f"{PREFIX}.1.{rest}"
+    refuses(
+        f"1.safetensors: '{name}' is not a tensor of a ModelOpt NVFP4 expert "
+        "(gate_proj, up_proj, down_proj with weight, weight_scale, weight_scale_2, input_scale)",
+        layer() | {name: ("F32", ())},
+    )
+
+
+@pytest.mark.parametrize("hidden", [64, 192, 2880])
+def test_refuses_a_hidden_size_that_tiles_do_not_divide(hidden: int) -> None:
+    refuses(
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives hidden size H = {hidden}, "
+        "which is not a multiple of 128",
+        layer(hidden=hidden),
+    )
+
+
+@pytest.mark.parametrize("intermediate", [8, 24, 100])
+def test_refuses_an_intermediate_size_that_blocks_do_not_divide(intermediate: int) -> None:
+    refuses(
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives "
+        f"intermediate size I = {intermediate}, which is not a multiple of 16",
+        layer(intermediate=intermediate),
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "said"),
+    [(0, 128, "hidden size H = 0"), (256, 0, "intermediate size I = 0")],
+)
+def test_refuses_empty_experts(hidden: int, intermediate: int, said: str) -> None:
+    multiple = 16 if hidden else 128
+    refuses(
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives {said}, "
+        f"which is not a multiple of {multiple}",
+        layer(hidden=hidden, intermediate=intermediate),
+    )
+
+
+@pytest.mark.parametrize("intermediate", [16, 48, 192, 320])
+def test_accepts_any_intermediate_size_of_whole_blocks(intermediate: int) -> None:
+    [moe] = found(layer(intermediate=intermediate))
+    assert moe.geometry.intermediate == intermediate
+
+
+def test_refuses_two_spellings_of_one_expert() -> None:
+    refuses(
+        f"2.safetensors: '{PREFIX}.01.up_proj.weight' names the same expert tensor as "
+        f"'{PREFIX}.1.up_proj.weight'",
+        layer(),
+        {f"{PREFIX}.01.up_proj.weight": ("U8", (I, H // 2))},
+    )
+
+
+def test_refuses_a_config_that_does_not_count_its_layers() -> None:
+    refuses("config.json: num_hidden_layers is missing", layer(), num_hidden_layers=None)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_routed_experts"])
+def test_refuses_a_count_that_is_not_one(key: str) -> None:
+    refuses(f"config.json: {key} is '3', expected a positive integer", layer(), **{key: "3"})

@@ -187,11 +187,15 @@ def _write_all(fd: int, data: Bytes, offset: int) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small new file, durably, under a temporary name until it is whole.
+    """Write a small file, durably, under a temporary name until it is whole; one that is there
+    already with the same bytes is left alone.
 
     Raises:
         OutputError: naming the file and the system's reason.
     """
+    with naming(path.name, OutputError):
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+            return
     partial = partial_path(path)
     file = WriteFile(partial, len(data), direct=False)
     file.write(np.frombuffer(data, np.uint8), 0)

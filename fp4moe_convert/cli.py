@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print. The only room that prints.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a known failure, 2 wrong
-usage, 130 Ctrl-C.
+usage, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,7 +51,7 @@ def parse_size(text: str) -> int:
 
 
 def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
-    """Known failures become one line and exit code 1, Ctrl-C exit code 130."""
+    """Known failures become one line and exit code 1, Ctrl-C and SIGTERM 130 and 143."""
 
     @functools.wraps(command)
     def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
@@ -59,9 +60,9 @@ def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
         except ConvertError as error:
             _say(f"error: {error}", style="red")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _say("error: interrupted", style="red")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            _say("error: interrupted; run the same command again to resume", style="red")
+            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
         except _StdoutError as error:
             # The interpreter would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,6 +71,14 @@ def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: an end as orderly as Ctrl-C's."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 class _StdoutError(Exception):
@@ -110,7 +119,11 @@ ModelDir = Annotated[
     Path, typer.Argument(help="A local ModelOpt NVFP4 model folder.", show_default=False)
 ]
 OutDir = Annotated[
-    Path, typer.Argument(help="The converted checkpoint: new or empty.", show_default=False)
+    Path,
+    typer.Argument(
+        help="The converted checkpoint: a new or empty folder, or one to resume.",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -142,6 +155,12 @@ def convert_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
+        ),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -166,7 +185,9 @@ def convert_command(
             direct_io=direct_io,
             threads=threads,
             verify=verify,
+            overwrite=overwrite,
             on_progress=on_progress,
+            on_note=None if quiet else _say,
         )
     for warning in report.warnings:
         _say(f"warning: {warning}", style="yellow")
@@ -228,6 +249,7 @@ def main_convert() -> None:
 
 
 def _run(command: typer.Typer) -> None:
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         command()
     except SystemExit as end:

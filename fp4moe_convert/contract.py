@@ -177,13 +177,21 @@ def read_quantization_section(section: Mapping[str, Any]) -> Conversion:
                 f"{layout['epilogue_tile_m']}, expected {LAYOUT_NAME} with {EPILOGUE_TILE_M}"
             )
         return Conversion(
-            layers={prefix: Geometry(**sizes) for prefix, sizes in section["layers"].items()},
+            layers={prefix: _geometry(sizes) for prefix, sizes in section["layers"].items()},
             row_order=str(layout["row_order"]),
             flashinfer=str(layout["flashinfer"]),
             source=dict(section["source"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(f"{CONFIG_NAME}: quantization_config is malformed: {error!r}") from None
+
+
+def _geometry(sizes: Mapping[str, Any]) -> Geometry:
+    geometry = Geometry(**sizes)
+    for size in (geometry.experts, geometry.hidden, geometry.intermediate):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{size!r} is not a size")
+    return geometry
 
 
 MAX_TENSOR_PARALLEL = 64

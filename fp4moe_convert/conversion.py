@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .blockio import ReadFile, partial_path, read_buffer
+from .blockio import ReadFile, read_buffer
 from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
-from .contract import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, layer_tensors
-from .errors import CheckpointError, OutputError, VerifyError, naming
+from .contract import layer_tensors
+from .errors import CheckpointError, VerifyError
 from .manifest import finish
-from .plan import DEFAULT_MAX_SHARD_NBYTES, Plan, make_plan
+from .plan import DEFAULT_MAX_SHARD_NBYTES, Plan, PlannedShard, make_plan
 from .progress import OnProgress, track
 from .row_order import ask_flashinfer
 from .scatter import DEFAULT_THREADS, scatter
 from .verification import verify as verify_folder
+from .workspace import Workspace
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+OnNote = Callable[[str], None]
+"""Told something worth knowing, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Report:
     tensors_out: int
     bytes_in: int
     bytes_out: int
+    bytes_written: int
+    """Of ``bytes_out``: the shards that were not there from an earlier run."""
+    shards: int
+    shards_kept: int
+    """Of ``shards``: finished by an earlier run."""
     seconds: float
     """Wall time of the conversion, from the first header to the index."""
     peak_rss: int
@@ -56,7 +62,7 @@ class Report:
 
     @property
     def bytes_per_second(self) -> float:
-        return self.bytes_out / self.seconds
+        return self.bytes_written / self.seconds
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +73,9 @@ class Report:
             "tensors_out": self.tensors_out,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
+            "bytes_written": self.bytes_written,
+            "shards": self.shards,
+            "shards_kept": self.shards_kept,
             "seconds": round(self.seconds, 3),
             "bytes_per_second": round(self.bytes_per_second),
             "peak_rss_bytes": self.peak_rss,
@@ -108,21 +117,26 @@ def convert(
     direct_io: bool = True,
     threads: int = DEFAULT_THREADS,
     verify: bool = False,
+    overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
 ) -> Report:
     """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels.
 
-    All checks that headers and sizes allow come before the first byte. After a failure the output
-    folder holds nothing of this run.
+    All checks that headers and sizes allow come before the first byte. After a failure, or a kill
+    at any moment, the same call takes up the shards that were finished and ends with the same
+    bytes; until it does, the folder has no index.
 
     Args:
         model_dir: a local model folder; a Hub cache snapshot will do.
-        out_dir: empty, or not there yet.
+        out_dir: empty, not there yet, or left by an earlier run.
         max_shard_nbytes: no output file is larger, unless a single tensor is.
         direct_io: bypass the page cache where the file systems allow.
         threads: workers that read, arrange and write.
         verify: afterwards, read the result back and compare it with the source.
+        overwrite: start afresh and delete what earlier runs left in ``out_dir``.
         on_progress: called after each few MiB, from any thread, one call at a time.
+        on_note: told, in words, what of an earlier run is kept and what is done again.
 
     Raises:
         CheckpointError: the source cannot be converted.
@@ -133,39 +147,49 @@ def convert(
     started = time.perf_counter()
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     checkpoint, plan = prepare(model_dir, max_shard_nbytes=max_shard_nbytes)
-    check_out_dir(checkpoint, plan, out_dir)
+    with Workspace(checkpoint, plan, out_dir, overwrite=overwrite) as workspace:
+        # FlashInfer and torch take seconds to import. Bytes move meanwhile, under temporary
+        # names: no shard gets its own before the answer is there.
+        row_order = _in_background(ask_flashinfer, [layer.geometry for layer in plan.layers])
+        _tell(workspace, plan, on_note)
+        shards = workspace.shards_to_write
+        records = dict(workspace.kept)
+        to_move = sum(shard.nbytes - len(shard.header) for shard in shards)
 
-    # FlashInfer and torch take seconds to import. Bytes move meanwhile, under temporary names:
-    # no shard gets its own before the answer is there.
-    row_order = _in_background(ask_flashinfer, [layer.geometry for layer in plan.layers])
-    created = not out_dir.exists()
-    try:
-        with naming(out_dir, OutputError):
-            out_dir.mkdir(parents=True, exist_ok=True)
-        checksums = scatter(
-            plan,
+        def seal(shard: PlannedShard, checksums: Mapping[str, str]) -> None:
+            records[shard.name] = workspace.seal(shard, checksums)
+
+        scatter(
+            shards,
             out_dir,
             direct=direct_io,
             threads=threads,
             confirmation=row_order,
-            on_move=track("converting", plan.moved_nbytes, on_progress),
+            on_move=track("converting", to_move, on_progress),
+            on_synced=seal,
         )
         warnings = _warnings(checkpoint, plan, out_dir)
-        finish(checkpoint, plan, out_dir, row_order=row_order.result(), checksums=checksums)
-    except BaseException:
-        _discard(checkpoint, plan, out_dir, folder_too=created)
-        raise
-    seconds = time.perf_counter() - started
-    verify_seconds = None
-    if verify:
-        try:
-            verify_seconds = verify_folder(
-                out_dir, model_dir, direct_io=direct_io, threads=threads, on_progress=on_progress
-            ).seconds
-        except VerifyError:
-            # Whatever is wrong with the folder, it must not look finished.
-            (out_dir / INDEX_NAME).unlink(missing_ok=True)
-            raise
+        finish(
+            checkpoint,
+            plan,
+            out_dir,
+            row_order=row_order.result(),
+            shards={shard.name: records[shard.name] for shard in plan.shards},
+        )
+        seconds = time.perf_counter() - started
+        verified = None
+        if verify:
+            try:
+                verified = verify_folder(
+                    out_dir,
+                    model_dir,
+                    direct_io=direct_io,
+                    threads=threads,
+                    on_progress=on_progress,
+                )
+            except VerifyError:
+                workspace.distrust()
+                raise
     return Report(
         out_dir=out_dir,
         layers=len(plan.layers),
@@ -174,42 +198,29 @@ def convert(
         tensors_out=plan.tensors_out,
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
+        bytes_written=sum(shard.nbytes for shard in shards),
+        shards=len(plan.shards),
+        shards_kept=len(workspace.kept),
         seconds=seconds,
         peak_rss=peak_rss(),
         tensor_parallel=plan.tensor_parallel,
         flashinfer=row_order.result().flashinfer,
         row_order=row_order.result().fingerprint,
         warnings=warnings,
-        verify_seconds=verify_seconds,
+        verify_seconds=verified.seconds if verified else None,
     )
 
 
-def check_out_dir(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> None:
-    """Refuse an output folder that is in the way or too small.
-
-    Raises:
-        OutputError: not a folder, not empty, equal to, inside or around the source, or on a file
-            system without enough free space.
-    """
-    # realpath, because Path.resolve raises RuntimeError for a link to itself.
-    source, target = Path(os.path.realpath(checkpoint.root)), Path(os.path.realpath(out_dir))
-    if target == source or source in target.parents or target in source.parents:
-        relation = (
-            "is" if target == source else "is inside" if source in target.parents else "holds"
+def _tell(workspace: Workspace, plan: Plan, on_note: OnNote | None) -> None:
+    if on_note is None:
+        return
+    for name, why in workspace.redone.items():
+        on_note(f"{name}: done again: {why}")
+    if workspace.kept:
+        on_note(
+            f"resuming: {len(workspace.kept)} of {len(plan.shards)} shards were finished before "
+            "and are kept"
         )
-        raise OutputError(f"{out_dir}: {relation} the source folder {checkpoint.root}")
-    with naming(out_dir, OutputError):
-        if out_dir.exists() and not out_dir.is_dir():
-            raise OutputError(f"{out_dir}: is not a folder")
-        if out_dir.is_dir() and any(out_dir.iterdir()):
-            raise OutputError(f"{out_dir}: is not empty")
-        existing = next(path for path in (target, *target.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        needed = plan.bytes_out + sum(
-            (checkpoint.root / name).stat().st_size for name in checkpoint.other_files
-        )
-    if free < needed:
-        raise OutputError(f"{out_dir}: needs {needed:,} bytes of free disk, there are {free:,}")
 
 
 def peak_rss() -> int:
@@ -250,23 +261,3 @@ def _warnings(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> list[str]:
                     f"{layer.geometry.experts} experts; both are kept"
                 )
     return warnings
-
-
-def _discard(checkpoint: Checkpoint, plan: Plan, out_dir: Path, *, folder_too: bool) -> None:
-    """Remove what a failed run has written; nothing else can be in the folder."""
-    names = [
-        INDEX_NAME,
-        CONFIG_NAME,
-        MANIFEST_NAME,
-        *(shard.name for shard in plan.shards),
-        *checkpoint.other_files,
-    ]
-    for path in (out_dir / name for name in names):
-        with suppress(OSError):  # the failure that led here is the one to tell of
-            path.unlink(missing_ok=True)
-            partial_path(path).unlink(missing_ok=True)
-    folders = {parent for name in names for parent in (out_dir / name).parents}
-    for folder in sorted(folders, reverse=True):
-        if (out_dir in folder.parents or (folder == out_dir and folder_too)) and folder.is_dir():
-            with suppress(OSError):  # somebody else's file is in it
-                folder.rmdir()

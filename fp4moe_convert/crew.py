@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,6 +12,10 @@ import xxhash
 from .layouts import Bytes
 
 Job = TypeVar("Job")
+
+
+STOP_SECONDS = 1.5
+"""How long an interrupted run waits for its threads."""
 
 
 class _Stopped(Exception):  # noqa: N818 (not an error: another thread has already failed)
@@ -70,9 +75,11 @@ class Crew:
             for ended in ends:
                 ended.wait()
         except BaseException:
+            # A thread may be waiting for a slow disk; Ctrl-C should not.
             self._stop()
+            deadline = time.monotonic() + STOP_SECONDS
             for ended in ends:
-                ended.wait()
+                ended.wait(max(0.0, deadline - time.monotonic()))
             raise
         if failures:
             raise failures[0]

@@ -112,6 +112,9 @@ def report_table(report: Report) -> Table:
         "passed through": _passed(report.passed_layers),
         "tensors": f"{report.tensors_in:,} -> {report.tensors_out:,}",
         "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
+        "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
+        if report.shards_kept
+        else "",
         "time": f"{report.seconds:.1f} s, {report.bytes_per_second / 1e9:.2f} GB/s",
         "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
         "verified": ""

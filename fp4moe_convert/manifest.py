@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from .contract import (
     quantization_section,
 )
 from .errors import CheckpointError, OutputError, VerifyError, naming
-from .plan import MOVE_NBYTES, Plan
+from .layouts import Bytes
+from .plan import MOVE_NBYTES, Plan, PlannedShard
 from .row_order import RowOrder
 
 VERSION = importlib.metadata.version("fp4moe-convert")
@@ -50,6 +51,15 @@ class ShardRecord:
     """XXH3-128 of the header, length word included."""
     tensors: Mapping[str, str]
     """XXH3-128 of each tensor's bytes."""
+
+    @classmethod
+    def of(cls, shard: PlannedShard, checksums: Mapping[str, str]) -> ShardRecord:
+        """The record of a shard, with the checksums of (at least) its tensors."""
+        return cls(
+            nbytes=shard.nbytes,
+            header=xxhash.xxh3_128_hexdigest(shard.header),
+            tensors={name: checksums[name] for name in shard.tensors},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +125,43 @@ def read_manifest(out_dir: Path) -> Manifest:
     recorded = content.pop("manifest", None)
     if recorded != _hash_json(content):
         raise VerifyError(f"{MANIFEST_NAME}: has been changed: it does not match its own checksum")
-    return Manifest(
-        source=content["source"],
-        versions=content["versions"],
-        row_order=content["row_order"],
-        max_shard_nbytes=content["max_shard_bytes"],
-        plan=content["plan"],
-        shards={
-            name: ShardRecord(record["bytes"], record["header"], record["tensors"])
-            for name, record in content["shards"].items()
-        },
-        files={
-            name: FileRecord(record["bytes"], record[_CHECKSUM])
-            for name, record in content["files"].items()
-        },
-    )
+    # Anybody can write a checksum that matches.
+    match content:
+        case {
+            "source": {"path": str(), "shards": dict()} as source,
+            "versions": dict(versions),
+            "row_order": str(row_order),
+            "max_shard_bytes": int(max_shard_nbytes),
+            "plan": str(plan),
+            "shards": dict(shards),
+            "files": dict(files),
+        }:
+            return Manifest(
+                source=source,
+                versions=versions,
+                row_order=row_order,
+                max_shard_nbytes=max_shard_nbytes,
+                plan=plan,
+                shards={name: _shard_record(name, record) for name, record in shards.items()},
+                files={name: _file_record(name, record) for name, record in files.items()},
+            )
+    raise VerifyError(f"{MANIFEST_NAME}: lacks a part, or has one of the wrong kind")
+
+
+def _shard_record(name: str, record: object) -> ShardRecord:
+    match record:
+        case {"bytes": int(nbytes), "header": str(header), "tensors": dict(tensors)} if all(
+            isinstance(checksum, str) for checksum in tensors.values()
+        ):
+            return ShardRecord(nbytes, header, tensors)
+    raise VerifyError(f"{MANIFEST_NAME}: {name!r} has no valid bytes, header and tensors")
+
+
+def _file_record(name: str, record: object) -> FileRecord:
+    match record:
+        case {"bytes": int(nbytes), "xxh3_128": str(checksum)}:
+            return FileRecord(nbytes, checksum)
+    raise VerifyError(f"{MANIFEST_NAME}: {name!r} has no valid bytes and {_CHECKSUM}")
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -154,7 +186,7 @@ def finish(
     out_dir: Path,
     *,
     row_order: RowOrder,
-    checksums: Mapping[str, str],
+    shards: Mapping[str, ShardRecord],
 ) -> Manifest:
     """Write everything that stands beside the shards, the index last.
 
@@ -163,7 +195,7 @@ def finish(
         plan: the plan whose shards lie in ``out_dir``.
         out_dir: where.
         row_order: what FlashInfer answered.
-        checksums: of each output tensor, from `scatter.scatter`.
+        shards: a record of each, in order.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -187,14 +219,7 @@ def finish(
         row_order=row_order.fingerprint,
         max_shard_nbytes=plan.max_shard_nbytes,
         plan=plan.fingerprint,
-        shards={
-            shard.name: ShardRecord(
-                shard.nbytes,
-                xxhash.xxh3_128_hexdigest(shard.header),
-                {name: checksums[name] for name in shard.tensors},
-            )
-            for shard in plan.shards
-        },
+        shards=shards,
         files=dict(sorted(files.items())),
     )
     write_file(out_dir / MANIFEST_NAME, manifest.encode())
@@ -219,20 +244,38 @@ def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
+    record = record_file(source)
+    if target.is_file() and record_file(target) == record:
+        return record  # from an earlier run
     with naming(target.name, OutputError):
         target.parent.mkdir(parents=True, exist_ok=True)
-    reader = ReadFile(source, direct=False)
-    nbytes = source.stat().st_size
-    writer = WriteFile(partial_path(target), nbytes, direct=False)
-    buffer = read_buffer(min(nbytes, MOVE_NBYTES))
-    digest = xxhash.xxh3_128()
-    for offset in range(0, nbytes, MOVE_NBYTES):
-        data = reader.read(buffer, offset, min(MOVE_NBYTES, nbytes - offset))
+    writer = WriteFile(partial_path(target), record.nbytes, direct=False)
+    for offset, data in _pieces(source, record.nbytes):
         writer.write(data, offset)
-        digest.update(data.data)
     writer.sync()
     publish(writer.path, target)
+    return record
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and checksum of a file, read in pieces.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    with naming(path.name):
+        nbytes = path.stat().st_size
+    for _, data in _pieces(path, nbytes):
+        digest.update(data.data)
     return FileRecord(nbytes, digest.hexdigest())
+
+
+def _pieces(path: Path, nbytes: int) -> Iterator[tuple[int, Bytes]]:
+    reader = ReadFile(path, direct=False)
+    buffer = read_buffer(min(nbytes, MOVE_NBYTES))
+    for offset in range(0, nbytes, MOVE_NBYTES):
+        yield offset, reader.read(buffer, offset, min(MOVE_NBYTES, nbytes - offset))
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -82,6 +82,15 @@ class PlannedShard:
     moves: tuple[Move, ...]
     """In an order that reads the source forwards and meets each tensor's bytes forwards."""
 
+    @property
+    def fingerprint(self) -> str:
+        """XXH3-128 over what the shard holds and where each byte of it is read."""
+        digest = xxhash.xxh3_128(self.header)
+        for move in self.moves:
+            sources = [(source.path.name, source.offset, source.nbytes) for source in move.sources]
+            digest.update(repr((move.tensor, move.offset, sources, move.layout)).encode())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedLayer:
@@ -124,15 +133,9 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """XXH3-128 over what the plan writes and where it reads it."""
-        digest = xxhash.xxh3_128()
-        for shard in self.shards:
-            digest.update(shard.name.encode())
-            digest.update(shard.header)
-            for move in shard.moves:
-                sources = [(s.path.name, s.offset, s.nbytes) for s in move.sources]
-                digest.update(repr((move.tensor, move.offset, sources, move.layout)).encode())
-        return digest.hexdigest()
+        """XXH3-128 over its shards' names and fingerprints."""
+        shards = [(shard.name, shard.fingerprint) for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest(repr(shards).encode())
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values; moves are left out, they follow from tensors and layouts."""

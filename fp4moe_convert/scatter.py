@@ -8,7 +8,7 @@ not depend on the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +30,7 @@ from .blockio import (
 from .crew import Checksum, Crew
 from .errors import CheckpointError
 from .layouts import Bytes, arrange, holds_nan
-from .plan import Move, Plan, PlannedShard
+from .plan import Move, PlannedShard
 from .progress import OnMove
 
 DEFAULT_THREADS = 4
@@ -105,38 +105,38 @@ class _OpenShard:
 
 
 def scatter(
-    plan: Plan,
+    shards: Sequence[PlannedShard],
     out_dir: Path,
     *,
     direct: bool,
     threads: int,
     confirmation: Future[Any],
     on_move: OnMove,
-) -> dict[str, str]:
-    """Write all shards of ``plan`` into ``out_dir``.
+    on_synced: Callable[[PlannedShard, dict[str, str]], None],
+) -> None:
+    """Write shards into ``out_dir``.
 
     Args:
-        plan: what to write.
+        shards: what to write, in this order.
         out_dir: an existing folder without files of the plan's names.
         direct: bypass the page cache where the file systems allow.
         threads: number of workers; each takes about 25 MB.
         confirmation: no shard gets its final name before this has a result; if it has an
             exception instead, that is raised.
         on_move: told of progress.
-
-    Returns:
-        XXH3-128 of each output tensor's bytes, by name.
+        on_synced: told, from any thread, of a shard that is on the disk under its temporary name,
+            with the XXH3-128 of each of its tensors; it gets its final name afterwards.
 
     Raises:
         CheckpointError: a source cannot be read, or has a NaN block scale.
         OutputError: a shard cannot be written.
     """
     crew = Crew(threads)
-    checksums = {name: Checksum(crew) for shard in plan.shards for name in shard.tensors}
+    checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
     open_source = file_opener(direct=direct)
 
     def jobs() -> Iterator[tuple[_OpenShard, Move]]:
-        for planned in plan.shards:
+        for planned in shards:
             file = WriteFile(partial_path(out_dir / planned.name), planned.nbytes, direct=direct)
             header = aligned_buffer(len(planned.header))
             header[:] = np.frombuffer(planned.header, np.uint8)
@@ -151,10 +151,12 @@ def scatter(
         shard.file.sync()
         crew.wait_for(confirmation.done)
         confirmation.result()
+        digests = {name: checksums[name].hexdigest() for name in shard.planned.tensors}
+        on_synced(shard.planned, digests)
         publish(shard.file.path, out_dir / shard.planned.name)
 
     def make_worker() -> Callable[[tuple[_OpenShard, Move]], None]:
-        own = Scratch(move for shard in plan.shards for move in shard.moves)
+        own = Scratch(move for shard in shards for move in shard.moves)
 
         def work(job: tuple[_OpenShard, Move]) -> None:
             shard, move = job
@@ -173,4 +175,3 @@ def scatter(
 
     confirmation.add_done_callback(lambda _: crew.announce())
     crew.run(jobs(), make_worker)
-    return {name: checksum.hexdigest() for name, checksum in checksums.items()}

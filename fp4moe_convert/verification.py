@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from .blockio import ReadFile, read_buffer
+from .blockio import read_buffer
 from .checkpoint import FOREIGN_FOLDERS, Checkpoint, Shard, open_checkpoint
 from .contract import CONFIG_NAME, MANIFEST_NAME
 from .crew import Checksum, Crew
 from .errors import CheckpointError, VerifyError, naming
 from .headers import read_header
+from .journal import JOURNAL_NAME
 from .layouts import Bytes, Layout, undo
-from .manifest import FileRecord, Manifest, describe_source, read_manifest
+from .manifest import FileRecord, Manifest, describe_source, read_manifest, record_file
 from .plan import MOVE_NBYTES, Move, source_moves
 from .progress import OnProgress, track
 from .scatter import DEFAULT_THREADS, Opener, file_opener
@@ -136,7 +136,8 @@ def _check_names(out_dir: Path, manifest: Manifest) -> None:
     for folder, folders, names in os.walk(out_dir):
         folders[:] = set(folders) - FOREIGN_FOLDERS
         found |= {os.path.relpath(os.path.join(folder, name), out_dir) for name in names}
-    found.discard(".gitattributes")  # as the Hub adds to every repository
+    # What the Hub adds to every repository, and what a run that is verifying still holds.
+    found -= {".gitattributes", JOURNAL_NAME}
     for name in sorted(expected - found):
         raise VerifyError(f"{name}: is missing, the manifest lists it")
     for name in sorted(found - expected):
@@ -144,18 +145,13 @@ def _check_names(out_dir: Path, manifest: Manifest) -> None:
 
 
 def _check_file(path: Path, name: str, record: FileRecord) -> None:
-    file = ReadFile(path, direct=False)
-    digest = xxhash.xxh3_128()
     with naming(name, VerifyError):
         nbytes = path.stat().st_size
     if nbytes != record.nbytes:
         raise VerifyError(f"{name}: has {nbytes} bytes, the manifest says {record.nbytes}")
-    buffer = read_buffer(min(nbytes, MOVE_NBYTES))
-    for offset in range(0, nbytes, MOVE_NBYTES):
-        digest.update(file.read(buffer, offset, min(MOVE_NBYTES, nbytes - offset)).data)
-    if digest.hexdigest() != record.checksum:
+    if (found := record_file(path)) != record:
         raise VerifyError(
-            f"{name}: has checksum {digest.hexdigest()}, the manifest says {record.checksum}"
+            f"{name}: has checksum {found.checksum}, the manifest says {record.checksum}"
         )
 
 

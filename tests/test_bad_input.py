@@ -127,9 +127,16 @@ def fails(model_dir: Path, out_dir: Path, *options: str) -> str:
     return one_error(result.stderr)
 
 
+def finished_shards(out_dir: Path) -> list[str]:
+    """What the next run can build on."""
+    return sorted(path.name for path in out_dir.glob("*.safetensors"))
+
+
 def holds_nothing_finished(out_dir: Path) -> bool:
-    """An aborted run may leave an empty folder, but no file of its own."""
-    return not out_dir.exists() or not any(out_dir.iterdir())
+    """Shards that are whole may stay, with the journal that says so; nothing else of the run."""
+    left = {path.name for path in out_dir.rglob("*")} if out_dir.exists() else set()
+    shards = set(finished_shards(out_dir))
+    return left == (shards | {".fp4moe-journal.jsonl"} if shards else set())
 
 
 # --- found before the first byte ------------------------------------------------------------------
@@ -461,12 +468,10 @@ def test_needs_no_more_than_it_says(
     for free, enough in ((needed - 1, False), (needed, True)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
-        checkpoint = conversion.open_checkpoint(tiny)
-        if enough:
-            conversion.check_out_dir(checkpoint, plan, tmp_path / "out")
-        else:
-            with pytest.raises(conversion.OutputError, match="of free disk"):
-                conversion.check_out_dir(checkpoint, plan, tmp_path / "out")
+        arguments = [str(tiny), str(tmp_path / "out"), "--quiet"]
+        result = CliRunner().invoke(convert_app, arguments)
+        assert (result.exit_code == 0) == enough
+        assert ("of free disk" in result.stderr) != enough
 
 
 # --- found while bytes move -----------------------------------------------------------------------
@@ -529,7 +534,7 @@ def fails_while_moving(model_dir: Path, out_dir: Path, *options: str) -> str:
     assert isinstance(result.exception, SystemExit), result.exception
     assert (result.exit_code, result.stdout) == (1, "")
     assert holds_nothing_finished(out_dir)
-    assert out_dir.exists() == existed
+    assert out_dir.exists() == (existed or bool(finished_shards(out_dir)))
     return one_error(result.stderr)
 
 

@@ -429,7 +429,7 @@ def test_ctrl_c(tiny: Path, tmp_path: Path, options: list[str]) -> None:
     assert process.returncode == 130
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert stderr.splitlines()[-1] == ("error: interrupted; run the same command again to resume")
     assert looks_unfinished(out_dir)
     assert seconds < 2
 

@@ -1,0 +1,216 @@
+"""What a conversion has finished so far, and who is at it: the file that makes a run resumable.
+
+One file in the output folder, of JSON lines, only ever appended to. Each run adds a line on itself
+and the names of the files it may leave; each shard adds a line once its bytes are on the disk and
+before it gets its name. A shard with its final name *and* a line that fits it is finished; anything
+else is done again. A line that a crash cut short does not parse, and counts for nothing.
+
+The file is also the lock. The kernel's own lock on it ends with the process that holds it, however
+that ends, and network file systems carry it to other hosts; so there are no stale locks to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .blockio import sync_folder
+from .checkpoint import Shard
+from .contract import FORMAT_VERSION
+from .errors import HeaderError, OutputError, naming
+from .headers import read_header
+from .manifest import ShardRecord
+from .plan import PlannedShard
+
+JOURNAL_NAME = ".fp4moe-journal.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A finished shard, and what it was made from."""
+
+    record: ShardRecord
+    format_version: int
+    row_order: str
+    plan: str
+    """The shard's fingerprint: which bytes go where, from which offsets of which files."""
+    sources: Mapping[str, str]
+    """Identity of each source file it was read from (`source_identity`)."""
+
+
+def source_identity(shard: Shard) -> str:
+    """Size, time of change and header of a file: its bytes do not change without one of these."""
+    with naming(shard.name):
+        stat = shard.path.stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{shard.header.digest}"
+
+
+class Journal:
+    """The journal of one output folder, locked until `close`."""
+
+    def __init__(self, out_dir: Path) -> None:
+        """Open or create, and lock.
+
+        Raises:
+            OutputError: another process holds the folder, or the file cannot be used.
+        """
+        self._out_dir = out_dir
+        self._path = out_dir / JOURNAL_NAME
+        self.made: dict[str, Made] = {}
+        """The last line on each shard."""
+        self.files: set[str] = set()
+        """Names that runs so far may have left in the folder."""
+        with naming(self._path, OutputError):
+            self._fd = _open_locked(self._path)
+            self._read()
+
+    def begin(self, files: Iterable[str]) -> None:
+        """Say who is at work, and which files may come of it."""
+        names = sorted(files)
+        self.files |= set(names)
+        self._append({"run": _whoami(), "files": names})
+        with naming(self._path, OutputError):
+            sync_folder(self._out_dir)
+
+    def add(self, name: str, made: Made) -> None:
+        """Record a shard whose bytes are on the disk and which is about to get its name."""
+        self._append(
+            {
+                "shard": name,
+                "bytes": made.record.nbytes,
+                "header": made.record.header,
+                "tensors": dict(made.record.tensors),
+                "format_version": made.format_version,
+                "row_order": made.row_order,
+                "plan": made.plan,
+                "sources": dict(made.sources),
+            }
+        )
+        self.made[name] = made
+
+    def forget(self) -> None:
+        """Let no line so far vouch for a shard."""
+        self._append({"forget": True})
+        self.made.clear()
+
+    def close(self, *, remove: bool) -> None:
+        """Unlock; ``remove`` when nothing is left to resume."""
+        try:
+            if remove:
+                self._path.unlink(missing_ok=True)
+                sync_folder(self._out_dir)
+        finally:
+            os.close(self._fd)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with naming(self._path, OutputError):
+            # A line cut short by a crash must not swallow this one.
+            line = "\n" + json.dumps(entry) + "\n"
+            data = line.encode()
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
+
+    def _read(self) -> None:
+        for entry in _entries(self._path):
+            with contextlib.suppress(KeyError, TypeError, AttributeError):
+                if "forget" in entry:
+                    self.made.clear()
+                elif "shard" in entry:
+                    self.made[entry["shard"]] = Made(
+                        ShardRecord(entry["bytes"], entry["header"], dict(entry["tensors"])),
+                        entry["format_version"],
+                        entry["row_order"],
+                        entry["plan"],
+                        dict(entry["sources"]),
+                    )
+                else:
+                    self.files |= set(map(str, entry["files"]))
+
+
+def why_redo(
+    planned: PlannedShard,
+    made: Made | None,
+    out_dir: Path,
+    *,
+    row_order: str,
+    sources: Mapping[str, str],
+) -> str | None:
+    """Why a shard with its final name cannot be taken as it is; None if it can.
+
+    Cheap: its size and its header are looked at, its data is not.
+
+    Args:
+        planned: what should be there.
+        made: what the journal says of it.
+        out_dir: where.
+        row_order: fingerprint of the order that would be written now.
+        sources: identity of each source file now.
+    """
+    if made is None:
+        return "no run has finished it"
+    if made.format_version != FORMAT_VERSION:
+        return f"it has format version {made.format_version}, not {FORMAT_VERSION}"
+    if made.row_order != row_order:
+        return "it was written for another row order"
+    for name, identity in made.sources.items():
+        if sources.get(name) != identity:
+            return f"{name} has changed since"
+    if made.plan != planned.fingerprint:
+        return "the options or the layout of shards have changed since"
+    try:
+        header = read_header(out_dir / planned.name)
+    except HeaderError as error:
+        return f"it is damaged ({error})"
+    if header.digest != made.record.header or header.file_nbytes != made.record.nbytes:
+        return "its header has been changed"
+    return None
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        # O_NOFOLLOW: a link planted here would have us write where it leads.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OutputError(f"{path.parent}: is in use by {_holder(path)}") from None
+            raise
+        # Whoever held it before may have removed the file just after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    entries = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        return next(str(entry["run"]) for entry in reversed(_entries(path)) if "run" in entry)
+    return "another process"
+
+
+def _whoami() -> str:
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return f"process {os.getpid()} on {socket.gethostname()}, at work since {now}"

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-exec "${FP4MOE_VENV:-.venv}/bin/python" -m pytest -m 'not gpu' "$@"
+exec "${FP4MOE_VENV:-.venv}/bin/python" -m pytest "$@"

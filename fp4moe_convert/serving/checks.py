@@ -6,12 +6,18 @@ in one message that names the reason and the way out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
+
+import torch
 
 from ..contract import Conversion, read_quantization_section
 from ..errors import ConvertError
 from ..row_order import flashinfer_row_order
+
+logger = logging.getLogger(__name__)
 
 WAY_OUT = "serve the original checkpoint instead"
 
@@ -26,9 +32,33 @@ def check_section(section: Mapping[str, Any], *, engine: str) -> Conversion:
     Raises:
         ServingError: unknown format, or another row order.
     """
+    conversion = read_section(section)
+    check_row_order(conversion, engine=engine)
+    return conversion
+
+
+def read_section(section: Mapping[str, Any]) -> Conversion:
+    """The first half of `check_section`, for a process that had better not import FlashInfer.
+
+    Raises:
+        ServingError: unknown format.
+    """
     try:
-        conversion = read_quantization_section(section)
-        order = flashinfer_row_order()
+        return read_quantization_section(section)
+    except ConvertError as error:
+        raise ServingError(f"fp4moe: {error}; {WAY_OUT}") from error
+
+
+def check_row_order(conversion: Conversion, *, engine: str) -> None:
+    """The second half, which imports FlashInfer, and that initializes CUDA.
+
+    Raises:
+        ServingError: another row order, or FlashInfer cannot be asked.
+    """
+    try:
+        # FlashInfer mixes our device with the default one, which engines set while they build.
+        with torch.device("cpu"):
+            order = flashinfer_row_order()
     except ConvertError as error:
         raise ServingError(f"fp4moe: {error}; {WAY_OUT}") from error
     if order.fingerprint != conversion.row_order:
@@ -37,4 +67,15 @@ def check_section(section: Mapping[str, Any], *, engine: str) -> Conversion:
             f"flashinfer {conversion.flashinfer}, this {engine} has flashinfer "
             f"{order.flashinfer} with {order.fingerprint}; convert again with it, or {WAY_OUT}"
         )
-    return conversion
+
+
+def warn_if_untested(engine: str, version: str, tested: Sequence[str]) -> None:
+    """Warn of an engine other than those the plugin was tested with; "0.33.*" is a range."""
+    if not any(fnmatchcase(version.partition("+")[0], pattern) for pattern in tested):
+        logger.warning(
+            "fp4moe: tested with %s %s, this is %s; if it does not load, %s",
+            engine,
+            ", ".join(tested),
+            version,
+            WAY_OUT,
+        )

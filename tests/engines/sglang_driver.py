@@ -1,0 +1,721 @@
+#!/usr/bin/env python3
+"""Load tiny models through SGLang's own model loader: the original against the converted one.
+
+    ~/.cache/fp4moe-engines/sglang/bin/python tests/engines/sglang_driver.py [RESULTS_JSON]
+
+`test_sglang.py` runs it in SGLang's environment (scripts/engines/setup_sglang.sh). SGLang takes
+15 s to import, so that one process works through all cases, prints a table of them, and plays one
+rank after the other. First all originals are loaded, without the plugin; then SGLang loads its
+plugins, this project's among them, by their entry points.
+
+Models, loaders and weight processing are SGLang's. Not SGLang's, for want of a GPU: what
+`sglang_cpu` replaces, what `start_sglang` does, and the process groups (loading does not
+communicate).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pkgutil
+import re
+import shutil
+import sys
+import tempfile
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "golden")]
+
+from make_checkpoint import Spec, make_checkpoint  # noqa: E402
+
+Tensors = dict[str, Any]  # name -> torch.Tensor
+Edit = Callable[[dict[str, Any]], Any]
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+DEEPSEEK = Spec(
+    experts=8, hidden=256, intermediate=128, shards=3, vocab_size=64, mtp=True, kv_scales=True
+)
+QWEN3 = replace(DEEPSEEK, style="qwen3_moe", mtp=False, dense_layers=0)
+# Of T = 1, 2 and 4, I = 128 is divisible by 64 * T for two, I = 192 for one, and I = 80 for none.
+SPECS = {
+    "deepseek": DEEPSEEK,
+    "deepseek-I192": replace(DEEPSEEK, intermediate=192, differing_scales=True),
+    "deepseek-hf": replace(DEEPSEEK, quantization="hf", scale_shape="vector"),
+    "qwen3": QWEN3,
+    "qwen3-I80": replace(QWEN3, intermediate=80),
+    "qwen3-I192": replace(QWEN3, intermediate=192, differing_scales=True, quantization="both"),
+    "input-scales": replace(DEEPSEEK, differing_scales=True, mtp=False),
+    # Other models, from the tensors of one of these two.
+    "glm4_moe": replace(QWEN3, dense_layers=1, differing_scales=True),
+    "qwen2_moe": QWEN3,
+    "minimax_m2": QWEN3,
+    "mixtral": replace(QWEN3, kv_scales=False),
+}
+MOE_SIZES = {"num_local_experts": 8, "intermediate_size": 128, "head_dim": 128}
+CONFIGS = {
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_key_value_heads": 4,
+        "qkv_bias": False,
+        "shared_expert_intermediate_size": 128,
+    },
+    "minimax_m2": {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "qk_norm_type": "per_layer",
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+        "use_qk_norm": False,
+        "use_routing_bias": False,
+        **MOE_SIZES,
+    },
+    "mixtral": {"architectures": ["MixtralForCausalLM"], **MOE_SIZES},
+}
+BLOCK_SPARSE = ("minimax_m2", "mixtral")
+"""Their experts lie below block_sparse_moe and are called w1, w3 and w2."""
+
+
+def make_pair(folder: Path, name: str) -> None:
+    """Write ``folder/original`` and ``folder/converted``."""
+    from fp4moe_convert.conversion import convert
+
+    original, convertible = folder / "original", folder / "original"
+    make_checkpoint(original, SPECS[name])
+    edit_config(original, lambda config: config.update(pad_token_id=0))
+    if name in CONFIGS:
+        edit_config(original, lambda config: config.update(CONFIGS[name], model_type=name))
+    if name == "glm4_moe":
+        edit_tensors(original, lambda all_: all_ | copies_of_expert(all_, "shared_experts"))
+    if name == "qwen2_moe":
+        edit_tensors(original, lambda all_: all_ | copies_of_expert(all_, "shared_expert"))
+        edit_tensors(original, add_shared_gates)
+    if name == "mixtral":  # its attention has other sizes
+        edit_tensors(original, lambda all_: {n: t for n, t in all_.items() if "self_attn" not in n})
+    if name in BLOCK_SPARSE:
+        edit_tensors(original, lambda all_: rename(all_, r"\.mlp\.", ".block_sparse_moe."))
+        convertible = Path(shutil.copytree(original, folder / "convertible"))
+        edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.gate_proj", r"\1.w1"))
+        edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.up_proj", r"\1.w3"))
+        edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.down_proj", r"\1.w2"))
+    elif SPECS[name].differing_scales:
+        tie = tie_the_largest if name == "input-scales" else tie_input_scales
+        edit_tensors(original, tie)
+    convert(convertible, folder / "converted", direct_io=False)
+
+
+def edit_config(folder: Path, edit: Edit) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    """Let ``edit`` change or replace all tensors; they end up in a single shard."""
+    from safetensors.torch import load_file, save_file
+
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors: Tensors = {}
+    for shard in shards:
+        tensors |= load_file(shard)
+        shard.unlink()
+    tensors = edit(tensors)
+    save_file(tensors, shards[0])
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shards[0].name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def rename(tensors: Tensors, pattern: str, replacement: str) -> Tensors:
+    return {re.sub(pattern, replacement, name): value for name, value in tensors.items()}
+
+
+def copies_of_expert(tensors: Tensors, name: str) -> Tensors:
+    """Expert 0 of each layer again, as a shared expert."""
+    return {
+        old.replace(".experts.0.", f".{name}."): tensor.clone()
+        for old, tensor in tensors.items()
+        if ".experts.0." in old
+    }
+
+
+def add_shared_gates(tensors: Tensors) -> Tensors:
+    gates = {
+        name.replace(".mlp.gate.", ".mlp.shared_expert_gate."): tensor[:1].clone()
+        for name, tensor in tensors.items()
+        if name.endswith(".mlp.gate.weight")
+    }
+    return tensors | gates
+
+
+def tie_input_scales(tensors: Tensors) -> Tensors:
+    """Give up the input scale of gate, as ModelOpt does. SGLang's loader, which fills both columns
+    for gate and again for up, from several threads, then has only one result."""
+    for name in tensors:
+        if name.endswith(".up_proj.input_scale"):
+            tensors[name] = tensors[name.replace(".up_proj.", ".gate_proj.")].clone()
+    return tensors
+
+
+def tie_the_largest(tensors: Tensors) -> Tensors:
+    """Tie the input scales of one expert, and make them the largest: the maximum, which is all that
+    SGLang serves with, then is the same whichever column the loader leaves."""
+    for name in tensors:
+        if re.search(r"\.experts\.0\.(gate|up)_proj\.input_scale", name):
+            tensors[name].fill_(1.0)
+    return tensors
+
+
+# --- one rank of SGLang on a CPU ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is served."""
+
+    tp: int = 1
+    ep: int = 1
+    redundant: int = 0  # experts, spread by EPLB
+    draft: bool = False
+    model: str | None = None
+    """The class, where SGLang would choose another."""
+    server: dict[str, Any] = field(default_factory=dict)  # further arguments
+
+    def ranks(self) -> Iterator[tuple[int, int]]:
+        """(tp_rank, ep_rank) of each."""
+        return ((tp, ep) for ep in range(self.ep) for tp in range(self.tp))
+
+
+class Group(types.SimpleNamespace):
+    """A process group that nothing is sent through."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            world_size=size,
+            rank_in_group=0,
+            is_first_rank=True,
+            is_last_rank=True,
+            cpu_group=None,
+            device_group=None,
+        )
+
+
+def start_sglang() -> None:
+    """Import SGLang and replace what needs a GPU."""
+    import sglang_cpu
+
+    sglang_cpu.bootstrap()
+    import torch
+    from sglang.srt.layers.quantization.fp4_utils import Fp4GemmRunnerBackend
+    from sglang.srt.layers.rotary_embedding import rope_variant
+
+    # Off CUDA SGLang takes its rotary embedding, which has no weights, from vLLM.
+    sys.modules["vllm"] = types.ModuleType("vllm")
+    sys.modules["vllm._custom_ops"] = types.ModuleType("vllm._custom_ops")
+    sys.modules["vllm._custom_ops"].rotary_embedding = None  # type: ignore[attr-defined]
+    rope_variant.get_device = lambda *_args: "cpu"
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    # The second copy of a shared expert's weights that this keeps is made by CUTLASS.
+    Fp4GemmRunnerBackend.supports_swiglu_fusion = lambda _self: False  # type: ignore[method-assign]
+    # Fills torch.empty with NaN and 255: what a loader leaves unset shows, and compares equal.
+    torch.use_deterministic_algorithms(True)
+
+
+def become(setup: Setup, tp_rank: int, ep_rank: int) -> None:
+    """Make this process one rank of a server."""
+    import sglang_cpu
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    sglang_cpu.publish(tp_size=setup.tp, tp_rank=tp_rank, ep_size=setup.ep, ep_rank=ep_rank)
+    arguments = {"moe_runner_backend": "flashinfer_trtllm", "ep_size": setup.ep}
+    arguments |= {"ep_num_redundant_experts": setup.redundant, **setup.server}
+    get_context().override_server_args(**arguments).install()
+    initialize_moe_config()
+    world = Group(setup.tp * setup.ep)
+    get_parallel().override_permanently(
+        tp_group=world,
+        attn_tp_group=world,
+        moe_tp_group=Group(setup.tp),
+        moe_ep_group=Group(setup.ep),
+        **{f"{name}_group": Group(1) for name in ("pp", "attn_cp", "moe_dp", "dcp")},
+    )
+
+
+def load(folder: Path, setup: Setup, tp_rank: int = 0, ep_rank: int = 0) -> Any:
+    """One rank's model, as SGLang's own loader leaves it."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.eplb import expert_location
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+    from sglang.srt.model_loader import loader
+
+    become(setup, tp_rank, ep_rank)
+    config = ModelConfig(str(folder), is_draft_model=setup.draft)
+    location = None if setup.draft else expert_map(config, setup, ep_rank)
+    expert_location.set_global_expert_location_metadata(location, allow_overwrite=True)
+    with ExitStack() as stack:
+        if setup.draft:
+            stack.enter_context(draft_model_build_scope())
+        if setup.model:
+            chosen = pkgutil.resolve_name(setup.model), setup.model.rpartition(".")[2]
+            stack.enter_context(
+                mock.patch.object(loader, "get_model_architecture", return_value=chosen)
+            )
+        return loader.DefaultModelLoader(LoadConfig()).load_model(
+            model_config=config, device_config=DeviceConfig("cpu")
+        )
+
+
+def expert_map(config: Any, setup: Setup, ep_rank: int) -> Any:
+    """SGLang's expert map; with redundant experts, a scattered one."""
+    import torch
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+    if not setup.redundant:
+        return ExpertLocationMetadata.init_trivial(config, ep_rank)
+    random = torch.Generator().manual_seed(0)
+    experts = SPECS["deepseek"].experts
+    rows = [
+        torch.cat(
+            [torch.arange(experts), torch.randint(experts, (setup.redundant,), generator=random)]
+        )[torch.randperm(experts + setup.redundant, generator=random)]
+        for _ in range(config.hf_config.num_hidden_layers)
+    ]
+    return ExpertLocationMetadata.init_by_mapping(config, torch.stack(rows), ep_rank)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load once more, as SGLang does to update weights from disk."""
+    import torch
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    loader = DefaultModelLoader(LoadConfig())
+    weights = loader._get_all_weights(ModelConfig(str(folder)), model)
+    loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+
+
+SIZES = ("intermediate_size_per_partition", "num_local_experts", "trtllm_padded_hidden_size")
+
+
+def held(model: Any) -> dict[str, Any]:
+    """All tensors that a model holds, parameters or not, and what its MoE layers know of sizes."""
+    import torch
+
+    result = {}
+    for path, module in model.named_modules():
+        attributes = vars(module) | module._parameters | module._buffers
+        for name, value in attributes.items():
+            if isinstance(value, torch.Tensor) or name in SIZES:
+                result[f"{path}.{name}"] = value
+    return result
+
+
+def differences(stock: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Names whose values are not the same, bit for bit."""
+    import torch
+
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return type(a) is type(b) and bool(a == b)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+
+    absent = object()
+    names = sorted(stock.keys() | own.keys())
+    return [name for name in names if not same(stock.get(name, absent), own.get(name, absent))]
+
+
+LAYOUT_FUNCTIONS = (
+    "sglang.srt.layers.moe.moe_runner.flashinfer_trtllm.align_fp4_moe_weights_for_flashinfer_trtllm",
+    "sglang.srt.layers.quantization.utils.prepare_static_weights_for_trtllm_fp4_moe",
+    "flashinfer.fused_moe.core._maybe_get_cached_w3_w1_permute_indices",
+    "flashinfer.fused_moe.core.get_w2_permute_indices_with_cache",
+    "flashinfer.nvfp4_block_scale_interleave",
+)
+
+
+@contextmanager
+def counting_layout_work() -> Iterator[Counter[str]]:
+    """Count the calls of all functions of SGLang's MoE weight layout."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in LAYOUT_FUNCTIONS:
+            function = pkgutil.resolve_name(name)
+            stack.enter_context(mock.patch(name, counted(name.rpartition(".")[2], function)))
+        yield calls
+
+
+# --- cases: the same as stock ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Every rank's model from the converted checkpoint is that from the original."""
+
+    checkpoint: str
+    setup: Setup = Setup()
+    undetermined: str = r"$^"
+    """What stock itself does not load the same each time: a pattern of names."""
+    layout_calls: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    """Changes to config.json."""
+
+
+# SGLang takes a class without fused experts for quantizations that it has not listed for Mixtral.
+MODELS = {"mixtral": "sglang.srt.models.mixtral.MixtralForCausalLM"}
+FUSED = {"enforce_shared_experts_fusion": True}
+# Once for each of the two MoE layers, on a single slot, through functions of FlashInfer.
+FUSED_CALLS = {
+    "prepare_static_weights_for_trtllm_fp4_moe": 2,
+    "_maybe_get_cached_w3_w1_permute_indices": 4,
+    "get_w2_permute_indices_with_cache": 4,
+    "nvfp4_block_scale_interleave": 4,
+}
+
+EQUAL = {
+    **{
+        f"{name} tp{tp}": Equal(name, Setup(tp=tp))
+        for name in ("deepseek", "deepseek-I192", "qwen3", "qwen3-I192", "qwen3-I80")
+        for tp in (1, 2, 4)
+    },
+    **{
+        f"{name} ep{ep}": Equal(name, Setup(ep=ep))
+        for name in ("deepseek", "qwen3")
+        for ep in (2, 4)
+    },
+    "deepseek-hf tp2": Equal("deepseek-hf", Setup(tp=2)),
+    "deepseek-I192 tp2 ep2": Equal("deepseek-I192", Setup(tp=2, ep=2)),
+    "deepseek ep2 2 redundant": Equal("deepseek", Setup(ep=2, redundant=2)),
+    "deepseek-I192 tp2 ep2 4 redundant": Equal("deepseek-I192", Setup(tp=2, ep=2, redundant=4)),
+    "qwen3 ep4 4 redundant": Equal("qwen3", Setup(ep=4, redundant=4)),
+    **{
+        f"deepseek-I192 fused shared expert tp{tp} ep{ep}": Equal(
+            "deepseek-I192", Setup(tp=tp, ep=ep, server=FUSED), layout_calls=FUSED_CALLS
+        )
+        for tp, ep in ((1, 1), (2, 1), (1, 2))
+    },
+    "deepseek routed runner": Equal(
+        "deepseek", Setup(server={"moe_runner_backend": "flashinfer_trtllm_routed"})
+    ),
+    "deepseek clamped SwiGLU": Equal("deepseek", config={"swiglu_limit": 7.0}),
+    "deepseek MTP draft": Equal("deepseek", Setup(draft=True)),
+    # Both columns of w13_input_scale are gate's or up's, by chance; the maximum is the same here.
+    "input-scales tp2": Equal("input-scales", Setup(tp=2), undetermined=r"\.w13_input_scale$"),
+    **{
+        f"{name} {label}": Equal(name, replace(setup, model=MODELS.get(name)))
+        for name in CONFIGS
+        for label, setup in (("tp2", Setup(tp=2)), ("ep2", Setup(ep=2)))
+    },
+}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """SGLang stops with a message of ours."""
+
+    message: str
+    """Pattern."""
+    checkpoint: str = "qwen3"
+    setup: Setup = Setup()
+    config: Edit = dict
+    """Change of config.json, and below of its quantization_config."""
+    section: Edit = dict
+    tensors: Callable[[Tensors], Tensors] = dict
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def edit(self, config: dict[str, Any]) -> None:
+        self.config(config)
+        self.section(config["quantization_config"])
+
+
+LAYER = "model.layers.1.mlp.experts"
+REFUSED = {
+    **{
+        f"runner {backend}": Refused(
+            rf"flashinfer_trtllm, this is {backend}; pass --moe-runner-backend flashinfer_trtllm",
+            setup=Setup(server={"moe_runner_backend": backend}),
+        )
+        for backend in ("triton", "flashinfer_cutlass", "flashinfer_cutedsl")
+    },
+    "format version 2": Refused(
+        "has format version 2, this release of fp4moe-convert knows 1; serve the original",
+        section=lambda section: section.update(format_version=2),
+    ),
+    "another row order": Refused(
+        r"row order xxh3_128:0 of .*flashinfer 0\.7\.2.* with xxh3_128:[0-9a-f]{32}; convert again",
+        section=lambda section: section["layout"].update(row_order="xxh3_128:0"),
+    ),
+    "tp3 of I128": Refused(
+        "3 ranks cannot share an intermediate size of 128; choose .* one of 1, 2, 4, 8, 16",
+        setup=Setup(tp=3),
+    ),
+    "clamped SwiGLU with differing scales": Refused(
+        f"{LAYER}: a clamped SwiGLU .* weight_scale_2 is not supported; serve the original",
+        checkpoint="deepseek-I192",
+        config=lambda config: config.update(swiglu_limit=7.0),
+    ),
+    "per-token activation": Refused(
+        "per-token .* unset SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
+        environment={"SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION": "1"},
+    ),
+    "weight-only quantization": Refused(
+        "W4A16_NVFP4 experts served as modelopt_fp4 are not supported",
+        section=lambda section: section["source"].update(quant_algo="W4A16_NVFP4"),
+    ),
+    "mixed quantization": Refused(
+        "MIXED_PRECISION experts served as w4afp8 are not supported",
+        section=lambda section: section["source"].update(quant_algo="MIXED_PRECISION"),
+    ),
+    "a per-expert tensor": Refused(
+        rf"{LAYER} is converted, but .* expert 3 alone \(w13_weight\); convert .* again",
+        tensors=lambda all_: (
+            all_ | {f"{LAYER}.3.up_proj.weight": all_[f"{LAYER}.w2_weight"][3].clone()}
+        ),
+    ),
+    **{
+        f"{leaf} missing": Refused(
+            rf"{LAYER}\.{leaf} was not loaded: .* fp4moe verify",
+            tensors=lambda all_, leaf=leaf: without(all_, f"{LAYER}.{leaf}"),
+        )
+        for leaf in ("w13_weight", "w2_weight_scale", "w13_weight_scale_2", "w2_input_scale")
+    },
+    "shared expert's tensor missing": Refused(
+        rf"{LAYER}\.w13_weight of the shared expert \(w3\) was not loaded",
+        checkpoint="deepseek",
+        setup=Setup(server=FUSED),
+        tensors=lambda all_: without(all_, "model.layers.1.mlp.shared_experts.up_proj.weight"),
+    ),
+    "tensor of another dtype": Refused(
+        rf"{LAYER}\.w2_weight_scale_2 is torch\.float64 in the file, the engine wants",
+        tensors=lambda all_: (
+            all_ | {f"{LAYER}.w2_weight_scale_2": all_[f"{LAYER}.w2_weight_scale_2"].double()}
+        ),
+    ),
+    "tensor of another shape": Refused(
+        rf"{LAYER}\.w2_weight is \[7, 256, 64\], config.json says \[8, 256, 64\]",
+        tensors=lambda all_: all_ | {f"{LAYER}.w2_weight": all_[f"{LAYER}.w2_weight"][:7].clone()},
+    ),
+    "model without fused experts": Refused(
+        "SGLang's QuantMixtralForCausalLM has no fused MoE layer for model.layers.0",
+        checkpoint="mixtral",
+    ),
+    "layer not among the converted": Refused(
+        f"{LAYER} is not among the converted layers",
+        section=lambda section: section["layers"].pop(LAYER),
+    ),
+    "layer excluded from NVFP4": Refused(
+        f"{LAYER} is not NVFP4",
+        section=lambda section: section["source"]["ignore"].append(LAYER),
+    ),
+    "another number of experts": Refused(
+        r"model\.layers\.0\.mlp\.experts has 8 experts, SGLang wants 4",
+        config=lambda config: config.update(num_experts=4),
+    ),
+    "another intermediate size": Refused(
+        r"has Geometry.*intermediate=128.*SGLang wants .* = \(256, 64, True\)",
+        config=lambda config: config.update(moe_intermediate_size=64),
+    ),
+}
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {other: value for other, value in tensors.items() if other != name}
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+WITHOUT_PLUGIN = {f"{name} without the plugin": name for name in ("deepseek", "qwen3")}
+ORDINARY = {f"{name} original beside the plugin": name for name in ("deepseek", "qwen3")}
+CASES = (
+    *WITHOUT_PLUGIN,
+    *EQUAL,
+    *ORDINARY,
+    *REFUSED,
+    "loading again into the same model",
+    "an untested SGLang warns",
+    "a hook without its target",
+    "registering again",
+)
+
+
+class Run:
+    """All cases, in an order in which one process can go through them."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.results: dict[str, dict[str, Any]] = {}
+        self.log: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("fp4moe_convert").addHandler(handler)
+        logging.getLogger("fp4moe_convert").setLevel(logging.INFO)
+
+    def __call__(self) -> None:
+        for name in SPECS:
+            make_pair(self.work / name, name)
+        for case, name in WITHOUT_PLUGIN.items():
+            folder = self.folder(name, "converted", case)
+            self.refused(case, folder, Setup(), "ValueError: Unknown quantization method: fp4moe")
+        stock = {name: list(self.models(name, "original")) for name in EQUAL}
+
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        for name in EQUAL:
+            self.equal(name, stock[name])
+        for case, name in ORDINARY.items():
+            own = held(load(self.folder(name, "original", case), Setup()))
+            found = differences(stock[f"{name} tp1"][0][0], own)
+            self.record(case, not found and not self.log, found or f"{len(own)} values equal")
+        for case, refused in REFUSED.items():
+            folder = self.folder(refused.checkpoint, "converted", case, refused.edit)
+            edit_tensors(folder, refused.tensors)
+            with mock.patch.dict("os.environ", refused.environment):
+                self.refused(
+                    case, folder, refused.setup, f"ServingError: fp4moe: .*{refused.message}"
+                )
+        self.others(stock["qwen3 tp1"][0][0])
+
+    def record(self, case: str, passed: bool, detail: object) -> None:
+        self.results[case] = {"passed": passed, "detail": str(detail)}
+        print(f"{case:44} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
+        self.log.clear()
+
+    def folder(self, checkpoint: str, which: str, case: str, edit: Edit = dict) -> Path:
+        """A checkpoint at a path of its own: SGLang caches configs by path, and changes them."""
+        folder = self.work / re.sub(r"\W", "_", f"{case} {which}")
+        shutil.copytree(self.work / checkpoint / which, folder)
+        edit_config(folder, edit)
+        return folder
+
+    def models(self, name: str, which: str) -> Iterator[tuple[dict[str, Any], Counter[str]]]:
+        """What every rank of a case holds, and the layout work it took."""
+        case = EQUAL[name]
+        edit = lambda config: config.update(case.config)  # noqa: E731
+        folder = self.folder(case.checkpoint, which, name, edit)
+        for tp_rank, ep_rank in case.setup.ranks():
+            with counting_layout_work() as calls:
+                yield held(load(folder, case.setup, tp_rank, ep_rank)), calls
+
+    def equal(self, name: str, stock: list[tuple[dict[str, Any], Counter[str]]]) -> None:
+        case = EQUAL[name]
+        problems = []
+        tensors = 0
+        stock_calls: Counter[str] = Counter()
+        own_calls: Counter[str] = Counter()
+        for rank, ((theirs, their_calls), (own, calls)) in enumerate(
+            zip(stock, self.models(name, "converted"), strict=True)
+        ):
+            found = differences(theirs, own)
+            problems += [
+                f"rank {rank}: {tensor} differs"
+                for tensor in found
+                if not re.search(case.undetermined, tensor)
+            ]
+            if calls != (their_calls if case.setup.draft else case.layout_calls):
+                problems.append(f"rank {rank}: layout work {dict(calls)}")
+            tensors += len(own) - len(found)
+            stock_calls, own_calls = stock_calls + their_calls, own_calls + calls
+        lines = [line for line in self.log if "layers taken over" in line]
+        if len(lines) != (0 if case.setup.draft else len(stock)) or len(self.log) != len(lines):
+            problems.append(f"logged {self.log}")
+        detail = f"{len(stock)} ranks, {tensors} values equal; layout calls "
+        detail += f"{sum(own_calls.values())}, stock {sum(stock_calls.values())}"
+        if case.undetermined != r"$^":
+            detail += f"; but {case.undetermined}"
+        self.record(name, not problems, "; ".join(problems) or detail)
+
+    def refused(self, case: str, folder: Path, setup: Setup, pattern: str) -> None:
+        try:
+            load(folder, setup)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            self.record(case, bool(re.match(pattern, message)) and "\n" not in message, message)
+        else:
+            self.record(case, False, "was loaded")
+
+    def others(self, stock: dict[str, Any]) -> None:
+        import sglang
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        from fp4moe_convert.serving.sglang import HOOKS, register
+
+        case = "loading again into the same model"
+        folder = self.folder("qwen3", "converted", case)
+        model = load(folder, Setup())
+        load_weights(model, folder)
+        found = differences(stock, held(model))
+        self.record(case, not found, found or f"{len(stock)} values equal")
+
+        case = "an untested SGLang warns"
+        with mock.patch.object(sglang, "__version__", "0.5.24"):
+            found = differences(stock, held(load(self.folder("qwen3", "converted", case), Setup())))
+        warning = next((line for line in self.log if "tested with" in line), "")
+        expected = re.search(r"tested with SGLang 0\.5\.23, this is 0\.5\.24", warning)
+        self.record(case, not found and expected is not None, found or warning)
+
+        case = "a hook without its target"
+        with mock.patch.object(
+            HookRegistry, "_patched", HookRegistry._patched - {next(iter(HOOKS))}
+        ):
+            folder = self.folder("qwen3", "converted", case)
+            self.refused(
+                case, folder, Setup(), "ServingError: fp4moe: this SGLang has no .*get_config"
+            )
+
+        register()
+        hooks = [
+            hook.__module__
+            for hooks in HookRegistry._hooks.values()
+            for _, hook, _ in hooks
+            if hook.__module__.startswith("fp4moe_convert")
+        ]
+        self.record("registering again", len(hooks) == len(HOOKS), f"{len(hooks)} hooks")
+
+
+def main() -> None:
+    start = time.monotonic()
+    start_sglang()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder))
+        run()
+    failed = [case for case in CASES if not run.results.get(case, {}).get("passed")]
+    print(f"{len(CASES)} cases, {len(failed)} failed, {time.monotonic() - start:.0f} s")
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(run.results, indent=1) + "\n")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console, RenderableType
 
+from . import defaults
 from .errors import ConvertError
 
 # The library's rooms are imported inside the commands: --help needs none of them, and numpy would
@@ -148,7 +149,7 @@ def convert_command(
     max_shard_size: Annotated[
         int,
         typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
-    ] = "5GB",  # type: ignore[assignment]  # typer parses defaults, too
+    ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
     verify: Annotated[
         bool, typer.Option("--verify", help="Then read it back and compare it with the source.")
     ] = False,
@@ -164,7 +165,7 @@ def convert_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
-    threads: Threads = 4,
+    threads: Threads = defaults.THREADS,
 ) -> None:
     """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels."""
     if dry_run:
@@ -209,7 +210,7 @@ def verify_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
-    threads: Threads = 4,
+    threads: Threads = defaults.THREADS,
 ) -> None:
     """Read every byte of a converted checkpoint and hold it against its manifest, or its source."""
     from .display import progress_on, verified_table

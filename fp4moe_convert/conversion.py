@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import defaults
 from .blockio import ReadFile, read_buffer
 from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
 from .contract import layer_tensors
 from .errors import CheckpointError, VerifyError
 from .manifest import finish
-from .plan import DEFAULT_MAX_SHARD_NBYTES, Plan, PlannedShard, make_plan
+from .plan import Plan, PlannedShard, make_plan
 from .progress import OnProgress, track
 from .row_order import ask_flashinfer
-from .scatter import DEFAULT_THREADS, scatter
+from .scatter import scatter
 from .verification import verify as verify_folder
 from .workspace import Workspace
 
@@ -90,7 +91,7 @@ class Report:
 
 
 def prepare(
-    model_dir: Path, *, max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+    model_dir: Path, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
 ) -> tuple[Checkpoint, Plan]:
     """Open a checkpoint and plan its conversion; reads headers, writes nothing.
 
@@ -113,9 +114,9 @@ def convert(
     model_dir: str | Path,
     out_dir: str | Path,
     *,
-    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES,
+    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
     direct_io: bool = True,
-    threads: int = DEFAULT_THREADS,
+    threads: int = defaults.THREADS,
     verify: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,

@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from . import defaults
 from .checkpoint import Checkpoint, Located, bulk_allocation
 from .contract import (
     FORMAT_VERSION,
@@ -33,8 +34,6 @@ from .errors import CheckpointError
 from .experts import Leaf, MoeLayer, PassedLayer, Projection, find_layers
 from .headers import DTYPE_BITS, encode_header, spec_nbytes
 from .layouts import TILE_ROWS, Layout
-
-DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 
 MOVE_NBYTES = 8 * 2**20
 """Moves are cut to about this, so that scratch is the same for every model. Direct reads and
@@ -174,7 +173,7 @@ class _Group:
 
 
 @bulk_allocation()
-def make_plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES) -> Plan:
+def make_plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES) -> Plan:
     """Decide every byte of the output.
 
     Args:

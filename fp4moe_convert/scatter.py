@@ -33,9 +33,6 @@ from .layouts import Bytes, arrange, holds_nan
 from .plan import Move, PlannedShard
 from .progress import OnMove
 
-DEFAULT_THREADS = 4
-"""Two cores keep a disk busy with four: while two wait for it, two permute."""
-
 OPEN_FILES = 64
 """Files kept open for reading; a plan reads forwards, so older ones are rarely wanted again."""
 

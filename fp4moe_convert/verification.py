@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from . import defaults
 from .blockio import read_buffer
 from .checkpoint import FOREIGN_FOLDERS, Checkpoint, Shard, open_checkpoint
 from .contract import CONFIG_NAME, MANIFEST_NAME
@@ -28,7 +29,7 @@ from .layouts import Bytes, Layout, undo
 from .manifest import FileRecord, Manifest, describe_source, read_manifest, record_file
 from .plan import MOVE_NBYTES, Move, source_moves
 from .progress import OnProgress, track
-from .scatter import DEFAULT_THREADS, Opener, file_opener
+from .scatter import Opener, file_opener
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def verify(
     source: str | Path | None = None,
     *,
     direct_io: bool = True,
-    threads: int = DEFAULT_THREADS,
+    threads: int = defaults.THREADS,
     on_progress: OnProgress | None = None,
 ) -> Verified:
     """Read every byte of ``out_dir`` and compare it.

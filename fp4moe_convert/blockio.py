@@ -36,9 +36,14 @@ def aligned_buffer(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
 
 
+def read_room(nbytes: int) -> int:
+    """Bytes of whole blocks that hold a range of ``nbytes``, wherever it begins."""
+    return round_up(nbytes, BLOCK) + BLOCK
+
+
 def read_buffer(nbytes: int) -> Bytes:
     """A buffer that `ReadFile.read` can fill with ``nbytes`` from any offset."""
-    return aligned_buffer(round_up(nbytes, BLOCK) + BLOCK)
+    return aligned_buffer(read_room(nbytes))
 
 
 def write_view(buffer: Bytes, nbytes: int, offset: int) -> Bytes:
@@ -91,7 +96,7 @@ class ReadFile(_File):
         """Read a range into ``buffer`` and return it.
 
         Args:
-            buffer: from `read_buffer`, for at least ``nbytes``.
+            buffer: block-aligned, of at least `read_room` (nbytes).
             offset: from the start of the file.
             nbytes: of the range.
 

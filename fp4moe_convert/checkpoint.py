@@ -10,7 +10,7 @@ import gc
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,17 +27,22 @@ from .contract import (
     shard_name,
 )
 from .errors import CheckpointError, naming
-from .headers import MAX_HEADER_NBYTES, Header, TensorInfo, parse_json, read_header
+from .headers import MAX_NAME_LENGTH, Header, TensorInfo, parse_json, read_header
 
 _GENERATED = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
 """What a converted checkpoint has of its own."""
 
 _COUNTED_NAME = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
 
-# Of all shards together: what is made of them in memory stays below a gigabyte. DeepSeek-V3 has
-# 180,000 tensors, 21 MB of headers and 0.4 TB; a file with holes may claim any size.
+MAX_JSON_NBYTES = 100_000_000
+"""Of an index or a manifest; DeepSeek-V3's index has 17 MB."""
+MAX_CONFIG_NBYTES = 10_000_000
+"""Of a configuration; DeepSeek-V3's has 6 kB."""
+
+# Of all shards together, so that no folder costs more than 2 GiB to plan. DeepSeek-V3 has 180,000
+# tensors, 21 MB of headers and 0.4 TB, and costs 0.2 GiB; a file with holes may claim any size.
 MAX_TENSORS = 500_000
-MAX_HEADERS_NBYTES = 250_000_000
+MAX_HEADERS_NBYTES = 100_000_000
 MAX_CHECKPOINT_NBYTES = 8 * 2**40
 
 FOREIGN_FOLDERS = frozenset({".git", ".cache"})
@@ -131,23 +136,25 @@ def open_checkpoint(root: Path) -> Checkpoint:
             raise CheckpointError(f"{root}: {reason}; expected a model folder")
         if not (root / CONFIG_NAME).is_file():
             raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
-    config = read_json_object(root / CONFIG_NAME)
+    config = _read_config(root / CONFIG_NAME)
     hf_quant_path = root / HF_QUANT_CONFIG_NAME
-    hf_quant_config = read_json_object(hf_quant_path) if hf_quant_path.exists() else None
+    hf_quant_config = _read_config(hf_quant_path) if hf_quant_path.exists() else None
 
     with naming(root):
         present = sorted(path.name for path in root.glob("*.safetensors"))
     weight_map = _read_weight_map(root)
     named = present if weight_map is None else sorted(set(weight_map.values()))
     if weight_map is None:
-        _check_numbering(root, named)
+        _check_numbering(root, set(named))
     if not named:
         raise CheckpointError(f"{root}: not a model folder: it has no *.safetensors files")
     shards = _open_shards(root, named)
     if weight_map is not None:
         _check_weight_map(weight_map, shards)
     _check_unique(shards)
-    other_files, left_out = _other_files(root, {*_GENERATED, HF_QUANT_CONFIG_NAME, *present})
+    other_files, left_out = _other_files(
+        root, {*_GENERATED, HF_QUANT_CONFIG_NAME, *present, *named}
+    )
     left_out |= {
         name: f"is not named by {INDEX_NAME}" for name in present if name not in set(named)
     }
@@ -204,20 +211,32 @@ def _group_sizes(settings: Mapping[str, Any]) -> list[Any]:
     return sizes
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_json_object(path, max_nbytes=MAX_CONFIG_NBYTES, printable=True)
+
+
+def read_json_object(
+    path: Path, *, max_nbytes: int = MAX_JSON_NBYTES, printable: bool = False
+) -> dict[str, Any]:
     """Parse a JSON file that must hold an object.
 
+    Args:
+        path: the file.
+        max_nbytes: its largest size.
+        printable: as for `parse_json`.
+
     Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
+        CheckpointError: unreadable, too large, not JSON, or not an object.
     """
     with naming(path.name):
         _require_regular(path)
         with open(path, "rb") as file:
-            text = file.read(MAX_HEADER_NBYTES + 1)
-    if len(text) > MAX_HEADER_NBYTES:
-        raise CheckpointError(f"{path.name}: is larger than {MAX_HEADER_NBYTES} bytes, the limit")
+            nbytes = os.fstat(file.fileno()).st_size
+            if nbytes > max_nbytes:
+                raise CheckpointError(f"{path.name}: has {nbytes} bytes, the limit is {max_nbytes}")
+            text = file.read(max_nbytes)
     try:
-        content = parse_json(text)
+        content = parse_json(text, printable=printable)
     except ValueError as error:
         raise CheckpointError(f"{path.name}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -238,7 +257,16 @@ def _read_weight_map(root: Path) -> dict[str, str] | None:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{INDEX_NAME}: has {len(weight_map)} tensors, the limit is {MAX_TENSORS}"
+        )
     for tensor, file in weight_map.items():
+        if len(tensor) > MAX_NAME_LENGTH:
+            raise CheckpointError(
+                f"{INDEX_NAME}: a tensor's name has {len(tensor)} characters, "
+                f"the limit is {MAX_NAME_LENGTH}"
+            )
         # A shard is a file of this folder: no separators, so no way out of it.
         if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
             raise CheckpointError(
@@ -248,7 +276,7 @@ def _read_weight_map(root: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _check_numbering(root: Path, names: list[str]) -> None:
+def _check_numbering(root: Path, names: Set[str]) -> None:
     """Without an index, names that count shards are all that can tell of a missing one."""
     for count in {match[1] for name in names if (match := _COUNTED_NAME.fullmatch(name))}:
         for number in range(1, int(count) + 1):

@@ -136,7 +136,7 @@ DirectIo = Annotated[
     ),
 ]
 Threads = Annotated[
-    int, typer.Option(min=1, max=256, help="Workers; each takes about 25 MB of memory.")
+    int, typer.Option(min=1, max=256, help="Workers; each takes about 17 MB of memory.")
 ]
 
 

@@ -25,6 +25,10 @@ LEAVES: tuple[Leaf, ...] = get_args(Leaf)
 EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 """How config.json spells E: DeepSeek and GLM, Qwen, Mixtral and MiniMax."""
 
+MAX_SIZE = 2**20
+"""Of H and I. No move is smaller than 128 rows, which a worker holds in memory: 64 MiB at this
+limit, 0.5 MiB for DeepSeek-V3."""
+
 _EXPERT_NAME = re.compile(
     r"(?P<prefix>.*\.experts)\.(?P<expert>[0-9]{1,18})\.(?P<rest>.+)", re.DOTALL
 )
@@ -177,6 +181,11 @@ def _geometry(tensors: Mapping[ExpertKey, Located], experts: int) -> Geometry:
             raise CheckpointError(
                 f"{gate.shard.name}: {gate.info.name!r} gives {letter} = {size}, "
                 f"which is not a multiple of {multiple}"
+            )
+        if size > MAX_SIZE:
+            raise CheckpointError(
+                f"{gate.shard.name}: {gate.info.name!r} gives {letter} = {size}, "
+                f"the limit is {MAX_SIZE}"
             )
     return Geometry(experts, hidden, intermediate)
 

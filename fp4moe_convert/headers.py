@@ -26,14 +26,21 @@ MAX_HEADER_NBYTES = 100_000_000
 MAX_DIMENSIONS = 64
 """As in NumPy and PyTorch."""
 
-MAX_JSON_VALUES = 2_000_000
-"""A tensor of a matrix takes eight; the largest models have 280,000 tensors in a hundred files."""
+MAX_NAME_LENGTH = 4096
+"""Of a tensor; errors repeat it."""
+
+MAX_JSON_VALUES = 3_000_000
+"""Keys included. A matrix takes twelve; the largest models have 280,000 tensors in all."""
 
 MAX_JSON_DEPTH = 64
 MAX_JSON_DIGITS = 1000
 
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS_NOR_QUOTES = bytes(set(range(256)) - set(b'{}[]"'))
+_HALF_A_PAIR = re.compile(
+    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL
+)
+"""The first half of a surrogate pair without the second, or the other way round."""
 _DIGITS_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -149,7 +156,7 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
         HeaderError: on the first broken rule.
     """
     try:
-        content = parse_json(raw[8:])
+        content = parse_json(raw[8:], printable=True)
     except ValueError as error:
         raise HeaderError(f"{file}: header is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -157,12 +164,6 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings")
-    if b"\\u" in raw:  # JSON can spell half a surrogate pair, which no header could hold
-        try:
-            for text in (*content, *metadata, *metadata.values()):
-                text.encode()
-        except ValueError as error:
-            raise HeaderError(f"{file}: header is not JSON: {error}") from None
     tensors = [_tensor_info(name, entry, file) for name, entry in content.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
 
@@ -184,22 +185,29 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     return Header(len(raw), tuple(tensors), digest, metadata)
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, *, printable: bool) -> Any:
     """Parse JSON that somebody else wrote, in bounded time and memory.
 
     Python's own parser would take gigabytes for 100 MB of empty lists, minutes for a number of a
     million digits where the interpreter does not forbid it, and the last of two equal keys.
 
+    Args:
+        text: encoded in UTF-8.
+        printable: refuse half a surrogate pair, which JSON can spell and UTF-8 cannot; a path may
+            hold one.
+
     Raises:
         ValueError: not JSON, a key twice in one object, or beyond one of the bounds above.
     """
-    # Each value follows one of these. The few inside strings count as well.
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_JSON_VALUES:
-        raise ValueError(f"it has more than {MAX_JSON_VALUES:,} values")
+    # Each key and each value follows one of these. The few inside strings count as well.
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"it has more than {MAX_JSON_VALUES:,} keys and values")
     if b"0" * (MAX_JSON_DIGITS + 1) in text.translate(_DIGITS_TO_ZEROS):
         raise ValueError(f"a number has more than {MAX_JSON_DIGITS:,} digits")
     if _nests_deeper_than(MAX_JSON_DEPTH, text):
         raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
+    if printable and b"\\u" in text and _HALF_A_PAIR.search(text.replace(b"\\\\", b"  ")):
+        raise ValueError("half of a surrogate pair")
     try:
         return json.loads(text.decode(), object_pairs_hook=_unique_keys)
     except RecursionError as error:
@@ -212,10 +220,10 @@ def _nests_deeper_than(levels: int, text: bytes) -> bool:
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = text.translate(_BRACKETS, _NO_BRACKETS_NOR_QUOTES).replace(b'""', b"")
+    if len(brackets) > 4 * MAX_JSON_VALUES:  # they cannot match; no need to go through them all
+        return True
     if b'"' in brackets:
         brackets = re.sub(b'"[^"]*"', b"", brackets)
-    if len(brackets) > 2 * MAX_JSON_VALUES:  # they cannot match; no need to go through them all
-        return True
     for _ in range(levels):
         brackets = brackets.replace(b"[]", b"")
     # What is left over has no match, and the parser will say where; unless it is more of the same.
@@ -228,7 +236,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"key {key!r} appears twice")
+                raise ValueError(f"key {key[:MAX_NAME_LENGTH]!r} appears twice")
             seen.add(key)
     return result
 
@@ -238,6 +246,10 @@ def _is_size(value: object) -> bool:
 
 
 def _tensor_info(name: str, entry: object, file: str) -> TensorInfo:
+    if len(name) > MAX_NAME_LENGTH:
+        raise HeaderError(
+            f"{file}: a tensor's name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}"
+        )
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop]} if (
             all(map(_is_size, shape)) and _is_size(start) and _is_size(stop)
@@ -250,7 +262,7 @@ def _tensor_info(name: str, entry: object, file: str) -> TensorInfo:
             f"{file}: {name!r} has {len(shape)} dimensions, the limit is {MAX_DIMENSIONS}"
         )
     if dtype not in DTYPE_BITS:
-        raise HeaderError(f"{file}: {name!r} has unknown dtype {dtype!r}")
+        raise HeaderError(f"{file}: {name!r} has unknown dtype {dtype[:MAX_NAME_LENGTH]!r}")
     try:
         nbytes = spec_nbytes(dtype, shape)
     except ValueError as error:

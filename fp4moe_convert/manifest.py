@@ -109,10 +109,11 @@ def read_manifest(out_dir: Path) -> Manifest:
         VerifyError: missing, of another format version, or changed since it was written.
     """
     path = out_dir / MANIFEST_NAME
-    if not path.is_file():
-        raise VerifyError(
-            f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"
-        )
+    with naming(out_dir, VerifyError):
+        if not path.is_file():
+            raise VerifyError(
+                f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"
+            )
     try:
         content = read_json_object(path)
     except CheckpointError as error:

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import defaults
-from .errors import ConvertError
+from .errors import ConvertError, printable
 
 # The library's rooms are imported inside the commands: --help needs none of them, and numpy would
 # double its time.
@@ -87,9 +87,8 @@ class _StdoutError(Exception):
 
 
 def _say(text: str, style: str | None = None) -> None:
-    """One line on stderr, whatever its length: logs are read by line. Control characters, which a
-    file name may hold, are shown and not obeyed."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """One line on stderr, whatever its length: logs are read by line."""
+    line = printable(text).replace("\n", "\\n")
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, style=style, markup=False)
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -226,6 +227,11 @@ def _tell(workspace: Workspace, plan: Plan, on_note: OnNote | None) -> None:
 
 def peak_rss() -> int:
     """The most memory this process has had resident, in bytes."""
+    # getrusage would count what the parent had when it started us.
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024
 

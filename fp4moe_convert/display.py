@@ -24,6 +24,7 @@ from rich.text import Text
 
 from .contract import Geometry
 from .conversion import Report
+from .errors import printable
 from .inspection import Inspection
 from .plan import Plan
 from .progress import OnProgress, Progress
@@ -66,7 +67,7 @@ def _bar_updater(bar: Bar, line: Text) -> OnProgress:
                 bar.remove_task(task)
             tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
         bar.update(tasks[progress.phase], completed=progress.done)
-        line.plain = _work_name(progress.tensor)
+        line.plain = printable(_work_name(progress.tensor))
 
     return on_progress
 
@@ -94,7 +95,7 @@ def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) ->
             words.append(f"{rate / 1e9:.2f} GB/s")
             words.append(f"{left / rate:.0f} s left" if left else f"{seconds:.1f} s")
         words.append(_work_name(progress.tensor))
-        console.print(", ".join(words), markup=False, soft_wrap=True)
+        console.print(printable(", ".join(words)), markup=False, soft_wrap=True)
 
     return on_progress
 
@@ -164,7 +165,7 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         prefixes = {_work_name(name) for name in shard.tensors if ".experts.w" in name}
         held = [layer.prefix for layer in plan.layers if layer.prefix in prefixes]
         shards.add_row(
-            Text(shard.name), f"{shard.nbytes:,}", str(len(shard.tensors)), Text("\n".join(held))
+            _cell(shard.name), f"{shard.nbytes:,}", str(len(shard.tensors)), _cell("\n".join(held))
         )
     yield shards
 
@@ -200,8 +201,13 @@ def _table(rows: Mapping[str, str]) -> Table:
     table.add_column(overflow="fold")
     for label, value in rows.items():
         if value:
-            table.add_row(label, Text(value))  # a Text is not read as markup
+            table.add_row(label, _cell(value))
     return table
+
+
+def _cell(value: str) -> Text:
+    """A Text is not read as markup."""
+    return Text(printable(value))
 
 
 def _geometry_table(layers: Mapping[str, Geometry]) -> Table:
@@ -210,7 +216,7 @@ def _geometry_table(layers: Mapping[str, Geometry]) -> Table:
         table.add_column(title, justify="right")
     for prefix, geometry in layers.items():
         sizes = (geometry.experts, geometry.hidden, geometry.intermediate)
-        table.add_row(Text(prefix), *map(str, sizes))
+        table.add_row(_cell(prefix), *map(str, sizes))
     return table
 
 

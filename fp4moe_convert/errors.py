@@ -47,6 +47,11 @@ class VerifyError(ConvertError):
     """A converted checkpoint differs from its manifest or from its source."""
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters, which a name may hold, shown and not obeyed."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def naming(
     file: str | os.PathLike[str], kind: type[ConvertError] = CheckpointError

@@ -171,6 +171,8 @@ def _check_shard(out_dir: Path, name: str, manifest: Manifest) -> Shard:
         raise VerifyError(
             f"{name}: its header has checksum {header.digest}, the manifest says {record.header}"
         )
+    if {tensor.name for tensor in header.tensors} != set(record.tensors):
+        raise VerifyError(f"{name}: holds other tensors than the manifest lists")
     return Shard(name, path, header)
 
 

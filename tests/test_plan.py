@@ -160,7 +160,7 @@ def test_all_of_deepseek_v3_is_planned_in_little_memory(tmp_path: Path) -> None:
     )
     # A process of its own: peak memory is the process's.
     program = f"""
-import resource, sys
+import sys
 from pathlib import Path
 from fp4moe_convert import prepare
 _, plan = prepare(Path({str(tmp_path / "v3")!r}))
@@ -168,7 +168,8 @@ assert len(plan.layers) == 58 and plan.tensors_in > 180_000
 converted = sum(len(s.tensors) for s in plan.shards) - (plan.tensors_in - 178_176)
 assert converted == 464, converted
 assert not {{"torch", "flashinfer"}} & set(sys.modules)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+from fp4moe_convert.conversion import peak_rss
+print(peak_rss())
 """
     run = subprocess.run(
         [sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True

@@ -123,7 +123,10 @@ def report_table(report: Report) -> Table:
         else f"every byte against the source, {report.verify_seconds:.1f} s",
         "row order": f"{report.row_order} (flashinfer {report.flashinfer})",
         "tensor parallel": _tensor_parallel(report.tensor_parallel),
-        "serve": f"{report.out_dir} with the fp4moe plugin for SGLang or vLLM (see the README)",
+        "serve": "with this package installed beside the engine:\n"
+        f"python -m sglang.launch_server --model-path {report.out_dir} "
+        "--moe-runner-backend flashinfer_trtllm\n"
+        f"vllm serve {report.out_dir} --moe-backend flashinfer_trtllm",
     }
     return _table(rows)
 

@@ -206,7 +206,9 @@ def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
         r"verified +every byte against the source",
         r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+\)",
         r"tensor parallel +sglang 1, 2, .*vllm 1, 2\b",
-        rf"serve +{out_dir} ",
+        r"serve +with this package installed beside the engine:",
+        rf" +python -m sglang\.launch_server --model-path {out_dir} --moe-runner-backend \w+$",
+        rf" +vllm serve {out_dir} --moe-backend flashinfer_trtllm$",
     ):
         assert re.search(rf"^{words}", result.stdout, re.MULTILINE), words
     assert ESCAPE not in result.stdout

@@ -9,15 +9,17 @@ writes send the whole blocks of a range directly and what is left at its ends th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import stat
 import weakref
 from pathlib import Path
 
 import numpy as np
 
-from .contract import round_up
+from .contract import PARTIAL_SUFFIX, round_up
 from .errors import CheckpointError, OutputError, naming
 from .layouts import Bytes
 
@@ -55,19 +57,35 @@ def write_view(buffer: Bytes, nbytes: int, offset: int) -> Bytes:
 write_buffer = read_buffer  # the same slack: up to one block before the data
 
 
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a regular file, or a link to one; it fits the ``opener`` of `open`.
+
+    The answer holds for what has been opened, whatever comes to the path later. O_NONBLOCK:
+    opening a FIFO would wait for a writer for ever; for a regular file it means nothing.
+
+    Raises:
+        OSError: it is something else, or cannot be opened.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
+    return fd
+
+
 class _File:
     """A buffered descriptor, and a direct one for as long as the file system takes it."""
 
     def __init__(self, path: Path, flags: int, *, direct: bool) -> None:
         self.path = path
-        self._fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        self._fd = open_regular(path, flags)
         weakref.finalize(self, os.close, self._fd)
         self._direct_fd: int | None = None
         if direct and _O_DIRECT:
             # Creation is the buffered descriptor's business.
-            reopen = (flags & os.O_ACCMODE) | _O_DIRECT | os.O_CLOEXEC
+            reopen = flags & (os.O_ACCMODE | os.O_NOFOLLOW) | _O_DIRECT
             try:
-                self._direct_fd = os.open(path, reopen)
+                self._direct_fd = os.open(path, reopen | os.O_CLOEXEC)
             except OSError as error:
                 if not _refuses_direct(error):
                     raise
@@ -91,6 +109,8 @@ class ReadFile(_File):
     def __init__(self, path: Path, *, direct: bool) -> None:
         with naming(path.name):
             super().__init__(path, os.O_RDONLY, direct=direct)
+            self.nbytes = os.fstat(self._fd).st_size
+            """When it was opened."""
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         """Read a range into ``buffer`` and return it.
@@ -151,7 +171,8 @@ class WriteFile(_File):
     def __init__(self, path: Path, nbytes: int, *, direct: bool) -> None:
         with naming(path.name, OutputError):
             # O_EXCL: never follow or overwrite what somebody else put here.
-            super().__init__(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, direct=direct)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            super().__init__(path, flags, direct=direct)
             os.ftruncate(self._fd, nbytes)
 
     def write(self, data: Bytes, offset: int) -> None:
@@ -198,9 +219,8 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OutputError: naming the file and the system's reason.
     """
-    with naming(path.name, OutputError):
-        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-            return
+    if holds(path, data):
+        return
     partial = partial_path(path)
     file = WriteFile(partial, len(data), direct=False)
     file.write(np.frombuffer(data, np.uint8), 0)
@@ -208,9 +228,19 @@ def write_file(path: Path, data: bytes) -> None:
     publish(partial, path)
 
 
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there and consists of just these bytes.
+
+    Raises:
+        OutputError: naming the file and the system's reason.
+    """
+    with naming(path.name, OutputError):
+        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
 def partial_path(path: Path) -> Path:
     """What a file is called until its last byte is on the disk."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -220,10 +250,30 @@ def publish(partial: Path, path: Path) -> None:
         sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably; one that is there already will do."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        # A folder above that may be written but not read is no reason to fail.
+        with contextlib.suppress(PermissionError):
+            sync_folder(made.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file if it is there, durably."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # So some network file systems say that they have nothing to sync in a folder.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(fd)

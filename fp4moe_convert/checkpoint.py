@@ -6,6 +6,7 @@ checked here, so that later rooms need not doubt it.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -17,16 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .blockio import open_regular
 from .contract import (
     CONFIG_NAME,
     GROUP_SIZE,
     HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
+    JOURNAL_NAME,
     MANIFEST_NAME,
+    PARTIAL_SUFFIX,
     QUANT_METHOD,
     shard_name,
 )
-from .errors import CheckpointError, naming
+from .errors import CheckpointError, ConvertError, naming
 from .headers import MAX_NAME_LENGTH, Header, TensorInfo, parse_json, read_header
 
 _GENERATED = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
@@ -46,7 +50,7 @@ MAX_HEADERS_NBYTES = 100_000_000
 MAX_CHECKPOINT_NBYTES = 8 * 2**40
 
 FOREIGN_FOLDERS = frozenset({".git", ".cache"})
-"""What version control and the Hub's downloader keep for themselves."""
+"""What version control and the Hub's tools keep for themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,28 @@ class Shard:
     name: str
     path: Path
     header: Header
+    modified_ns: int
+    """When the file was last changed, as of just before its header was read."""
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the file's bytes do not change without, whoever changes them; JSON values."""
+        return {
+            "bytes": self.header.file_nbytes,
+            "header": self.header.digest,
+            "modified_ns": self.modified_ns,
+        }
+
+    def check_unchanged(self) -> None:
+        """Make sure that what has been read since is what the header describes.
+
+        Raises:
+            CheckpointError: the file is not what it was, or has gone.
+        """
+        with naming(self.name):
+            status = self.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.header.file_nbytes, self.modified_ns):
+            raise CheckpointError(f"{self.name}: has changed while it was read")
 
 
 @dataclass(frozen=True)
@@ -136,9 +162,9 @@ def open_checkpoint(root: Path) -> Checkpoint:
             raise CheckpointError(f"{root}: {reason}; expected a model folder")
         if not (root / CONFIG_NAME).is_file():
             raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
-    config = _read_config(root / CONFIG_NAME)
-    hf_quant_path = root / HF_QUANT_CONFIG_NAME
-    hf_quant_config = _read_config(hf_quant_path) if hf_quant_path.exists() else None
+    config = _read_config(root, CONFIG_NAME)
+    has_hf_quant_config = (root / HF_QUANT_CONFIG_NAME).exists()
+    hf_quant_config = _read_config(root, HF_QUANT_CONFIG_NAME) if has_hf_quant_config else None
 
     with naming(root):
         present = sorted(path.name for path in root.glob("*.safetensors"))
@@ -211,50 +237,78 @@ def _group_sizes(settings: Mapping[str, Any]) -> list[Any]:
     return sizes
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    return read_json_object(path, max_nbytes=MAX_CONFIG_NBYTES, printable=True)
+def _read_config(root: Path, name: str) -> dict[str, Any]:
+    with naming(name):
+        _require_file(root, name)
+    text = read_bounded(root / name, MAX_CONFIG_NBYTES)
+    return parse_json_object(text, name, printable=True)
 
 
-def read_json_object(
-    path: Path, *, max_nbytes: int = MAX_JSON_NBYTES, printable: bool = False
-) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object.
+def read_bounded(path: Path, max_nbytes: int = MAX_JSON_NBYTES) -> bytes:
+    """All bytes of a regular file that has at most ``max_nbytes``.
+
+    Raises:
+        CheckpointError: unreadable, too large, or no regular file.
+    """
+    with naming(path.name), open(path, "rb", opener=open_regular) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > max_nbytes:
+            raise CheckpointError(f"{path.name}: has {nbytes} bytes, the limit is {max_nbytes}")
+        return file.read(max_nbytes)
+
+
+def parse_json_object(text: bytes, file: str, *, printable: bool = False) -> dict[str, Any]:
+    """Parse JSON that must be an object.
 
     Args:
-        path: the file.
-        max_nbytes: its largest size.
+        text: encoded in UTF-8.
+        file: where it is from, for messages.
         printable: as for `parse_json`.
 
     Raises:
-        CheckpointError: unreadable, too large, not JSON, or not an object.
+        CheckpointError: not JSON, or not an object.
     """
-    with naming(path.name):
-        _require_regular(path)
-        with open(path, "rb") as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            if nbytes > max_nbytes:
-                raise CheckpointError(f"{path.name}: has {nbytes} bytes, the limit is {max_nbytes}")
-            text = file.read(max_nbytes)
     try:
         content = parse_json(text, printable=printable)
     except ValueError as error:
-        raise CheckpointError(f"{path.name}: not JSON: {error}") from None
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name}: not a JSON object")
+        raise CheckpointError(f"{file}: not a JSON object")
     return content
 
 
-def _require_regular(path: Path) -> None:
-    """Opening a FIFO would wait for a writer for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(f"{path.name}: is not a regular file")
+def _require_file(root: Path, name: str) -> os.stat_result:
+    """Only a regular file is one of the folder's own, or a link to a regular file that does not
+    lead out of it: what is copied, or published, must not come from elsewhere. The Hub's cache
+    keeps its files beside its snapshots of them, and links there.
+
+    Raises:
+        OSError, ValueError: there is no such file.
+        CheckpointError: it is none of the folder's own.
+    """
+    path = root / name
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{name}: is not a regular file")
+    own, target = os.path.realpath(root), os.path.realpath(path)
+    homes = [own]
+    if os.path.basename(os.path.dirname(own)) == "snapshots":
+        homes.append(os.path.realpath(os.path.join(own, "../../blobs")))
+    if not any(os.path.commonpath([home, target]) == home for home in homes):
+        raise CheckpointError(
+            f"{name}: is a link to {target}, outside the model folder; "
+            "put the file itself, or a hard link, in its place"
+        )
+    return status
 
 
 def _read_weight_map(root: Path) -> dict[str, str] | None:
     path = root / INDEX_NAME
     if not path.exists():
         return None
-    weight_map = read_json_object(path).get("weight_map")
+    with naming(INDEX_NAME):
+        _require_file(root, INDEX_NAME)
+    weight_map = parse_json_object(read_bounded(path), INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
     if len(weight_map) > MAX_TENSORS:
@@ -307,10 +361,12 @@ def _open_shard(root: Path, name: str) -> Shard:
     path = root / name
     with naming(name):
         try:
-            _require_regular(path)
-        except (FileNotFoundError, ValueError):  # ValueError: a name that no file can have
+            status = _require_file(root, name)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.ENAMETOOLONG):
+                raise
             raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing") from None
-    return Shard(name, path, read_header(path))
+    return Shard(name, path, read_header(path), status.st_mtime_ns)
 
 
 def _check_weight_map(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> None:
@@ -336,27 +392,36 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[str, ...], dict[str
     folders are left out: they may lead anywhere, and round in circles."""
     found = []
     left_out = {}
+    for name in sorted(set(files_below(root)) - known):
+        if (root / name).is_dir():
+            left_out[name] = "is a link to a folder"
+        elif name == JOURNAL_NAME or name.endswith(PARTIAL_SUFFIX):
+            # So are files called that a conversion has not finished, here or in the output.
+            left_out[name] = "is unfinished"
+        else:
+            with naming(name):
+                _require_file(root, name)
+            found.append(name)
+    return tuple(found), left_out
+
+
+def files_below(root: Path, kind: type[ConvertError] = CheckpointError) -> Iterator[str]:
+    """All that is not a folder in a folder and its sub-folders, links to folders included, as paths
+    relative to it. Without `FOREIGN_FOLDERS`.
+
+    Raises:
+        ConvertError: of this ``kind``: a sub-folder cannot be read.
+    """
 
     def unreadable(error: OSError) -> None:
-        with naming(Path(error.filename).relative_to(root)):
+        with naming(os.path.relpath(error.filename, root), kind):
             raise error
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(set(folders) - FOREIGN_FOLDERS)
-        for path in (Path(folder, name) for name in folders):
-            if path.is_symlink():
-                left_out[str(path.relative_to(root))] = "is a link to a folder"
-        for name in files:
-            path = Path(folder, name)
-            relative = path.relative_to(root)
-            if str(relative) in known:
-                continue
-            with naming(relative):
-                mode = path.stat().st_mode
-            if not stat.S_ISREG(mode):
-                raise CheckpointError(f"{relative}: is not a regular file")
-            found.append(str(relative))
-    return tuple(sorted(found)), left_out
+        folders[:] = set(folders) - FOREIGN_FOLDERS
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(folder, name), root)
 
 
 @dataclass(frozen=True, slots=True)

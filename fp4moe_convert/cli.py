@@ -150,7 +150,12 @@ def convert_command(
         typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
     ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then read it back and compare it with the source.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read finished shards before they are kept, then all of the result, and compare "
+            "it with the source.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")

@@ -29,6 +29,10 @@ CONFIG_NAME = "config.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "fp4moe_manifest.json"
+JOURNAL_NAME = ".fp4moe-journal.jsonl"
+"""Lies beside the shards for as long as a conversion is unfinished."""
+PARTIAL_SUFFIX = ".partial"
+"""What a file's name ends in until its last byte is on the disk."""
 
 
 def shard_name(number: int, count: int) -> str:

@@ -23,6 +23,7 @@ from .plan import Plan, PlannedShard, make_plan
 from .progress import OnProgress, track
 from .row_order import ask_flashinfer
 from .scatter import scatter
+from .verification import damaged_shards
 from .verification import verify as verify_folder
 from .workspace import Workspace
 
@@ -135,13 +136,14 @@ def convert(
         max_shard_nbytes: no output file is larger, unless a single tensor is.
         direct_io: bypass the page cache where the file systems allow.
         threads: workers that read, arrange and write.
-        verify: afterwards, read the result back and compare it with the source.
+        verify: read every byte of finished shards before they are kept and, afterwards, of the
+            result, which is compared with the source.
         overwrite: start afresh and delete what earlier runs left in ``out_dir``.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is done again.
 
     Raises:
-        CheckpointError: the source cannot be converted.
+        CheckpointError: the source cannot be converted, or has changed meanwhile.
         OutputError: ``out_dir`` cannot be used, or writing failed.
         RowOrderError: the installed FlashInfer orders rows differently.
         VerifyError: ``verify`` found a difference.
@@ -153,9 +155,19 @@ def convert(
         # FlashInfer and torch take seconds to import. Bytes move meanwhile, under temporary
         # names: no shard gets its own before the answer is there.
         row_order = _in_background(ask_flashinfer, [layer.geometry for layer in plan.layers])
+        if verify:
+            workspace.redo(
+                damaged_shards(
+                    out_dir,
+                    workspace.records,
+                    direct_io=direct_io,
+                    threads=threads,
+                    on_progress=on_progress,
+                )
+            )
+        workspace.begin()
         _tell(workspace, plan, on_note)
-        shards = workspace.shards_to_write
-        records = dict(workspace.kept)
+        shards, records = workspace.shards_to_write, workspace.records
         to_move = sum(shard.nbytes - len(shard.header) for shard in shards)
 
         def seal(shard: PlannedShard, checksums: Mapping[str, str]) -> None:

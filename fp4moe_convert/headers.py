@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from .blockio import open_regular
 from .contract import TensorSpec, round_up
 from .errors import HeaderError, naming
 
@@ -125,7 +126,7 @@ def read_header(path: Path) -> Header:
     Raises:
         HeaderError: the file cannot be read, or breaks a rule of the format.
     """
-    with naming(path.name, HeaderError), open(path, "rb") as file:
+    with naming(path.name, HeaderError), open(path, "rb", opener=open_regular) as file:
         file_nbytes = os.fstat(file.fileno()).st_size
         if file_nbytes < 8:
             raise HeaderError(f"{path.name}: {file_nbytes} bytes is too short for a header length")

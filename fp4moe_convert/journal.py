@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .blockio import sync_folder
-from .checkpoint import Shard
-from .contract import FORMAT_VERSION
+from .blockio import open_regular, remove_file, sync_folder
+from .contract import FORMAT_VERSION, JOURNAL_NAME
 from .errors import HeaderError, OutputError, naming
 from .headers import read_header
 from .manifest import ShardRecord
 from .plan import PlannedShard
 
-JOURNAL_NAME = ".fp4moe-journal.jsonl"
+Identity = Mapping[str, str | int]
+"""Of a source file (`Shard.identity`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,8 @@ class Made:
     row_order: str
     plan: str
     """The shard's fingerprint: which bytes go where, from which offsets of which files."""
-    sources: Mapping[str, str]
-    """Identity of each source file it was read from (`source_identity`)."""
-
-
-def source_identity(shard: Shard) -> str:
-    """Size, time of change and header of a file: its bytes do not change without one of these."""
-    with naming(shard.name):
-        stat = shard.path.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}:{shard.header.digest}"
+    sources: Mapping[str, Identity]
+    """Of each source file it was read from."""
 
 
 class Journal:
@@ -77,64 +70,68 @@ class Journal:
         """Say who is at work, and which files may come of it."""
         names = sorted(files)
         self.files |= set(names)
-        self._append({"run": _whoami(), "files": names})
+        self._append([{"run": _whoami(), "files": names}])
         with naming(self._path, OutputError):
             sync_folder(self._out_dir)
 
-    def add(self, name: str, made: Made) -> None:
-        """Record a shard whose bytes are on the disk and which is about to get its name."""
-        self._append(
-            {
-                "shard": name,
-                "bytes": made.record.nbytes,
-                "header": made.record.header,
-                "tensors": dict(made.record.tensors),
-                "format_version": made.format_version,
-                "row_order": made.row_order,
-                "plan": made.plan,
-                "sources": dict(made.sources),
-            }
-        )
-        self.made[name] = made
+    def add(self, shards: Mapping[str, Made]) -> None:
+        """Record shards whose bytes are on the disk, before they get their names."""
+        self._append(_entry(name, made) for name, made in shards.items())
+        self.made.update(shards)
 
     def forget(self) -> None:
         """Let no line so far vouch for a shard."""
-        self._append({"forget": True})
+        self._append([{"forget": True}])
         self.made.clear()
 
     def close(self, *, remove: bool) -> None:
         """Unlock; ``remove`` when nothing is left to resume."""
         try:
             if remove:
-                self._path.unlink(missing_ok=True)
-                sync_folder(self._out_dir)
+                remove_file(self._path)
         finally:
             os.close(self._fd)
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
+    def _append(self, entries: Iterable[Mapping[str, Any]]) -> None:
         with naming(self._path, OutputError):
-            # A line cut short by a crash must not swallow this one.
-            line = "\n" + json.dumps(entry) + "\n"
-            data = line.encode()
+            # A line cut short by a crash must not swallow the next.
+            data = "".join(f"\n{json.dumps(entry)}\n" for entry in entries).encode()
             while data:
                 data = data[os.write(self._fd, data) :]
             os.fsync(self._fd)
 
     def _read(self) -> None:
         for entry in _entries(self._path):
-            with contextlib.suppress(KeyError, TypeError, AttributeError):
-                if "forget" in entry:
+            match entry:
+                case {"forget": True}:
                     self.made.clear()
-                elif "shard" in entry:
-                    self.made[entry["shard"]] = Made(
-                        ShardRecord(entry["bytes"], entry["header"], dict(entry["tensors"])),
-                        entry["format_version"],
-                        entry["row_order"],
-                        entry["plan"],
-                        dict(entry["sources"]),
-                    )
-                else:
-                    self.files |= set(map(str, entry["files"]))
+                case {"files": list(names)}:
+                    self.files |= {name for name in names if isinstance(name, str)}
+                case {
+                    "shard": str(name),
+                    "bytes": int(nbytes),
+                    "header": str(header),
+                    "tensors": dict(tensors),
+                    "format_version": int(format_version),
+                    "row_order": str(row_order),
+                    "plan": str(plan),
+                    "sources": dict(sources),
+                }:
+                    record = ShardRecord(nbytes, header, tensors)
+                    self.made[name] = Made(record, format_version, row_order, plan, sources)
+
+
+def _entry(name: str, made: Made) -> dict[str, Any]:
+    return {
+        "shard": name,
+        "bytes": made.record.nbytes,
+        "header": made.record.header,
+        "tensors": dict(made.record.tensors),
+        "format_version": made.format_version,
+        "row_order": made.row_order,
+        "plan": made.plan,
+        "sources": dict(made.sources),
+    }
 
 
 def why_redo(
@@ -143,7 +140,7 @@ def why_redo(
     out_dir: Path,
     *,
     row_order: str,
-    sources: Mapping[str, str],
+    sources: Mapping[str, Identity],
 ) -> str | None:
     """Why a shard with its final name cannot be taken as it is; None if it can.
 
@@ -179,14 +176,19 @@ def why_redo(
 def _open_locked(path: Path) -> int:
     while True:
         # O_NOFOLLOW: a link planted here would have us write where it leads.
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags, 0o666)
+        fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise OutputError(f"{path.parent}: is in use by {_holder(path)}") from None
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise OutputError(
+                    f"{path.parent}: its file system has no locks ({error.strerror}), so a second "
+                    "run could not be kept out; mount it with locks (Lustre: -o flock), or "
+                    "convert to another one"
+                ) from None
             raise
         # Whoever held it before may have removed the file just after it was opened here.
         with contextlib.suppress(FileNotFoundError):

@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from .blockio import ReadFile, WriteFile, partial_path, publish, read_buffer, write_file
-from .checkpoint import Checkpoint, read_json_object
+from .blockio import (
+    ReadFile,
+    WriteFile,
+    holds,
+    make_folder,
+    partial_path,
+    publish,
+    read_buffer,
+    remove_file,
+    write_file,
+)
+from .checkpoint import Checkpoint, parse_json_object, read_bounded
 from .contract import (
     CONFIG_NAME,
     FORMAT_VERSION,
+    HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     quantization_section,
 )
 from .errors import CheckpointError, OutputError, VerifyError, naming
-from .layouts import Bytes
 from .plan import MOVE_NBYTES, Plan, PlannedShard
 from .row_order import RowOrder
 
@@ -40,6 +50,9 @@ class FileRecord:
     nbytes: int
     checksum: str
     """XXH3-128 of its bytes."""
+
+    def as_json(self) -> dict[str, str | int]:
+        return {"bytes": self.nbytes, _CHECKSUM: self.checksum}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ class Manifest:
     """What a converted folder holds, and what it was made from."""
 
     source: Mapping[str, Any]
-    """Path, Hub id and revision where the path tells, and size and hash of each shard's header."""
+    """What `describe_source` said of the checkpoint."""
     versions: Mapping[str, str]
     row_order: str
     max_shard_nbytes: int
@@ -86,10 +99,7 @@ class Manifest:
             "max_shard_bytes": self.max_shard_nbytes,
             "plan": self.plan,
             "source": dict(self.source),
-            "files": {
-                name: {"bytes": record.nbytes, _CHECKSUM: record.checksum}
-                for name, record in self.files.items()
-            },
+            "files": {name: record.as_json() for name, record in self.files.items()},
             "shards": {
                 name: {
                     "bytes": record.nbytes,
@@ -99,7 +109,7 @@ class Manifest:
                 for name, record in self.shards.items()
             },
         }
-        return _json({**content, "manifest": _hash_json(content)})
+        return encode_signed(content)
 
 
 def read_manifest(out_dir: Path) -> Manifest:
@@ -115,7 +125,8 @@ def read_manifest(out_dir: Path) -> Manifest:
                 f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"
             )
     try:
-        content = read_json_object(path)
+        text = read_bounded(path)
+        content = parse_json_object(text, path.name)
     except CheckpointError as error:
         raise VerifyError(str(error)) from error
     if content.get("format_version") != FORMAT_VERSION:
@@ -123,20 +134,21 @@ def read_manifest(out_dir: Path) -> Manifest:
             f"{MANIFEST_NAME}: format version {content.get('format_version')}, "
             f"this release knows {FORMAT_VERSION}"
         )
-    recorded = content.pop("manifest", None)
-    if recorded != _hash_json(content):
+    content.pop("manifest", None)
+    # Of the text, too, which may change where the content does not: "\u00e9" is "\u00E9".
+    if text != encode_signed(content):
         raise VerifyError(f"{MANIFEST_NAME}: has been changed: it does not match its own checksum")
     # Anybody can write a checksum that matches.
     match content:
         case {
-            "source": {"path": str(), "shards": dict()} as source,
+            "source": {"path": str(), "shards": dict(), "files": dict()} as source,
             "versions": dict(versions),
             "row_order": str(row_order),
             "max_shard_bytes": int(max_shard_nbytes),
             "plan": str(plan),
             "shards": dict(shards),
             "files": dict(files),
-        }:
+        } if all(isinstance(record, dict) for record in _records(source)):
             return Manifest(
                 source=source,
                 versions=versions,
@@ -147,6 +159,10 @@ def read_manifest(out_dir: Path) -> Manifest:
                 files={name: _file_record(name, record) for name, record in files.items()},
             )
     raise VerifyError(f"{MANIFEST_NAME}: lacks a part, or has one of the wrong kind")
+
+
+def _records(source: Mapping[str, Any]) -> Iterable[object]:
+    return (*source["shards"].values(), *source["files"].values())
 
 
 def _shard_record(name: str, record: object) -> ShardRecord:
@@ -166,7 +182,12 @@ def _file_record(name: str, record: object) -> FileRecord:
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which checkpoint this is: where it lies, and what its headers say."""
+    """Which checkpoint this is: where it lies, the identity of each shard, and size and checksum of
+    the files that the output's config.json is made from. JSON values.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     root = checkpoint.root.resolve()
     identity: dict[str, Any] = {"path": str(root)}
     # A Hub cache keeps revisions as models--ORG--NAME/snapshots/REVISION.
@@ -174,11 +195,54 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     if root.parent.name == "snapshots" and repo.startswith("models--"):
         identity["hub_id"] = repo.removeprefix("models--").replace("--", "/")
         identity["revision"] = root.name
-    identity["shards"] = {
-        shard.name: {"bytes": shard.header.file_nbytes, "header": shard.header.digest}
-        for shard in checkpoint.shards
-    }
+    identity["shards"] = {shard.name: shard.identity for shard in checkpoint.shards}
+    configs = [CONFIG_NAME]
+    if checkpoint.hf_quant_config is not None:
+        configs.append(HF_QUANT_CONFIG_NAME)
+    identity["files"] = {name: record_file(root / name).as_json() for name in configs}
     return identity
+
+
+def source_difference(
+    checkpoint: Checkpoint, manifest: Manifest, *, same_files: bool = False
+) -> str | None:
+    """How a checkpoint differs from the one that was converted, without a look at its tensors.
+
+    Args:
+        checkpoint: may be that one.
+        manifest: of the result.
+        same_files: it is to be the very files that were converted, not a copy: their times of
+            change must agree, too.
+
+    Returns:
+        None: there is no difference, unless it is in the tensors.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    recorded, found = dict(manifest.source), describe_source(checkpoint)
+    if "revision" in found and found["revision"] != recorded.get("revision", found["revision"]):
+        return f"revision {found['revision']} is not {recorded['revision']}"
+    copied = {
+        name: record.as_json()
+        for name, record in manifest.files.items()
+        if name not in (CONFIG_NAME, INDEX_NAME)
+    }
+    there = {name: record_file(checkpoint.root / name).as_json() for name in checkpoint.other_files}
+    for before, now in (
+        (recorded["shards"], found["shards"]),
+        (recorded["files"], found["files"]),
+        (copied, there),
+    ):
+        for name in sorted(before.keys() | now.keys()):
+            if name not in before or name not in now:
+                return f"{name} is {'missing' if name in before else 'new'}"
+            keys = before[name].keys() | now[name].keys()
+            if any(before[name].get(key) != now[name].get(key) for key in keys - {"modified_ns"}):
+                return f"{name} differs"
+            if same_files and before[name].get("modified_ns") != now[name].get("modified_ns"):
+                return f"{name} has been written again since"
+    return None
 
 
 def finish(
@@ -188,7 +252,7 @@ def finish(
     *,
     row_order: RowOrder,
     shards: Mapping[str, ShardRecord],
-) -> Manifest:
+) -> None:
     """Write everything that stands beside the shards, the index last.
 
     Args:
@@ -222,11 +286,14 @@ def finish(
         plan=plan.fingerprint,
         shards=shards,
         files=dict(sorted(files.items())),
-    )
-    write_file(out_dir / MANIFEST_NAME, manifest.encode())
+    ).encode()
+    if not holds(out_dir / MANIFEST_NAME, manifest):
+        # What a finished folder has around the shards is about to change, one file by one.
+        with naming(INDEX_NAME, OutputError):
+            remove_file(out_dir / INDEX_NAME)
+    write_file(out_dir / MANIFEST_NAME, manifest)
     write_file(out_dir / CONFIG_NAME, config)
     write_file(out_dir / INDEX_NAME, index)
-    return manifest
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str, Any]:
@@ -245,14 +312,13 @@ def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
-    record = record_file(source)
-    if target.is_file() and record_file(target) == record:
+    if target.is_file() and (record := record_file(source)) == record_file(target):
         return record  # from an earlier run
     with naming(target.name, OutputError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    writer = WriteFile(partial_path(target), record.nbytes, direct=False)
-    for offset, data in _pieces(source, record.nbytes):
-        writer.write(data, offset)
+        make_folder(target.parent)
+    reader = ReadFile(source, direct=False)
+    writer = WriteFile(partial_path(target), reader.nbytes, direct=False)
+    record = _read_through(reader, writer)
     writer.sync()
     publish(writer.path, target)
     return record
@@ -264,25 +330,25 @@ def record_file(path: Path) -> FileRecord:
     Raises:
         CheckpointError: it cannot be read.
     """
+    return _read_through(ReadFile(path, direct=False))
+
+
+def _read_through(reader: ReadFile, copy: WriteFile | None = None) -> FileRecord:
     digest = xxhash.xxh3_128()
-    with naming(path.name):
-        nbytes = path.stat().st_size
-    for _, data in _pieces(path, nbytes):
+    buffer = read_buffer(min(reader.nbytes, MOVE_NBYTES))
+    for offset in range(0, reader.nbytes, MOVE_NBYTES):
+        data = reader.read(buffer, offset, min(MOVE_NBYTES, reader.nbytes - offset))
         digest.update(data.data)
-    return FileRecord(nbytes, digest.hexdigest())
-
-
-def _pieces(path: Path, nbytes: int) -> Iterator[tuple[int, Bytes]]:
-    reader = ReadFile(path, direct=False)
-    buffer = read_buffer(min(nbytes, MOVE_NBYTES))
-    for offset in range(0, nbytes, MOVE_NBYTES):
-        yield offset, reader.read(buffer, offset, min(MOVE_NBYTES, nbytes - offset))
+        if copy is not None:
+            copy.write(data, offset)
+    return FileRecord(reader.nbytes, digest.hexdigest())
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _hash_json(content: Mapping[str, Any]) -> str:
+def encode_signed(content: Mapping[str, Any]) -> bytes:
+    """JSON whose last entry is a checksum of the others (docs/format.md, 5)."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+    return _json({**content, "manifest": xxhash.xxh3_128_hexdigest(canonical.encode())})

@@ -8,9 +8,8 @@ tests', because a wrong permutation has a matching wrong inverse.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,22 @@ import numpy as np
 
 from . import defaults
 from .blockio import read_buffer
-from .checkpoint import FOREIGN_FOLDERS, Checkpoint, Shard, open_checkpoint
-from .contract import CONFIG_NAME, MANIFEST_NAME
+from .checkpoint import Checkpoint, Shard, files_below, open_checkpoint
+from .contract import JOURNAL_NAME, MANIFEST_NAME
 from .crew import Checksum, Crew
-from .errors import CheckpointError, VerifyError, naming
+from .errors import CheckpointError, ConvertError, VerifyError, naming
 from .headers import read_header
-from .journal import JOURNAL_NAME
 from .layouts import Bytes, Layout, undo
-from .manifest import FileRecord, Manifest, describe_source, read_manifest, record_file
+from .manifest import (
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    record_file,
+    source_difference,
+)
 from .plan import MOVE_NBYTES, Move, source_moves
-from .progress import OnProgress, track
+from .progress import OnMove, OnProgress, track
 from .scatter import Opener, file_opener
 
 
@@ -81,26 +86,103 @@ def verify(
     for name, record in manifest.files.items():
         _check_file(out_dir / name, name, record)
     checkpoint = None if source is None else _open_source(source, manifest)
-    shards = [_check_shard(out_dir, name, manifest) for name in manifest.shards]
+    shards = [_check_shard(out_dir / name, record) for name, record in manifest.shards.items()]
     moves = _whole_tensors(shards) if checkpoint is None else source_moves(checkpoint)
-    home = {tensor.name: shard for shard in shards for tensor in shard.header.tensors}
     if checkpoint is not None:
         _check_covered(moves, shards)
+    digests = _read_all(
+        shards,
+        moves,
+        compare=checkpoint is not None,
+        direct_io=direct_io,
+        threads=threads,
+        on_move=track("verifying", sum(move.nbytes for move in moves), on_progress),
+    )
+    for shard in shards:
+        _check_checksums(shard.name, manifest.shards[shard.name], digests)
+    return Verified(
+        files=len(manifest.files) + len(shards) + 1,
+        tensors=len(digests),
+        nbytes=sum(shard.header.file_nbytes for shard in shards)
+        + sum(record.nbytes for record in manifest.files.values()),
+        source=source,
+        seconds=time.perf_counter() - started,
+    )
 
+
+def damaged_shards(
+    out_dir: Path,
+    records: Mapping[str, ShardRecord],
+    *,
+    direct_io: bool = True,
+    threads: int = defaults.THREADS,
+    on_progress: OnProgress | None = None,
+) -> dict[str, str]:
+    """Read every byte of some shards and hold it against their records.
+
+    Returns:
+        What is wrong, by shard; nothing of those that are as they should be.
+    """
+    damaged: dict[str, str] = {}
+    on_move = track("checking", sum(record.nbytes for record in records.values()), on_progress)
+    for name, record in records.items():
+        try:
+            shard = _check_shard(out_dir / name, record)
+            on_move(name, shard.header.nbytes)
+            digests = _read_all(
+                [shard],
+                _whole_tensors([shard]),
+                compare=False,
+                direct_io=direct_io,
+                threads=threads,
+                on_move=on_move,
+            )
+            _check_checksums(name, record, digests)
+        except ConvertError as error:
+            damaged[name] = f"it is damaged ({error})"
+    return damaged
+
+
+def _read_all(
+    shards: Sequence[Shard],
+    moves: Sequence[Move],
+    *,
+    compare: bool,
+    direct_io: bool,
+    threads: int,
+    on_move: OnMove,
+) -> dict[str, str]:
+    """Read all tensors of these shards.
+
+    Args:
+        shards: of the output.
+        moves: cover their tensors.
+        compare: with the sources of the moves, too.
+        direct_io: bypass the page cache where the file systems allow.
+        threads: number of readers.
+        on_move: told of each move.
+
+    Returns:
+        XXH3-128 of each tensor's bytes.
+
+    Raises:
+        VerifyError: ``compare`` found a difference.
+        CheckpointError: a file cannot be read.
+    """
     crew = Crew(threads)
-    checksums = {name: Checksum(crew) for name in home}
+    home = {tensor.name: shard for shard in shards for tensor in shard.header.tensors}
     starts = {
         tensor.name: shard.header.nbytes + tensor.start
         for shard in shards
         for tensor in shard.header.tensors
     }
+    checksums = {name: Checksum(crew) for name in home}
     open_file = file_opener(direct=direct_io)
-    on_move = track("verifying", sum(move.nbytes for move in moves), on_progress)
     largest = max((move.nbytes for move in moves), default=0)
 
     def make_worker() -> Callable[[Move], None]:
         buffer = read_buffer(largest)
-        comparison = _Comparison(largest, open_file) if checkpoint is not None else None
+        comparison = _Comparison(largest, open_file) if compare else None
 
         def work(move: Move) -> None:
             shard = home[move.tensor]
@@ -114,31 +196,13 @@ def verify(
         return work
 
     crew.run(iter(moves), make_worker)
-    for shard in shards:
-        for name, expected in manifest.shards[shard.name].tensors.items():
-            if checksums[name].hexdigest() != expected:
-                raise VerifyError(
-                    f"{shard.name}: {name!r} has checksum {checksums[name].hexdigest()}, "
-                    f"the manifest says {expected}"
-                )
-    return Verified(
-        files=len(manifest.files) + len(shards) + 1,
-        tensors=len(home),
-        nbytes=sum(shard.header.file_nbytes for shard in shards)
-        + sum(record.nbytes for record in manifest.files.values()),
-        source=source,
-        seconds=time.perf_counter() - started,
-    )
+    return {name: checksum.hexdigest() for name, checksum in checksums.items()}
 
 
 def _check_names(out_dir: Path, manifest: Manifest) -> None:
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
-    found = set()
-    for folder, folders, names in os.walk(out_dir):
-        folders[:] = set(folders) - FOREIGN_FOLDERS
-        found |= {os.path.relpath(os.path.join(folder, name), out_dir) for name in names}
     # What the Hub adds to every repository, and what a run that is verifying still holds.
-    found -= {".gitattributes", JOURNAL_NAME}
+    found = set(files_below(out_dir, VerifyError)) - {".gitattributes", JOURNAL_NAME}
     for name in sorted(expected - found):
         raise VerifyError(f"{name}: is missing, the manifest lists it")
     for name in sorted(found - expected):
@@ -149,44 +213,42 @@ def _check_file(path: Path, name: str, record: FileRecord) -> None:
     with naming(name, VerifyError):
         nbytes = path.stat().st_size
     if nbytes != record.nbytes:
-        raise VerifyError(f"{name}: has {nbytes} bytes, the manifest says {record.nbytes}")
+        raise VerifyError(f"{name}: has {nbytes} bytes, expected {record.nbytes}")
     if (found := record_file(path)) != record:
-        raise VerifyError(
-            f"{name}: has checksum {found.checksum}, the manifest says {record.checksum}"
-        )
+        raise VerifyError(f"{name}: has checksum {found.checksum}, expected {record.checksum}")
 
 
-def _check_shard(out_dir: Path, name: str, manifest: Manifest) -> Shard:
-    record = manifest.shards[name]
-    path = out_dir / name
+def _check_shard(path: Path, record: ShardRecord) -> Shard:
+    name = path.name
     with naming(name, VerifyError):
-        nbytes = path.stat().st_size
+        status = path.stat()
+    nbytes = status.st_size
     if nbytes != record.nbytes:
-        raise VerifyError(f"{name}: has {nbytes} bytes, the manifest says {record.nbytes}")
+        raise VerifyError(f"{name}: has {nbytes} bytes, expected {record.nbytes}")
     try:
         header = read_header(path)
     except CheckpointError as error:
         raise VerifyError(str(error)) from error
     if header.digest != record.header:
         raise VerifyError(
-            f"{name}: its header has checksum {header.digest}, the manifest says {record.header}"
+            f"{name}: its header has checksum {header.digest}, expected {record.header}"
         )
     if {tensor.name for tensor in header.tensors} != set(record.tensors):
         raise VerifyError(f"{name}: holds other tensors than the manifest lists")
-    return Shard(name, path, header)
+    return Shard(name, path, header, status.st_mtime_ns)
+
+
+def _check_checksums(file: str, record: ShardRecord, digests: Mapping[str, str]) -> None:
+    for name, expected in record.tensors.items():
+        if digests[name] != expected:
+            raise VerifyError(f"{file}: {name!r} has checksum {digests[name]}, expected {expected}")
 
 
 def _open_source(source: Path, manifest: Manifest) -> Checkpoint:
     checkpoint = open_checkpoint(source)
-    recorded = manifest.source["shards"]
-    found = describe_source(checkpoint)["shards"]
-    if checkpoint.is_converted or found != recorded:
-        name = next(
-            (n for n in sorted({*recorded, *found}) if recorded.get(n) != found.get(n)),
-            CONFIG_NAME,
-        )
+    if (difference := source_difference(checkpoint, manifest)) is not None:
         raise VerifyError(
-            f"{source}: is not the checkpoint that was converted: {name} differs "
+            f"{source}: is not the checkpoint that was converted: {difference} "
             f"(converted from {manifest.source['path']})"
         )
     return checkpoint

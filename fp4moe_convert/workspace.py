@@ -10,21 +10,32 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from .blockio import partial_path
-from .checkpoint import Checkpoint
-from .contract import CONFIG_NAME, FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME
+from .blockio import make_folder, remove_file, sync_folder
+from .checkpoint import Checkpoint, files_below
+from .contract import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+)
 from .errors import OutputError, VerifyError, naming
-from .journal import JOURNAL_NAME, Journal, Made, source_identity, why_redo
-from .manifest import Manifest, ShardRecord, describe_source, read_manifest
+from .journal import Journal, Made, why_redo
+from .manifest import Manifest, ShardRecord, read_manifest, source_difference
 from .plan import Plan, PlannedShard
 from .row_order import fingerprint, our_rows
 
 
 class Workspace:
-    """An output folder, locked, with all stale files gone; a context manager."""
+    """An output folder, locked; a context manager.
+
+    First it is only looked at: which shards are ``kept``, which are ``redone`` and why. `begin`
+    deletes what is stale. From then on a failure takes away what the next run cannot use.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, plan: Plan, out_dir: Path, *, overwrite: bool
@@ -38,50 +49,36 @@ class Workspace:
             overwrite: keep nothing of what earlier runs left.
 
         Raises:
-            OutputError: the folder is unfit or not ours, another process holds it, it holds a
-                finished conversion of something else, or the disk is too small.
+            OutputError: the folder is unfit or not ours, another process holds it, or it holds a
+                finished conversion of something else.
         """
         _check_place(checkpoint, out_dir)
+        self._checkpoint = checkpoint
         self._out_dir = out_dir
         self._plan = plan
         self._row_order = fingerprint(our_rows)
-        self._sources = {shard.path.name: source_identity(shard) for shard in checkpoint.shards}
-        self._names = {
-            CONFIG_NAME,
-            INDEX_NAME,
-            MANIFEST_NAME,
-            *(shard.name for shard in plan.shards),
-            *checkpoint.other_files,
-        }
+        self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._keep: set[str] | None = None
+        """What a failure does not take away; None: nothing is taken away."""
         self._adding = threading.Lock()
-        self.kept: dict[str, ShardRecord] = {}
+        self.kept: dict[str, Made] = {}
         """Finished shards that are taken as they are."""
         self.redone: dict[str, str] = {}
         """Finished shards that are not, and why."""
 
         with naming(out_dir, OutputError):
             self._created = not out_dir.exists()
-            out_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(out_dir)
             known = (out_dir / JOURNAL_NAME).exists() or (out_dir / MANIFEST_NAME).exists()
             if not known and any(out_dir.iterdir()):
                 raise OutputError(f"{out_dir}: is not empty")
         self._journal = Journal(out_dir)
-        self._leave_alone = True
-        """Whether a failure from now on takes nothing away."""
         try:
-            manifest = _finished(out_dir)
-            ours = self._journal.files | _files_of(manifest)
-            _refuse_foreign(out_dir, ours)
-            ours |= self._names
+            manifest = self._read_manifest()
+            self._ours = self._journal.files | _files_of(manifest)
+            self._refuse_foreign()
             if not overwrite:
-                self._take_stock(checkpoint, manifest)
-            # A finished folder stays so: its small files are replaced by the same, one by one.
-            self._leave_alone = manifest is not None and not overwrite
-            # First the names, then the deeds: whatever a kill leaves is known to be ours.
-            self._journal.begin(ours)
-            with naming(out_dir, OutputError):
-                self._clear(ours, ours if self._leave_alone else set(self.kept))
-                self._check_space(checkpoint)
+                self._take_stock(manifest)
         except BaseException as failure:
             self.__exit__(type(failure), failure, None)
             raise
@@ -91,15 +88,17 @@ class Workspace:
 
     def __exit__(self, kind: object, failure: object, trace: object) -> None:
         """After a failure only what the next run can use stays: finished shards and the journal."""
-        finished = {name for name in self._journal.made if (self._out_dir / name).exists()}
-        nothing_to_resume = failure is None or not (finished or self._journal.files)
+        begun, whole = self._keep is not None, self._has_index()
+        finished = any((self._out_dir / name).exists() for name in self._journal.made)
+        remove_journal = whole or not (finished if begun else self._journal.files)
         # Where tidying up fails, too, the failure that led here is the one to tell of.
-        if failure is not None and not self._leave_alone:
-            nothing_to_resume = not finished
-            with contextlib.suppress(OSError):
-                self._clear(self._journal.files, finished)
+        if self._keep is not None and not whole:
+            try:
+                self._clear(self._keep)
+            except (OSError, OutputError):
+                remove_journal = False
         with contextlib.suppress(OSError):
-            self._journal.close(remove=nothing_to_resume)
+            self._journal.close(remove=remove_journal)
         if failure is not None and self._created:
             with contextlib.suppress(OSError):
                 self._out_dir.rmdir()
@@ -108,75 +107,176 @@ class Workspace:
     def shards_to_write(self) -> tuple[PlannedShard, ...]:
         return tuple(shard for shard in self._plan.shards if shard.name not in self.kept)
 
+    @property
+    def records(self) -> dict[str, ShardRecord]:
+        """Of the shards that are kept."""
+        return {name: made.record for name, made in self.kept.items()}
+
+    def redo(self, reasons: Mapping[str, str]) -> None:
+        """Keep these shards no longer."""
+        for name in reasons:
+            del self.kept[name]
+        self.redone.update(reasons)
+
+    def begin(self) -> None:
+        """Delete what is stale, and make sure that there is room for what will come.
+
+        Raises:
+            OutputError: a file cannot be deleted, or the disk is too small.
+        """
+        if self._has_index() and self.kept and not self.shards_to_write:
+            # Finished, and stays so.
+            self._keep = self._ours
+        else:
+            # First the names, then the deeds: whatever a kill leaves is known to be ours.
+            self._ours |= {
+                CONFIG_NAME,
+                INDEX_NAME,
+                MANIFEST_NAME,
+                *(shard.name for shard in self._plan.shards),
+                *self._checkpoint.other_files,
+            }
+            self._journal.begin(self._ours)
+            # What only the manifest vouched for; it goes.
+            self._journal.add(
+                {n: made for n, made in self.kept.items() if n not in self._journal.made}
+            )
+            self._keep = set(self.kept)
+        with naming(self._out_dir, OutputError):
+            self._clear(self._keep)
+            # Before the journal vouches for new files of these names, the old are gone for good.
+            sync_folder(self._out_dir)
+            self._check_space()
+
     def seal(self, shard: PlannedShard, checksums: Mapping[str, str]) -> ShardRecord:
-        """Record a shard whose bytes are on the disk, before it gets its name."""
-        files = {source.path.name for move in shard.moves for source in move.sources}
-        made = Made(
-            record=ShardRecord.of(shard, checksums),
-            format_version=FORMAT_VERSION,
-            row_order=self._row_order,
-            plan=shard.fingerprint,
-            sources={name: self._sources[name] for name in sorted(files)},
-        )
+        """Record a shard whose bytes are on the disk, before it gets its name.
+
+        Raises:
+            CheckpointError: a source has changed since its header was read.
+        """
+        assert self._keep is not None
+        for name in _sources_of(shard):
+            self._shards[name].check_unchanged()
+        made = self._made(shard, ShardRecord.of(shard, checksums))
         with self._adding:
-            self._journal.add(shard.name, made)
+            self._journal.add({shard.name: made})
+            self._keep.add(shard.name)
         return made.record
 
     def distrust(self) -> None:
         """The result, or the source, has proved wrong: it must not look finished, nor be built on.
         Its shards stay, for whoever wants to know what happened to them."""
-        with naming(self._out_dir, OutputError):
-            (self._out_dir / INDEX_NAME).unlink(missing_ok=True)
-        self._leave_alone = True
-        self._journal.begin(self._names)
+        self._journal.begin(self._ours)
         self._journal.forget()
+        self._keep = None
+        for name in (INDEX_NAME, MANIFEST_NAME):
+            with naming(name, OutputError):
+                remove_file(self._out_dir / name)
 
-    def _take_stock(self, checkpoint: Checkpoint, manifest: Manifest | None) -> None:
-        """Which shards stay. A finished folder must be this very conversion: then all do."""
+    def _made(self, shard: PlannedShard, record: ShardRecord) -> Made:
+        """A shard as it would be made now."""
+        return Made(
+            record=record,
+            format_version=FORMAT_VERSION,
+            row_order=self._row_order,
+            plan=shard.fingerprint,
+            sources={name: self._shards[name].identity for name in _sources_of(shard)},
+        )
+
+    def _has_index(self) -> bool:
+        return (self._out_dir / INDEX_NAME).is_file()
+
+    def _read_manifest(self) -> Manifest | None:
+        try:
+            return read_manifest(self._out_dir)
+        except VerifyError as error:
+            if self._has_index() and not self._journal.files:
+                raise OutputError(
+                    f"{self._out_dir}: nothing tells what conversions have left there: {error}; "
+                    "choose another folder"
+                ) from None
+            return None
+
+    def _refuse_foreign(self) -> None:
+        """Links are never ours: we make none, and would write through a planted one."""
+        for name in files_below(self._out_dir, OutputError):
+            known = name == JOURNAL_NAME or name.removesuffix(PARTIAL_SUFFIX) in self._ours
+            if not known or (self._out_dir / name).is_symlink():
+                raise OutputError(
+                    f"{self._out_dir}: holds {name!r}, which no conversion has left there"
+                )
+
+    def _take_stock(self, manifest: Manifest | None) -> None:
+        """Which shards stay. A finished folder must be this very conversion."""
+        vouched = dict(self._journal.made)
         if manifest is not None:
-            if (
-                manifest.plan != self._plan.fingerprint
-                or manifest.row_order != self._row_order
-                or manifest.source["shards"] != describe_source(checkpoint)["shards"]
-            ):
+            if (difference := self._difference(manifest)) is None:
+                for shard in self._plan.shards:
+                    vouched[shard.name] = self._made(shard, manifest.shards[shard.name])
+            elif self._has_index():
                 raise OutputError(
                     f"{self._out_dir}: holds a finished conversion of another checkpoint or with "
-                    "other options; choose another folder, or --overwrite it"
+                    f"other options: {difference}; choose another folder, or --overwrite it"
                 )
-            self.kept = dict(manifest.shards)
-            return
+        sources = {name: shard.identity for name, shard in self._shards.items()}
         for shard in self._plan.shards:
             if not (self._out_dir / shard.name).exists():
+                if self._has_index():
+                    self.redone[shard.name] = "it is missing"
                 continue
-            made = self._journal.made.get(shard.name)
+            made = vouched.get(shard.name)
             reason = why_redo(
-                shard, made, self._out_dir, row_order=self._row_order, sources=self._sources
+                shard, made, self._out_dir, row_order=self._row_order, sources=sources
             )
             if reason is not None:
                 self.redone[shard.name] = reason
             elif made is not None:
-                self.kept[shard.name] = made.record
-        for name in self._journal.made.keys() - {shard.name for shard in self._plan.shards}:
+                self.kept[shard.name] = made
+        for name in vouched.keys() - {shard.name for shard in self._plan.shards}:
             if (self._out_dir / name).exists():
                 self.redone[name] = "the options or the layout of shards have changed since"
 
-    def _clear(self, names: set[str], keep: set[str]) -> None:
-        """Delete files of ours, finished or not, but for ``keep``, and folders that get empty."""
-        folders = set()
-        # The index first: without one the folder is unfinished, whatever else is still there.
-        for name in sorted(names, key=lambda name: name != INDEX_NAME):
-            path = self._out_dir / name
-            partial_path(path).unlink(missing_ok=True)
-            if name not in keep:
-                path.unlink(missing_ok=True)
-            folders |= {parent for parent in path.parents if self._out_dir in parent.parents}
-        for folder in sorted(folders, reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def _difference(self, manifest: Manifest) -> str | None:
+        """How this conversion differs from the one that left a manifest."""
+        if manifest.row_order != self._row_order:
+            return "it was written for another row order"
+        difference = source_difference(self._checkpoint, manifest, same_files=True)
+        if difference is not None:
+            return f"in the source, {difference}"
+        if manifest.max_shard_nbytes != self._plan.max_shard_nbytes:
+            return f"its files have at most {manifest.max_shard_nbytes:,} bytes"
+        names = {shard.name for shard in self._plan.shards}
+        if manifest.plan != self._plan.fingerprint or manifest.shards.keys() != names:
+            return "it was planned by another release"
+        return None
 
-    def _check_space(self, checkpoint: Checkpoint) -> None:
+    def _clear(self, keep: set[str]) -> None:
+        """Delete files of ours, finished or not, but for ``keep``, and folders that get empty.
+
+        Only what lies in the folder is gone through: no name that a journal or a manifest holds
+        can lead to a file elsewhere.
+        """
+        stale = {
+            name
+            for name in files_below(self._out_dir, OutputError)
+            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self._ours
+        }
+        # The index first: without one the folder is unfinished, whatever else is still there.
+        if INDEX_NAME in stale:
+            remove_file(self._out_dir / INDEX_NAME)
+        for name in stale:
+            (self._out_dir / name).unlink(missing_ok=True)
+        folders = {str(parent) for name in self._ours for parent in Path(name).parents} - {"."}
+        for folder, _, _ in os.walk(self._out_dir, topdown=False):
+            if os.path.relpath(folder, self._out_dir) in folders and not os.listdir(folder):
+                os.rmdir(folder)
+
+    def _check_space(self) -> None:
         needed = sum(shard.nbytes for shard in self.shards_to_write)
-        needed += sum((checkpoint.root / name).stat().st_size for name in checkpoint.other_files)
+        for name in self._checkpoint.other_files:
+            if not (self._out_dir / name).exists():
+                with naming(name):
+                    needed += (self._checkpoint.root / name).stat().st_size
         free = shutil.disk_usage(self._out_dir).free
         if free < needed:
             raise OutputError(
@@ -197,31 +297,10 @@ def _check_place(checkpoint: Checkpoint, out_dir: Path) -> None:
             raise OutputError(f"{out_dir}: is not a folder")
 
 
-def _finished(out_dir: Path) -> Manifest | None:
-    """The manifest of a finished folder; None where there is no index, or none that vouches."""
-    if not (out_dir / INDEX_NAME).is_file():
-        return None
-    try:
-        return read_manifest(out_dir)
-    except VerifyError:
-        return None
-
-
 def _files_of(manifest: Manifest | None) -> set[str]:
     return {MANIFEST_NAME, *manifest.files, *manifest.shards} if manifest else set()
 
 
-def _refuse_foreign(out_dir: Path, ours: set[str]) -> None:
-    """Links are never ours: we make none, and would write through a planted one."""
-    known = {JOURNAL_NAME, *ours, *(partial_path(Path(name)).as_posix() for name in ours)}
-    for name, path in _contents(out_dir):
-        if name not in known or path.is_symlink():
-            raise OutputError(f"{out_dir}: holds {name!r}, which no conversion has left there")
-
-
-def _contents(out_dir: Path) -> Iterator[tuple[str, Path]]:
-    """Files and links, with their names relative to the folder."""
-    for folder, folders, files in os.walk(out_dir):
-        for name in (*files, *(n for n in folders if Path(folder, n).is_symlink())):
-            path = Path(folder, name)
-            yield path.relative_to(out_dir).as_posix(), path
+def _sources_of(shard: PlannedShard) -> list[str]:
+    """Names of the source files that a shard is read from."""
+    return sorted({source.path.name for move in shard.moves for source in move.sources})

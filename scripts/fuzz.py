@@ -127,7 +127,11 @@ def converted_folder() -> tuple[bytes, ...]:
     )
     record = manifest.ShardRecord(1, "00", dict.fromkeys(tensors, "00"))
     content = manifest.Manifest(
-        source={"path": "x", "shards": {SHARDS[0]: {"bytes": 1, "header": "00"}}},
+        source={
+            "path": "x",
+            "shards": {SHARDS[0]: {"bytes": 1, "header": "00", "modified_ns": 1}},
+            "files": {CONFIG: {"bytes": 1, "xxh3_128": "00"}},
+        },
         versions={"fp4moe-convert": "0.1.0", "flashinfer": "0.7.2"},
         row_order="1234",
         max_shard_nbytes=1,
@@ -174,15 +178,13 @@ def described_nbytes(header: bytes) -> int:
 
 def with_own_checksum(manifest: bytes) -> bytes:
     """Inputs that are refused for their checksum alone lead nowhere."""
-    import xxhash
+    from fp4moe_convert.manifest import encode_signed
 
     with suppress(ValueError, RecursionError):
         content = json.loads(manifest)
         if isinstance(content, dict) and "manifest" in content:
             del content["manifest"]
-            canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-            content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
-            return dump(content)
+            return encode_signed(content)
     return manifest
 
 
@@ -253,7 +255,7 @@ class Folder:
         from fp4moe_convert.conversion import prepare
         from fp4moe_convert.errors import ConvertError
         from fp4moe_convert.inspection import inspect
-        from fp4moe_convert.manifest import describe_source, read_manifest
+        from fp4moe_convert.manifest import describe_source, read_manifest, source_difference
 
         with suppress(ConvertError):
             describe_source(open_checkpoint(self.root))
@@ -264,6 +266,8 @@ class Folder:
             dump(inspect(self.root).as_json())
         with suppress(ConvertError):
             read_manifest(self.root).encode()
+        with suppress(ConvertError):
+            source_difference(open_checkpoint(self.root), read_manifest(self.root), same_files=True)
 
 
 def make_check(target: str, root: Path) -> Check:

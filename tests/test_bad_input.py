@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -188,6 +189,39 @@ def shift_a_tensor(by: int) -> Damage:
     return damage
 
 
+def replace(name: str, make: Callable[[Path], object]) -> Damage:
+    """Put something else in a file's place."""
+
+    def damage(model_dir: Path) -> None:
+        (model_dir / name).unlink()
+        make(model_dir / name)
+
+    return damage
+
+
+def link_to_a_secret(name: str) -> Damage:
+    """Beside the model folder lies what is to stay there."""
+
+    def make(path: Path) -> None:
+        secret = path.parent.parent / "secret"
+        secret.write_bytes(b"mine")
+        path.symlink_to(secret)
+
+    return replace(name, make)
+
+
+def two_keys(model_dir: Path) -> None:
+    text = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text += b"," + text[1:] + b"}"
+    (model_dir / SECOND).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def a_million_empty_tensors(model_dir: Path) -> None:
+    entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + b",".join(entry % n for n in range(1_000_000)) + b"}"
+    (model_dir / SECOND).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def copy_a_shard(model_dir: Path) -> None:
     (model_dir / INDEX).unlink()
     shutil.copy(model_dir / THIRD, model_dir / "model-again.safetensors")
@@ -268,9 +302,63 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         shift_a_tensor(-1),
         rf"{SECOND}: '.+' overlaps the tensor before it: starts at byte \d+, expected \d+",
     ),
+    "key twice in a header": (
+        two_keys,
+        rf"{SECOND}: header is not JSON: key 'a' appears twice",
+    ),
+    "offset of 2^63": (
+        lambda model_dir: change_entry(
+            model_dir, f"{UP}.weight", data_offsets=[2**63 - 128, 2**63]
+        ),
+        rf"model-.*: '{UP}\.weight' has no valid dtype, shape and data_offsets",
+    ),
+    "shape that overflows": (
+        lambda model_dir: change_entry(model_dir, f"{UP}.weight", shape=[2**32, 2**32]),
+        rf"model-.*: '{UP}\.weight' has more elements than 63 bits can count",
+    ),
+    "a million empty tensors": (
+        a_million_empty_tensors,
+        rf"{SECOND}: header is not JSON: it has more than 3,000,000 keys and values",
+    ),
+    "header that nests": (
+        overwrite(SECOND, (200).to_bytes(8, "little") + b"[" * 100 + b"]" * 100),
+        rf"{SECOND}: header is not JSON: it nests deeper than 64 levels",
+    ),
+    "config with a number of a million digits": (
+        lambda model_dir: (model_dir / "config.json").write_bytes(b"1" * 10**6),
+        r"config\.json: not JSON: a number has more than 1,000 digits",
+    ),
+    "FIFO in place of a shard": (
+        replace(SECOND, os.mkfifo),
+        rf"{SECOND}: is not a regular file",
+    ),
+    "device in place of a shard": (
+        replace(SECOND, lambda path: path.symlink_to("/dev/zero")),
+        rf"{SECOND}: is not a regular file",
+    ),
+    "socket among the other files": (
+        replace("tokenizer.json", lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)),
+        r"tokenizer\.json: is not a regular file",
+    ),
+    "link that leads outside": (
+        link_to_a_secret("tokenizer.json"),
+        r"tokenizer\.json: is a link to {parent}/secret, outside the model folder; put the file .*",
+    ),
+    "shard that is such a link": (
+        link_to_a_secret(SECOND),
+        rf"{SECOND}: is a link to {{parent}}/secret, outside the model folder; put the file .*",
+    ),
+    "index names a file with a NUL": (
+        edit_index(**{"lm_head.weight": "model\0.safetensors"}),
+        rf"{INDEX}: names model\\x00\.safetensors, which is missing",
+    ),
+    "index names an absolute path": (
+        edit_index(**{"lm_head.weight": "/etc/passwd"}),
+        rf"{INDEX}: 'lm_head\.weight' is said to be in '/etc/passwd', which is not a file name .*",
+    ),
     "header with half a character": (
         lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"lm{HALF_A_PAIR}"),
-        rf"{THIRD}: .*",
+        rf"{THIRD}: header is not JSON: .* surrogate.*",
     ),
     "index names a missing file": (
         edit_index(**{"lm_head.weight": "nowhere.safetensors"}),
@@ -278,7 +366,7 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "index names a file nobody could": (
         edit_index(**{"lm_head.weight": "n" * 300}),
-        rf"({INDEX}|n+): .*",
+        rf"{INDEX}: names n{{300}}, which is missing",
     ),
     "index points outside": (
         edit_index(**{"lm_head.weight": "../model.safetensors"}),
@@ -336,8 +424,25 @@ def test_refused_before_the_first_byte(model_dir: Path, tmp_path: Path, case: st
     damage, message = BEFORE_THE_FIRST_BYTE[case]
     damage(model_dir)
     found = fails(model_dir, tmp_path / "out")
-    assert re.fullmatch(message.replace("{model_dir}", re.escape(str(model_dir))), found), found
+    for placeholder, path in (("{model_dir}", model_dir), ("{parent}", tmp_path)):
+        message = message.replace(placeholder, re.escape(str(path)))
+    assert re.fullmatch(message, found), found
     assert not (tmp_path / "out").exists()
+    short = found.replace(f"{tmp_path}/", "").replace("n" * 300, "nnn...")
+    assert DOCUMENTED[case] == f"error: {short}"
+
+
+def documented_errors() -> dict[str, str]:
+    """What docs/trust.md says is printed, by input."""
+    text = (Path(__file__).parent.parent / "docs" / "trust.md").read_text()
+    return dict(re.findall(r"^\| (.*?) \| `(error: .*)` \|$", text, re.MULTILINE))
+
+
+DOCUMENTED = documented_errors()
+
+
+def test_the_documented_errors_are_those_that_are_tested() -> None:
+    assert list(DOCUMENTED) == list(BEFORE_THE_FIRST_BYTE)
 
 
 @pytest.mark.usefixtures("flashinfer")

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fp4moe_convert import blockio
 from fp4moe_convert.blockio import (
     BLOCK,
     ReadFile,
     WriteFile,
+    make_folder,
     read_buffer,
     write_buffer,
     write_file,
@@ -178,6 +180,24 @@ def test_an_existing_file_is_never_overwritten(file: Path, tmp_path: Path) -> No
         with pytest.raises(OutputError, match="File exists"):
             WriteFile(path, 1, direct=False)
     assert file.read_bytes() == CONTENT.tobytes()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Without waiting for somebody to write."""
+    make(tmp_path / "odd")
+    with pytest.raises(CheckpointError, match=r"^odd: is not a regular file$"):
+        ReadFile(tmp_path / "odd", direct=False)
+
+
+def test_folders_are_made_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(blockio, "sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
 
 
 def test_files_have_ordinary_permissions(tmp_path: Path) -> None:

@@ -134,6 +134,48 @@ def test_symlinks_of_a_hub_cache_are_followed(model_dir: Path, tmp_path: Path) -
     assert (identity["hub_id"], identity["revision"]) == ("nvidia/Tiny-FP4", "0123abcd")
 
 
+def test_links_inside_the_folder_are_followed(model_dir: Path) -> None:
+    expected = open_checkpoint(model_dir)
+    (model_dir / "store").mkdir()
+    for name in (SECOND, "tokenizer.json"):
+        (model_dir / name).rename(model_dir / "store" / name)
+        (model_dir / name).symlink_to(f"store/{name}")
+    checkpoint = open_checkpoint(model_dir)
+    assert checkpoint.shards == expected.shards
+    assert set(checkpoint.other_files) == {*OTHER_FILES, "store/tokenizer.json", f"store/{SECOND}"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", INDEX, SECOND, "sub/x"])
+def test_refuses_a_link_that_leads_outside(model_dir: Path, tmp_path: Path, name: str) -> None:
+    (model_dir / name).parent.mkdir(exist_ok=True)
+    outside = tmp_path / "outside"
+    if (model_dir / name).exists():
+        (model_dir / name).rename(outside)
+    outside.touch()
+    (model_dir / name).symlink_to("../" * (name.count("/") + 1) + "outside")
+    with pytest.raises(CheckpointError, match=f"^{name}: is a link to {outside}, outside the"):
+        open_checkpoint(model_dir)
+
+
+def test_refuses_a_link_beside_the_blobs_of_a_hub_cache(model_dir: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--nvidia--Tiny-FP4" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    model_dir.rename(snapshot)
+    (tmp_path / "models--nvidia--Tiny-FP4" / "secret").touch()
+    (snapshot / "x").symlink_to("../../secret")
+    with pytest.raises(CheckpointError, match=r"^x: is a link to .*/secret, outside the model"):
+        open_checkpoint(snapshot)
+
+
+@pytest.mark.parametrize("name", [".fp4moe-journal.jsonl", "x.partial", "sub/x.partial"])
+def test_leaves_out_what_would_be_taken_for_unfinished_output(model_dir: Path, name: str) -> None:
+    (model_dir / name).parent.mkdir(exist_ok=True)
+    (model_dir / name).touch()
+    checkpoint = open_checkpoint(model_dir)
+    assert checkpoint.left_out == {name: "is unfinished"}
+    assert checkpoint.other_files == OTHER_FILES
+
+
 def test_quantization_only_in_hf_quant_config(model_dir: Path) -> None:
     edit_json(model_dir / "config.json", quantization_config=None)
     (model_dir / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(TINY)))

@@ -50,7 +50,7 @@ def checkpoint(*shards: Tensors, **config: Any) -> Checkpoint:
             infos.append(TensorInfo(name, dtype, shape, position, stop))
             position = stop
         path = Path(f"{number}.safetensors")
-        opened.append(Shard(path.name, path, Header(8, tuple(infos), "digest")))
+        opened.append(Shard(path.name, path, Header(8, tuple(infos), "digest"), 0))
     return Checkpoint(
         root=Path(),
         config={key: value for key, value in (CONFIG | config).items() if value is not None},

@@ -362,6 +362,8 @@ def test_hostile_header_takes_less_than_1_gib(tmp_path: Path, kind: str) -> None
     [
         {"source": None},
         {"source": {"path": "x"}},
+        {"source": {"path": "x", "shards": {"x": 1}, "files": {}}},
+        {"source": {"path": "x", "shards": {}, "files": {"x": []}}},
         {"shards": []},
         {"shards": {"x": {}}},
         {"shards": {"x": {"bytes": 1, "header": "", "tensors": {"a": 1}}}},

@@ -1,21 +1,35 @@
 """Runs that were stopped, and what the next one makes of what they left."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from make_checkpoint import Spec, make_checkpoint
 
-from fp4moe_convert import CheckpointError, OutputError, Report, VerifyError, convert, verify
-from fp4moe_convert.contract import INDEX_NAME, MANIFEST_NAME
-from fp4moe_convert.journal import JOURNAL_NAME
+from fp4moe_convert import (
+    CheckpointError,
+    OutputError,
+    Report,
+    VerifyError,
+    conversion,
+    convert,
+    manifest,
+    verify,
+)
+from fp4moe_convert.contract import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
+from fp4moe_convert.journal import Journal
 
 SPEC = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
 SHARD_NBYTES = 500_000
@@ -149,6 +163,189 @@ def test_a_finished_folder_of_something_else_is_refused(source: Path, tmp_path: 
     assert contents(out).keys() != before.keys()
 
 
+def rewritten(path: Path) -> None:
+    """The same bytes, written at another time."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def add_a_space(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "difference"),
+    [
+        ("model-00002-of-00003.safetensors", rewritten, "has been written again since"),
+        ("config.json", add_a_space, "differs"),
+        ("tokenizer.json", add_a_space, "differs"),
+        ("tokenizer.json", Path.unlink, "is missing"),
+        ("notes.txt", Path.touch, "is new"),
+    ],
+)
+def test_a_finished_folder_of_a_source_that_has_changed_is_refused(
+    source: Path,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[Path], None],
+    difference: str,
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = contents(out)
+    change(source / name)
+    with pytest.raises(OutputError, match=f"options: in the source, {name} {difference}; choose"):
+        run(source, out)
+    assert contents(out) == before
+    run(source, out, overwrite=True)
+    verify(out, source)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off_a_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "reason"),
+    [
+        (Path.unlink, {}, "it is missing"),
+        (cut_off_a_byte, {}, r"it is damaged \(.*: is truncated: .*\)"),
+        (flip_last_bit, {"verify": True}, r"it is damaged \(.*: '.*' has checksum .*\)"),
+    ],
+    ids=["missing", "truncated", "flipped"],
+)
+def test_damage_to_a_finished_folder_is_mended(
+    source: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    damage: Callable[[Path], None],
+    options: dict[str, bool],
+    reason: str,
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    shard = sorted(out.glob("*.safetensors"))[2]
+    damage(shard)
+    report, notes = run(source, out, **options)
+    assert re.fullmatch(f"{shard.name}: done again: {reason}", notes[0])
+    assert report.shards_kept == report.shards - 1
+    assert contents(out) == expected
+
+
+def test_a_finished_folder_stays_finished_on_a_full_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    usage = shutil.disk_usage(out)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    report, _ = run(source, out)
+    assert report.shards_kept == report.shards
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_another_release_changes_what_stands_around_the_shards(
+    source: Path,
+    tmp_path: Path,
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    """A run of it that fails has left the folder unfinished, and not one shard is lost."""
+    out = tmp_path / "out"
+    run(source, out)
+    monkeypatch.setattr(manifest, "VERSION", "0.0.0+other")
+    stop_after(count)
+    if count < 2:  # the manifest and the index; config.json stays as it is
+        with pytest.raises(OutputError, match="No space"):
+            run(source, out)
+        assert not (out / INDEX_NAME).exists()
+    else:
+        run(source, out)
+        assert manifest.read_manifest(out).versions["fp4moe-convert"] == "0.0.0+other"
+    monkeypatch.undo()
+    report, _ = run(source, out)
+    assert report.shards_kept == report.shards
+    verify(out, source)
+
+
+def test_a_manifest_without_an_index_vouches_for_shards(
+    source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / INDEX_NAME).unlink()
+    report, _ = run(source, out)
+    assert report.shards_kept == report.shards
+    assert contents(out) == expected
+
+
+def test_a_folder_whose_manifest_is_damaged_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / MANIFEST_NAME).write_text("{}")
+    before = sorted(out.iterdir())
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"nothing tells what .*: fp4moe_manifest\.json: "):
+            run(source, out, overwrite=overwrite)
+    assert sorted(out.iterdir()) == before
+
+
+def test_names_in_a_manifest_lead_to_no_other_folder(source: Path, tmp_path: Path) -> None:
+    """Not even if somebody has made its checksum right."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    run(source, out)
+    precious.write_text("mine")
+    content = json.loads((out / MANIFEST_NAME).read_bytes())
+    for name in ("../precious", str(precious), "nul\0", ""):
+        content["files"][name] = {"bytes": 4, "xxh3_128": ""}
+    del content["manifest"]
+    (out / MANIFEST_NAME).write_bytes(manifest.encode_signed(content))
+    run(source, out, overwrite=True)
+    assert precious.read_text() == "mine"
+    verify(out, source)
+
+
+def test_names_in_a_journal_lead_to_no_other_folder(
+    stopped: Path, source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    names = ["../precious", str(precious), "nul\0", "", 1, None]
+    with (stopped / JOURNAL_NAME).open("a") as journal:
+        journal.write(json.dumps({"run": "x", "files": names}) + "\n")
+    run(source, stopped, overwrite=True)
+    assert precious.read_text() == "mine"
+    assert contents(stopped) == expected
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+MADE = ("bytes", "header", "tensors", "format_version", "row_order", "plan", "sources")
+lines = st.dictionaries(
+    st.sampled_from(["run", "files", "forget", "shard", *MADE]), json_values
+) | st.fixed_dictionaries(
+    {"shard": st.text(max_size=3) | json_values} | dict.fromkeys(MADE, json_values)
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=20) | lines.map(lambda line: json.dumps(line).encode())))
+def test_a_journal_of_anything_is_read(tmp_path: Path, lines: list[bytes]) -> None:
+    (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join(lines))
+    journal = Journal(tmp_path)
+    assert all(isinstance(name, str) for name in journal.files | journal.made.keys())
+    journal.close(remove=True)
+
+
 def test_shards_of_other_options_are_done_again(stopped: Path, source: Path) -> None:
     report, notes = run(source, stopped, max_shard_nbytes=10**9)
     assert report.shards_kept == 0
@@ -187,6 +384,26 @@ def test_shards_that_were_damaged_are_done_again(
     report, notes = run(source, stopped)
     assert report.shards_kept == 2
     assert "done again" in notes[0]
+    assert contents(stopped) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("row_order", "xxh3_128:00", "it was written for another row order"),
+        ("format_version", 0, "it has format version 0, not 1"),
+    ],
+)
+def test_shards_of_another_format_are_done_again(
+    stopped: Path, source: Path, expected: dict[str, bytes], key: str, value: object, reason: str
+) -> None:
+    journal = stopped / JOURNAL_NAME
+    entries = [json.loads(line) for line in journal.read_text().splitlines() if line]
+    changed = [entry | {key: value} if "shard" in entry else entry for entry in entries]
+    journal.write_text("\n".join(map(json.dumps, changed)))
+    report, notes = run(source, stopped)
+    assert report.shards_kept == 0
+    assert [note.partition(": done again: ")[2] for note in notes] == [reason] * 3
     assert contents(stopped) == expected
 
 
@@ -243,15 +460,44 @@ conversion.convert({str(source)!r}, {str(out)!r})
     verify(out, source)
 
 
-def test_a_result_that_does_not_verify_is_not_built_on(
+def test_without_locks_there_is_no_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Lustre, unless it is mounted with them."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OutputError, match=r"out: its file system has no locks \(Function not"):
+        run(source, tmp_path / "out")
+
+
+def test_verify_reads_finished_shards_before_they_are_kept(
     stopped: Path, source: Path, expected: dict[str, bytes]
 ) -> None:
     shard = sorted(stopped.glob("*.safetensors"))[0]
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(VerifyError, match=rf"^{shard.name}: "):
-        run(source, stopped, verify=True)
+    flip_last_bit(shard)
+    report, notes = run(source, stopped, verify=True)
+    assert report.shards_kept == 2
+    assert re.fullmatch(rf"{shard.name}: done again: it is damaged \(.* checksum .*\)", notes[0])
+    assert contents(stopped) == expected
+
+
+def test_a_result_that_does_not_verify_is_not_built_on(
+    stopped: Path, source: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = sorted(stopped.glob("*.safetensors"))[0]
+    finish = conversion.finish
+
+    def finish_and_damage(*args: Any, **kwargs: Any) -> None:
+        finish(*args, **kwargs)
+        flip_last_bit(shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "finish", finish_and_damage)
+        with pytest.raises(VerifyError, match=rf"^{shard.name}: "):
+            run(source, stopped, verify=True)
     assert not (stopped / INDEX_NAME).exists()
     report, notes = run(source, stopped, verify=True)
     assert report.shards_kept == 0

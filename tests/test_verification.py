@@ -98,7 +98,7 @@ def test_missing_extra_and_truncated_files(out: Path) -> None:
     (out.parent / "tokenizer.json").rename(out / "tokenizer.json")
     shard = sorted(out.glob("*.safetensors"))[-1]
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(VerifyError, match=rf"^{shard.name}: has \d+ bytes, the manifest says"):
+    with pytest.raises(VerifyError, match=rf"^{shard.name}: has \d+ bytes, expected \d+$"):
         verify(out)
 
 
@@ -120,9 +120,9 @@ def rewrite_manifest(out: Path, shard: Path, tensor: str) -> None:
     content = json.loads((out / MANIFEST_NAME).read_text())
     content["shards"][shard.name]["tensors"][tensor] = xxhash.xxh3_128_hexdigest(data)
     del content["manifest"]
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
-    (out / MANIFEST_NAME).write_text(json.dumps(content))
+    (out / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
 
 LEAVES = ["weight", "weight_scale", "weight_scale_2", "input_scale"]
@@ -169,6 +169,62 @@ def test_a_source_that_is_another_checkpoint(out: Path, tmp_path: Path) -> None:
         verify(out, tmp_path / "other")
     with pytest.raises(VerifyError, match="is not the checkpoint that was converted"):
         verify(out, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("tokenizer.json", "tokenizer.json differs"),
+        ("config.json", "config.json differs"),
+        ("new.txt", "new.txt is new"),
+        ("generation_config.json", "generation_config.json is missing"),
+    ],
+)
+def test_a_source_whose_other_files_have_changed(
+    source: Path, out: Path, name: str, difference: str
+) -> None:
+    if difference.endswith("missing"):
+        (source / name).unlink()
+    else:
+        with (source / name).open("a") as file:
+            file.write(" ")
+    with pytest.raises(VerifyError, match=f"is not the checkpoint that was .*: {difference} "):
+        verify(out, source)
+
+
+def test_a_copy_of_the_source_will_do(source: Path, out: Path) -> None:
+    for path in source.iterdir():
+        os.utime(path, (0, 0))
+    verify(out, source)
+
+
+def test_another_revision_of_the_source(source: Path, tmp_path: Path) -> None:
+    """Known by its name alone."""
+    snapshots = tmp_path / "models--nvidia--Tiny" / "snapshots"
+    first = Path(shutil.copytree(source, snapshots / "aaaa"))
+    second = Path(shutil.copytree(source, snapshots / "bbbb"))
+    convert(first, tmp_path / "converted")
+    with pytest.raises(VerifyError, match="was converted: revision bbbb is not aaaa "):
+        verify(tmp_path / "converted", second)
+    verify(tmp_path / "converted", source)
+
+
+def test_the_text_of_the_manifest_counts_too(source: Path, tmp_path: Path) -> None:
+    """A flipped bit can leave what JSON says as it is: "\\u00e9" is "\\u00E9"."""
+    out = tmp_path / "converted"
+    convert(source.rename(tmp_path / "modèle"), out)
+    text = (out / MANIFEST_NAME).read_bytes()
+    position = text.index(rb"\u00e8") + 4
+    flip_bit(out / MANIFEST_NAME, position, 5)
+    assert json.loads((out / MANIFEST_NAME).read_bytes()) == json.loads(text)
+    with pytest.raises(VerifyError, match=r"^fp4moe_manifest\.json: has been changed"):
+        verify(out)
+
+
+def test_links_to_folders_are_extra(out: Path, tmp_path: Path) -> None:
+    (out / "more").symlink_to(tmp_path)
+    with pytest.raises(VerifyError, match=r"^more: is not in the manifest$"):
+        verify(out)
 
 
 def test_a_source_whose_bytes_have_changed(source: Path, out: Path) -> None:

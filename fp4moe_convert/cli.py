@@ -115,15 +115,11 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
         raise _StdoutError(error.strerror) from error
 
 
-ModelDir = Annotated[
-    Path, typer.Argument(help="A local ModelOpt NVFP4 model folder.", show_default=False)
-]
+# readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
+_argument = functools.partial(typer.Argument, show_default=False, readable=False)
+ModelDir = Annotated[Path, _argument(help="A local ModelOpt NVFP4 model folder.")]
 OutDir = Annotated[
-    Path,
-    typer.Argument(
-        help="The converted checkpoint: a new or empty folder, or one to resume.",
-        show_default=False,
-    ),
+    Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -202,11 +198,12 @@ def convert_command(
 @app.command("verify")
 @_fails_plainly
 def verify_command(
-    out_dir: Annotated[Path, typer.Argument(help="A converted checkpoint.", show_default=False)],
+    out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
     source: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL_DIR",
+            readable=False,
             help="The checkpoint it was converted from: undo each layout and compare.",
             show_default=False,
         ),
@@ -230,9 +227,7 @@ def verify_command(
 @app.command("inspect")
 @_fails_plainly
 def inspect_command(
-    folder: Annotated[
-        Path, typer.Argument(help="A model folder, source or converted.", show_default=False)
-    ],
+    folder: Annotated[Path, _argument(help="A model folder, source or converted.")],
     as_json: AsJson = False,
 ) -> None:
     """Say what a model folder holds, and what a conversion would do or did."""

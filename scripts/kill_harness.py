@@ -3,6 +3,7 @@
 
     scripts/kill_harness.py                   # 200 kills, a few minutes
     scripts/kill_harness.py --kills 20 --seed 7
+    scripts/kill_harness.py --power-cuts      # as root
 
 A small checkpoint is converted into many small shards, so that every phase takes its share of the
 kills: claiming the folder, scattering, renaming, journal, copies, manifest, config, index. Half of
@@ -10,6 +11,11 @@ the kills (SIGKILL) come after a random time, half right before or after a rando
 the disk. After each the folder must not look finished unless it verifies; then the same command
 runs again, and is perhaps killed again, until it ends. Its folder must equal the unbroken one's,
 byte for byte and with no file more.
+
+With --power-cuts the output lies on a disk of its own, an ext4 file system in a file. Instead of
+the process it is the disk that is stopped: at once, with all that is not synced lost. It then
+starts again with what it has. The same happens after the last run of each folder, which has ended
+well: what it says is finished must be on the disk.
 
 The interpreter, torch and FlashInfer are loaded once and each run is a fork: a run takes half a
 second instead of four, and kills fall on our work rather than on imports.
@@ -27,11 +33,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flashinfer  # noqa: F401 (before the forks)
+from faulty_disk import Disk
 from make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import VerifyError, convert, verify
@@ -39,8 +48,14 @@ from fp4moe_convert.contract import INDEX_NAME
 
 SPEC = Spec(layers=3, experts=4, hidden=256, intermediate=128, shards=5, vocab_size=256, mtp=True)
 MAX_SHARD_NBYTES = 400_000
+DISK_NBYTES = 200 * 2**20
+NOT_IN_TIME = "not stopped in time"
 CALLS = ("pwrite", "write", "fsync", "rename", "unlink", "ftruncate", "mkdir")
 """What of the os module changes the disk."""
+
+
+class WrongError(Exception):
+    """What must not be."""
 
 
 def run(model: Path, out: Path, prepare: Callable[[], object]) -> int:
@@ -53,24 +68,30 @@ def run(model: Path, out: Path, prepare: Callable[[], object]) -> int:
         prepare()
         convert(model, out, max_shard_nbytes=MAX_SHARD_NBYTES)
         code = 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as failure:
+        if "Input/output error" not in str(failure):  # as it should be when the power is gone
+            traceback.print_exc()
     os._exit(code)
 
 
-def die_at(number: int, *, after: bool) -> None:
-    """Kill this process at its ``number``-th call that changes the disk."""
+def die_at(number: int, disk: Disk | None, *, after: bool) -> None:
+    """Stop at this process's ``number``-th call that changes the disk."""
     left = number
+
+    def die() -> None:
+        if disk is not None:
+            disk.cut_power()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             nonlocal left
             left -= 1
             if left == 0 and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             result = call(*arguments, **options)
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return result
 
         return wrapped
@@ -133,6 +154,73 @@ def phase_of(out: Path) -> str:
     return "first shard" if any(name.endswith(".partial") for name in names) else "folder claimed"
 
 
+@dataclass(frozen=True)
+class Unbroken:
+    """What an unbroken run does."""
+
+    contents: dict[str, bytes]
+    calls: int
+    """That change the disk."""
+    seconds: float
+
+
+def unbroken_run(model: Path, out: Path) -> Unbroken:
+    calls = count_calls(model, out)
+    expected = contents(out)
+    shutil.rmtree(out)
+    started = time.perf_counter()
+    os.waitpid(run(model, out, lambda: None), 0)
+    seconds = time.perf_counter() - started
+    assert contents(out) == expected, "two unbroken runs differ"
+    return Unbroken(expected, calls, seconds)
+
+
+def interrupt(
+    model: Path, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
+) -> bool:
+    """Convert and stop it somewhere; whether it had not ended by then."""
+    if choose.random() < 0.5:
+        child = run(model, out, lambda: None)
+        time.sleep(choose.uniform(0, 1.1 * plan.seconds))
+        if disk is not None:
+            disk.cut_power()
+        os.kill(child, signal.SIGKILL)
+    else:
+        number, after = choose.randint(1, plan.calls), choose.random() < 0.5
+        child = run(model, out, lambda: die_at(number, disk, after=after))
+    _, status = os.waitpid(child, 0)
+    if disk is not None:
+        disk.restart()
+    return status != 0
+
+
+def check_folder(
+    model: Path, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
+) -> Iterator[str]:
+    """Convert into a new folder with interruptions, each of which is told of, until it ends well.
+
+    Raises:
+        WrongError: what is there afterwards is not what an unbroken run leaves.
+    """
+    for _ in range(choose.choice((1, 1, 2, 3))):
+        yield phase_of(out) if interrupt(model, out, choose, plan, disk) else NOT_IN_TIME
+        if (out / INDEX_NAME).exists():
+            try:
+                verify(out, model)
+            except VerifyError as error:
+                raise WrongError(f"looks finished, but {error}") from None
+    _, status = os.waitpid(run(model, out, lambda: None), 0)
+    if status != 0:
+        raise WrongError("cannot be resumed")
+    if disk is not None:
+        disk.cut_power()
+        disk.restart()
+    found = contents(out)
+    for name in sorted(plan.contents.keys() | found.keys()):
+        if found.get(name) != plan.contents.get(name):
+            raise WrongError(f"{name} differs")
+
+
 def main() -> None:
     summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -140,53 +228,34 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--power-cuts", action="store_true")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     phases: Counter[str] = Counter()
-    kills = runs = 0
-    with tempfile.TemporaryDirectory() as folder:
-        model, unbroken, out = (Path(folder, name) for name in ("model", "unbroken", "out"))
+    runs = 0
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        model, out, disk = folder / "model", folder / "out", None
         make_checkpoint(model, SPEC)
-        calls = count_calls(model, unbroken)
-        expected = contents(unbroken)
-        shutil.rmtree(unbroken)
-        started = time.perf_counter()
-        os.waitpid(run(model, unbroken, lambda: None), 0)
-        seconds = time.perf_counter() - started
-        assert contents(unbroken) == expected, "two unbroken runs differ"
-        print(f"{len(expected)} files, {calls} calls that change the disk, {seconds:.2f} s a run")
-
-        while kills < arguments.kills:
+        if arguments.power_cuts:
+            disk = stack.enter_context(Disk(folder / "image", folder / "disk", DISK_NBYTES))
+            out = disk.where / "out"
+        plan = unbroken_run(model, out)
+        print(
+            f"{len(plan.contents)} files, {plan.calls} calls that change the disk, "
+            f"{plan.seconds:.2f} s a run"
+        )
+        while phases.total() - phases[NOT_IN_TIME] < arguments.kills:
             runs += 1
             shutil.rmtree(out, ignore_errors=True)
-            for _ in range(choose.choice((1, 1, 2, 3))):
-                if choose.random() < 0.5:
-                    child = run(model, out, lambda: None)
-                    time.sleep(choose.uniform(0, 1.1 * seconds))
-                    os.kill(child, signal.SIGKILL)
-                else:
-                    number, after = choose.randint(1, calls), choose.random() < 0.5
-                    child = run(
-                        model, out, lambda number=number, after=after: die_at(number, after=after)
-                    )
-                _, status = os.waitpid(child, 0)
-                kills += os.WIFSIGNALED(status)
-                phases[phase_of(out) if os.WIFSIGNALED(status) else "not killed in time"] += 1
-                if (out / INDEX_NAME).exists():
-                    try:
-                        verify(out, model)
-                    except VerifyError as error:
-                        sys.exit(f"seed {arguments.seed}, run {runs}: looks finished, but {error}")
-            _, status = os.waitpid(run(model, out, lambda: None), 0)
-            if status != 0:
-                sys.exit(f"seed {arguments.seed}, run {runs}: cannot be resumed")
-            found = contents(out)
-            for name in sorted(expected.keys() | found.keys()):
-                if found.get(name) != expected.get(name):
-                    sys.exit(f"seed {arguments.seed}, run {runs}: {name} differs")
+            try:
+                phases.update(check_folder(model, out, choose, plan, disk))
+            except WrongError as error:
+                sys.exit(f"seed {arguments.seed}, run {runs}: {error}")
     for phase, count in phases.most_common():
         print(f"{count:5} {phase}")
-    print(f"{kills} kills, {runs} of {runs} resumed runs equal the unbroken one")
+    kills, what = phases.total() - phases[NOT_IN_TIME], "power cuts" if disk else "kills"
+    print(f"{kills} {what}, {runs} of {runs} resumed runs equal the unbroken one")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,393 @@
+"""Real faults, not mocks: full, failing and read-only disks, power cuts, and other people's files.
+
+Mounting takes root; where that is not to be had, the tests that mount are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_disk import Disk, mount, mounted, unmount
+from make_checkpoint import Spec, make_checkpoint
+
+from fp4moe_convert import CheckpointError, OutputError, conversion, convert
+from fp4moe_convert.contract import INDEX_NAME
+
+SPEC = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
+SHARD_NBYTES = 500_000
+MIB = 2**20
+
+pytestmark = pytest.mark.usefixtures("flashinfer")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def run(source: Path, out: Path) -> conversion.Report:
+    # One thread, so that nobody writes while a fault is being arranged.
+    return convert(source, out, max_shard_nbytes=SHARD_NBYTES, threads=1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A source, for reading only, and what an unbroken run makes of it."""
+    folder = tmp_path_factory.mktemp("made")
+    make_checkpoint(folder / "source", SPEC)
+    run(folder / "source", folder / "out")
+    return folder / "source", contents(folder / "out")
+
+
+@pytest.fixture
+def source(made: tuple[Path, dict[str, bytes]]) -> Path:
+    return made[0]
+
+
+@pytest.fixture
+def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
+    return made[1]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with Disk(tmp_path / "image", tmp_path / "disk", 40 * MIB) as disk:
+        yield disk
+
+
+@pytest.fixture
+def after_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Do something once a number of shards has been finished."""
+
+    def install(count: int, act: Callable[[], object]) -> None:
+        seal, left = conversion.Workspace.seal, [count]
+
+        def sealing(*args: Any) -> Any:
+            record = seal(*args)
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+            return record
+
+        monkeypatch.setattr(conversion.Workspace, "seal", sealing)
+        # FlashInfer's answer is there before the first byte: so shards are finished one by one.
+        monkeypatch.setattr(conversion, "_in_background", at_once)
+
+    def at_once(function: Callable[[Any], Any], argument: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(argument))
+        return future
+
+    return install
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room for another shard in a file system."""
+    path = folder / "filler"
+    nbytes = shutil.disk_usage(folder).free
+    with path.open("wb", buffering=0) as file:
+        while nbytes >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), nbytes)
+            except OSError:
+                nbytes //= 2
+    assert shutil.disk_usage(folder).free < 100_000
+    return path
+
+
+def is_resumable(out: Path) -> int:
+    """The number of finished shards in a folder that a run has left behind in order."""
+    names = {path.name for path in out.iterdir()}
+    shards = {name for name in names if name.endswith(".safetensors")}
+    assert names == shards | {".fp4moe-journal.jsonl"}
+    return len(shards)
+
+
+# --- the output's disk ----------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_disk_that_is_full(
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    after_shards: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    """Somebody else takes what was free at the start."""
+    with mounted(tmp_path / "small", "tmpfs", "size=20m") as small:
+        out = small / "out"
+        after_shards(after, lambda: fill(small))
+        with pytest.raises(
+            OutputError, match=r"^model-.*\.safetensors.*: No space left on device$"
+        ):
+            run(source, out)
+        monkeypatch.undo()
+        kept = is_resumable(out)
+        assert kept == after
+        (small / "filler").unlink()
+        assert run(source, out).shards_kept == kept
+        assert contents(out) == expected
+
+
+@needs_root
+def test_a_disk_with_room_for_no_more_files(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "few", "tmpfs", "size=20m,nr_inodes=8") as few:
+        out = few / "out"
+        with pytest.raises(OutputError, match=r"\.partial: No space left on device$"):
+            run(source, out)
+        kept = is_resumable(out)
+        assert kept > 0
+        mount(few, "tmpfs", "remount,nr_inodes=100")
+        assert run(source, out).shards_kept == kept
+        assert contents(out) == expected
+
+
+@needs_root
+def test_a_disk_that_is_too_small_is_refused_at_the_start(source: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "tmpfs", "size=1m") as small:
+        with pytest.raises(OutputError, match=r"out: needs \S+ bytes of free disk, there are"):
+            run(source, small / "out")
+        assert list(small.iterdir()) == []
+
+
+@needs_root
+def test_a_disk_that_has_room_for_the_rest_only(
+    source: Path, expected: dict[str, bytes], disk: Disk, after_shards: Any, monkeypatch: Any
+) -> None:
+    out = disk.where / "out"
+    after_shards(4, lambda: fill(disk.where))
+    with pytest.raises(OutputError, match="No space left"):
+        run(source, out)
+    monkeypatch.undo()
+    kept = is_resumable(out)
+    whole = sum(map(len, expected.values()))
+    have = sum(path.stat().st_size for path in out.iterdir())
+    free = shutil.disk_usage(disk.where).free
+    os.truncate(disk.where / "filler", (disk.where / "filler").stat().st_size - (whole - have))
+    assert shutil.disk_usage(disk.where).free < whole
+    os.truncate(
+        disk.where / "filler",
+        (disk.where / "filler").stat().st_size - 64 * 4096,  # folders, journal, half blocks
+    )
+    assert shutil.disk_usage(disk.where).free - free < whole
+    assert run(source, out).shards_kept == kept
+    assert contents(out) == expected
+
+
+@needs_root
+def test_a_disk_that_fails(
+    source: Path,
+    expected: dict[str, bytes],
+    disk: Disk,
+    after_shards: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """EIO for every call from the third shard on. What was finished is there when it is back."""
+    out = disk.where / "out"
+    after_shards(3, disk.cut_power)
+    with pytest.raises(OutputError, match=r"^model-.*\.safetensors.*: Input/output error$"):
+        run(source, out)
+    monkeypatch.undo()
+    disk.restart()
+    assert not (out / INDEX_NAME).exists()
+    assert run(source, out).shards_kept == 2
+    assert contents(out) == expected
+
+
+@needs_root
+def test_power_cuts_at_random_moments() -> None:
+    """A handful; ``scripts/kill_harness.py --power-cuts`` does hundreds."""
+    script = Path(__file__).parent.parent / "scripts" / "kill_harness.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "8", "--power-cuts"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "power cuts" in done.stdout
+    assert "equal the unbroken one" in done.stdout
+
+
+@needs_root
+def test_a_read_only_disk(source: Path, disk: Disk, after_shards: Any, monkeypatch: Any) -> None:
+    out = disk.where / "out"
+    after_shards(3, lambda: fill(disk.where))
+    with pytest.raises(OutputError, match="No space left"):
+        run(source, out)
+    monkeypatch.undo()
+    before = contents(disk.where)
+    unmount(disk.where)
+    disk.plug_in("ro")
+    with pytest.raises(OutputError, match=r"new: Read-only file system$"):
+        run(source, disk.where / "new")
+    with pytest.raises(OutputError, match=r"/out/\.fp4moe-journal\.jsonl: Read-only file system$"):
+        run(source, out)
+    assert contents(disk.where) == before
+
+
+# --- the source's disk ----------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_source_on_a_read_only_disk_will_do(
+    source: Path, expected: dict[str, bytes], disk: Disk, tmp_path: Path
+) -> None:
+    shutil.copytree(source, disk.where / "source")
+    unmount(disk.where)
+    disk.plug_in("ro")
+    run(disk.where / "source", tmp_path / "out")
+    assert contents(tmp_path / "out").keys() == expected.keys()
+
+
+@needs_root
+def test_a_source_whose_disk_fails(
+    source: Path,
+    expected: dict[str, bytes],
+    disk: Disk,
+    tmp_path: Path,
+    after_shards: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(source, disk.where / "source")
+    disk.restart()  # written back, and out of the page cache
+    after_shards(2, disk.cut_power)
+    with pytest.raises(CheckpointError, match=r"^model-.*\.safetensors: Input/output error$"):
+        run(disk.where / "source", tmp_path / "out")
+    monkeypatch.undo()
+    kept = is_resumable(tmp_path / "out")
+    disk.restart()
+    assert run(disk.where / "source", tmp_path / "out").shards_kept == kept == 2
+    assert contents(tmp_path / "out").keys() == expected.keys()
+
+
+@pytest.fixture
+def own_source(source: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(source, tmp_path / "source"))
+
+
+def put_a_fifo_there(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def write_it_again(path: Path) -> None:
+    """Other bytes under the same header."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "No such file or directory"),
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "ends at byte .* shorter"),
+        (write_it_again, "has changed while it was read"),
+        (put_a_fifo_there, "is not a regular file"),
+    ],
+    ids=["vanished", "truncated", "rewritten", "fifo"],
+)
+def test_a_source_that_changes_while_it_is_read(
+    own_source: Path,
+    tmp_path: Path,
+    after_shards: Callable[[int, Callable[[], object]], None],
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    last = sorted(own_source.glob("*.safetensors"))[-1]
+    after_shards(1, lambda: damage(last))
+    with pytest.raises(CheckpointError, match=f"^{last.name}: {message}$"):
+        run(own_source, tmp_path / "out")
+    assert is_resumable(tmp_path / "out") == 2
+
+
+# --- somebody else --------------------------------------------------------------------------------
+
+
+AS_NOBODY = """
+import contextlib, io, os, sys
+import flashinfer
+from fp4moe_convert import cli, conversion
+with contextlib.redirect_stdout(io.StringIO()):
+    cli.convert_app([sys.argv[1], sys.argv[2], "--dry-run"], standalone_mode=False)
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.argv = ["fp4moe-convert", *sys.argv[1:], "--quiet"]
+cli.main_convert()
+"""
+
+
+@pytest.fixture
+def public(source: Path) -> Iterator[Path]:
+    """A folder that everybody may enter, with a source that everybody may read."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(source, folder / "source")
+        (folder / "home").mkdir()
+        (folder / "home").chmod(0o777)
+        yield folder
+
+
+def as_nobody(*arguments: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user without rights. It is first run dry as root, who may be alone in being
+    allowed to read the packages that it imports."""
+    command = [sys.executable, "-W", "ignore", "-c", AS_NOBODY, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def shut(path: Path) -> None:
+    path.chmod(0o600 if path.is_file() else 0o700)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("path", "out", "message"),
+    [
+        ("source/model-00002-of-00003.safetensors", "home/out", "model-00002-of-00003.safetensors"),
+        ("source/config.json", "home/out", "config.json"),
+        ("source/tokenizer.json", "home/out", "tokenizer.json"),
+        ("source/sub", "home/out", "sub"),
+        ("source", "home/out", "{folder}/source"),
+        ("home", "home/out", "{folder}/home/out"),
+    ],
+)
+def test_without_permission(public: Path, path: str, out: str, message: str) -> None:
+    if path == "source/sub":
+        (public / path).mkdir()
+    shut(public / path)
+    done = as_nobody(public / "source", public / out)
+    assert (done.returncode, done.stdout) == (1, "")
+    named = message.replace("{folder}", str(public))
+    assert done.stderr == f"error: {named}: Permission denied\n"
+    assert not (public / out / INDEX_NAME).exists()
+
+
+@needs_root
+def test_a_folder_above_may_be_unreadable(public: Path, expected: dict[str, bytes]) -> None:
+    """One can make files in it all the same."""
+    (public / "home").chmod(0o333)
+    done = as_nobody(public / "source", public / "home" / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(contents(public / "home" / "out")) < len(expected)  # larger shards
+    assert (public / "home" / "out" / INDEX_NAME).stat().st_uid == 65534

@@ -51,27 +51,33 @@ def parse_size(text: str) -> int:
     return round(nbytes)
 
 
-def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
+def _fails_plainly(
+    *, interrupted: str = "interrupted"
+) -> Callable[[Callable[Params, None]], Callable[Params, None]]:
     """Known failures become one line and exit code 1, Ctrl-C and SIGTERM 130 and 143."""
 
-    @functools.wraps(command)
-    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except ConvertError as error:
-            _say(f"error: {error}", style="red")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt as stop:
-            _say("error: interrupted; run the same command again to resume", style="red")
-            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
-        except _StdoutError as error:
-            # The interpreter would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error.__cause__, BrokenPipeError):  # its reader has gone by itself
-                _say(f"error: stdout: {error}", style="red")
-            raise typer.Exit(1) from None
+    def decorate(command: Callable[Params, None]) -> Callable[Params, None]:
+        @functools.wraps(command)
+        def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
+            try:
+                command(*args, **kwargs)
+            except ConvertError as error:
+                _say(f"error: {error}", style="red")
+                raise typer.Exit(1) from None
+            except KeyboardInterrupt as stop:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+                _say(f"error: {interrupted}", style="red")
+                raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+            except _StdoutError as error:
+                # The interpreter would complain once more at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                if not isinstance(error.__cause__, BrokenPipeError):  # its reader went by itself
+                    _say(f"error: stdout: {error}", style="red")
+                raise typer.Exit(1) from None
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 class _Terminated(KeyboardInterrupt):
@@ -137,7 +143,7 @@ Threads = Annotated[
 
 @app.command("convert")
 @convert_app.command()
-@_fails_plainly
+@_fails_plainly(interrupted="interrupted; run the same command again to resume")
 def convert_command(
     model_dir: ModelDir,
     out_dir: OutDir,
@@ -196,7 +202,7 @@ def convert_command(
 
 
 @app.command("verify")
-@_fails_plainly
+@_fails_plainly()
 def verify_command(
     out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
     source: Annotated[
@@ -225,7 +231,7 @@ def verify_command(
 
 
 @app.command("inspect")
-@_fails_plainly
+@_fails_plainly()
 def inspect_command(
     folder: Annotated[Path, _argument(help="A model folder, source or converted.")],
     as_json: AsJson = False,

@@ -87,8 +87,15 @@ class Workspace:
         return self
 
     def __exit__(self, kind: object, failure: object, trace: object) -> None:
-        """After a failure only what the next run can use stays: finished shards and the journal."""
+        """After a failure only what the next run can use stays: finished shards and the journal.
+
+        After Ctrl-C all stays for the next run to tidy up: deleting files of gigabytes has to wait
+        for a disk that is busy with writing them, 3 to 5 s were seen, and who interrupts does not.
+        """
         begun, whole = self._keep is not None, self._has_index()
+        if begun and not whole and isinstance(failure, KeyboardInterrupt):
+            self._journal.close(remove=False)
+            return
         finished = any((self._out_dir / name).exists() for name in self._journal.made)
         remove_journal = whole or not (finished if begun else self._journal.files)
         # Where tidying up fails, too, the failure that led here is the one to tell of.

@@ -33,75 +33,42 @@ needs them, and works through whatever takes memory in processes of their own.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.metadata
 import importlib.util
 import json
-import mmap
 import os
-import platform
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
+from benchmarks import (
+    HERE,
+    Json,
+    Usage,
+    environment,
+    headline,
+    made_model,
+    make_model,
+    model_files,
+    our_command,
+    run_child,
+    say,
+    scratch_folder,
+    start_cold,
+    sync_folder,
+    table,
+    where,
+)
+
 INDEX_NAME = "model.safetensors.index.json"
 EPILOGUE_TILE_M = 128
 COMPARE_NBYTES = 16 * 2**20
-MINCORE_NBYTES = 256 * 2**20
-LIBRARIES = "flashinfer, safetensors.torch, fp4moe_convert.cli, fp4moe_convert.conversion"
 MEMORY_CASES = ("1x64", "1x256", "3x64", "3x256")
-
-Json = dict[str, Any]
-
-
-# --- one child process ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a child process took."""
-
-    wall_s: float
-    cpu_s: float  # user and system
-    peak_rss_bytes: int
-    stdout: bytes
-
-
-def run_child(*command: str | Path) -> Usage:
-    """Run to the end and measure.
-
-    Raises:
-        subprocess.CalledProcessError: the child failed; it has said why on stderr.
-    """
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        with process.stdout as pipe:
-            stdout = pipe.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-    finally:
-        # Interrupted: it must not go on writing into a folder that is about to be removed.
-        if process.returncode is None:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, [str(word) for word in command])
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout)
 
 
 def this_script(*arguments: str | Path) -> Usage:
@@ -156,20 +123,6 @@ TITLES = {
     "cp": "cp -r, then sync",
     "naive": "naive converter",
 }
-
-
-def our_command() -> str:
-    """The console script of this interpreter's environment, active or not."""
-    beside = Path(sys.executable).parent
-    command = shutil.which("fp4moe-convert", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
-    if command is None:
-        raise FileNotFoundError("fp4moe-convert is not installed")
-    return command
-
-
-def sync_folder(folder: Path) -> Usage:
-    """fsync of everything in a folder, and of itself, by coreutils."""
-    return run_child("sync", *sorted(folder.rglob("*")), folder)
 
 
 # --- the same bytes? ------------------------------------------------------------------------------
@@ -243,10 +196,8 @@ class Bench:
 
     def run(self, program: str, number: int) -> Run:
         """Run a program once, the model cold and the libraries warm. Its output stays."""
-        if program != "cp":
-            # A naive run takes enough memory to drive them out of the page cache.
-            run_child(sys.executable, "-c", f"import {LIBRARIES}")
-        self.prepare()
+        self.pages = start_cold(self.model)
+        self.evictions += 1
         out = self.out(program)
         usage, parts = PROGRAMS[program](self.model, out)
         left = sync_folder(out).wall_s
@@ -262,80 +213,6 @@ class Bench:
 
     def remove(self, program: str) -> None:
         shutil.rmtree(self.out(program), ignore_errors=True)
-
-    def prepare(self) -> None:
-        """Leave nothing dirty in memory and nothing of the model in the page cache.
-
-        Raises:
-            RuntimeError: the model does not leave the page cache.
-        """
-        os.sync()
-        files = model_files(self.model)
-        for _ in range(5):
-            for path in files:
-                evict(path)
-            counts = [cached_pages(path) for path in files]
-            cached = sum(count for count, _ in counts)
-            self.pages = sum(count for _, count in counts)
-            if not cached:
-                self.evictions += 1
-                return
-            time.sleep(1)  # pages that are being read or written at the moment stay
-        raise RuntimeError(f"{cached} of {self.pages} pages of the model stay in the page cache")
-
-
-def model_files(model: Path) -> list[Path]:
-    """All files of a model folder.
-
-    Raises:
-        ValueError: it has symbolic links, as a Hub cache does, which `cp -r` would copy as such.
-    """
-    paths = sorted(model.rglob("*"))
-    if links := [path.name for path in paths if path.is_symlink()]:
-        raise ValueError(f"{links[0]} is a symbolic link: cp -r would not copy what is behind it")
-    return [path for path in paths if path.is_file()]
-
-
-def fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def evict(path: Path) -> None:
-    """Drop a file's pages from the page cache; dirty ones would stay."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
-def cached_pages(path: Path) -> tuple[int, int]:
-    """Pages of a file that lie in the page cache, and all its pages.
-
-    The kernel counts all as cached for a file that the caller could not write.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = path.stat().st_size
-    cached = pages = 0
-    with path.open("rb") as file:
-        for start in range(0, size, MINCORE_NBYTES):
-            nbytes = min(MINCORE_NBYTES, size - start)
-            # ctypes only takes the address of what is writable: a private copy, never made.
-            with mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start) as window:
-                flags = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
-                first = ctypes.c_char.from_buffer(window)
-                failed = libc.mincore(ctypes.byref(first), ctypes.c_size_t(nbytes), flags)
-                del first  # or the window cannot be closed
-            if failed:
-                raise OSError(ctypes.get_errno(), "mincore", str(path))
-            cached += len(flags) - bytes(flags).count(0)
-            pages += len(flags)
-    return cached, pages
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -464,49 +341,9 @@ def check_on_tiny(tiny: Path) -> None:
     shutil.rmtree(tiny)
 
 
-def made_model(out: Path, layers: int, experts: int, sizes: argparse.Namespace) -> Path:
-    say(f"making a model of {layers} x {experts} experts")
-    make_model(
-        out,
-        # No dense layer: beside so few MoE layers it would weigh more than in a real model.
-        *("--layers", str(layers), "--dense-layers", "0", "--experts", str(experts)),
-        *("--hidden", str(sizes.hidden), "--intermediate", str(sizes.intermediate)),
-    )
-    return out
-
-
-def make_model(out: Path, *options: str) -> None:
-    run_child(sys.executable, HERE / "make_checkpoint.py", out, *options)
-
-
 def rss_floor() -> int:
     """Peak memory below which no child's can be seen."""
     return run_child("true").peak_rss_bytes
-
-
-def environment(scratch: Path, nbytes: int) -> Json:
-    packages = ("fp4moe-convert", "flashinfer-python", "torch", "safetensors", "numpy")
-    file_system = run_child("df", "--output=fstype", scratch).stdout.split()[-1].decode()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": date.today().isoformat(),
-        "model_bytes": nbytes,
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": cpu_model(),
-        "memory_bytes": memory,
-        "file_system": file_system,
-        "kernel": platform.release().split("-")[0],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-            "cp": run_child("cp", "--version").stdout.decode().split("\n")[0],
-        },
-    }
-
-
-def cpu_model() -> str:
-    match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return match[1] if match else platform.machine()
 
 
 # --- peak memory ----------------------------------------------------------------------------------
@@ -567,28 +404,12 @@ def planned_nbytes(layers: int, experts: int, sizes: argparse.Namespace) -> int:
 # --- saying it ------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def describe(run: Run) -> str:
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run.parts_s.items())
     return (
         f"{TITLES[run.program]:17} {run.wall_s:7.2f} s ({parts}; left to sync "
         f"{run.left_to_sync_s:.2f}), CPU {run.cpu_s:.2f} s, {run.peak_rss_bytes / 1e6:.0f} MB"
     )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines with the first column to the left and the others to the right."""
-    cells = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        first, *others = (
-            f"{cell:{'<' if i == 0 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join((first, *others)).rstrip()
 
 
 def comparison_lines(results: Results) -> Iterator[str]:
@@ -653,14 +474,6 @@ def memory_lines(content: Json) -> Iterator[str]:
     )
     yield f"spread of the peak: {content['spread_percent']} %"
     yield from (f"skipped {text}" for text in content["skipped"])
-
-
-def headline(environment: Json) -> str:
-    return f"{environment['model_bytes'] / 1e9:.2f} GB in and out, {where(environment)}"
-
-
-def where(environment: Json) -> str:
-    return f"{environment['cores']} cores, {environment['file_system']}, {environment['date']}"
 
 
 def plot(results: Results, path: Path) -> None:
@@ -753,14 +566,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib (dependency group bench)")
     return arguments
-
-
-@contextmanager
-def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A new folder, removed whatever happens; SIGTERM would leave it otherwise."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="fp4moe-bench-", dir=parent) as folder:
-        yield Path(folder)
 
 
 def main() -> None:

@@ -399,11 +399,18 @@ def looks_unfinished(out_dir: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["--threads=1"], ["--max-shard-size=300KB"]],
-    ids=["one thread", "all threads wait"],
+    ("options", "signals", "code"),
+    [
+        (["--threads=1"], [signal.SIGINT], 130),
+        (["--max-shard-size=300KB"], [signal.SIGINT], 130),
+        (["--max-shard-size=300KB"], [signal.SIGTERM], 143),
+        ([], [signal.SIGINT] * 3, 130),
+    ],
+    ids=["one thread", "all threads wait", "SIGTERM", "impatience"],
 )
-def test_ctrl_c(tiny: Path, tmp_path: Path, options: list[str]) -> None:
+def test_ctrl_c(
+    tiny: Path, tmp_path: Path, options: list[str], signals: list[signal.Signals], code: int
+) -> None:
     # A FlashInfer that takes long to import, as from a cold disk: until it answers no shard gets
     # its name, so the run is certain to be under way when the signal comes.
     slow = tmp_path / "slow" / "flashinfer"
@@ -425,15 +432,18 @@ def test_ctrl_c(tiny: Path, tmp_path: Path, options: list[str]) -> None:
         time.sleep(0.5)
         assert list(out_dir.glob("*.partial"))
         started = time.perf_counter()
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.02)
         stdout, stderr = process.communicate(timeout=60)
         seconds = time.perf_counter() - started
-    assert process.returncode == 130
+    assert process.returncode == code
     assert stdout == ""
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1] == ("error: interrupted; run the same command again to resume")
     assert looks_unfinished(out_dir)
     assert seconds < 2
+    convert(tiny, out_dir, verify=True)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])

@@ -283,13 +283,15 @@ def _require_file(root: Path, name: str) -> os.stat_result:
     keeps its files beside its snapshots of them, and links there.
 
     Raises:
-        OSError, ValueError: there is no such file.
+        OSError, ValueError: there is no such file, or it may not be read.
         CheckpointError: it is none of the folder's own.
     """
     path = root / name
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{name}: is not a regular file")
+    if not os.access(path, os.R_OK):  # a file that is only copied would be opened hours later
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     own, target = os.path.realpath(root), os.path.realpath(path)
     homes = [own]
     if os.path.basename(os.path.dirname(own)) == "snapshots":

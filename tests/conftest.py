@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -10,11 +11,32 @@ import hypothesis
 import pytest
 from make_checkpoint import Spec, make_checkpoint
 
+from fp4moe_convert import convert
+from fp4moe_convert.contract import MANIFEST_NAME
+
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("fp4moe", deadline=None)
 hypothesis.settings.load_profile("fp4moe")
 
 TINY = Spec(experts=4, hidden=256, intermediate=128, layers=2, shards=3, vocab_size=64)
+
+
+MANY_SHARDS = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
+SMALL_SHARD_NBYTES = 500_000
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by name; of a manifest only what does not name the source's path."""
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    if MANIFEST_NAME in found:
+        manifest = json.loads(found[MANIFEST_NAME])
+        del manifest["source"]["path"], manifest["manifest"]
+        found[MANIFEST_NAME] = json.dumps(manifest).encode()
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +59,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(tiny: Path, tmp_path: Path) -> Path:
     """A copy of `tiny` that the test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """`MANY_SHARDS`, for reading only, and what an unbroken run makes of it."""
+    folder = tmp_path_factory.mktemp("made")
+    make_checkpoint(folder / "source", MANY_SHARDS)
+    convert(folder / "source", folder / "out", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    return folder / "source", contents(folder / "out")
+
+
+@pytest.fixture
+def source(made: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
+    """A copy of `MANY_SHARDS` that the test may damage."""
+    return Path(shutil.copytree(made[0], tmp_path / "source"))
+
+
+@pytest.fixture
+def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
+    """The output of `source`, in shards of `SMALL_SHARD_NBYTES`."""
+    return made[1]
 
 
 @pytest.fixture(scope="session")

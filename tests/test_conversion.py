@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import contents
 from make_checkpoint import Spec, make_checkpoint, tensors_of
 from safetensors import safe_open
 
@@ -37,14 +38,6 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())

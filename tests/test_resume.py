@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MANY_SHARDS, SMALL_SHARD_NBYTES, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_checkpoint import Spec, make_checkpoint
+from make_checkpoint import make_checkpoint
 
 from fp4moe_convert import (
     CheckpointError,
@@ -31,47 +32,11 @@ from fp4moe_convert import (
 from fp4moe_convert.contract import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
 from fp4moe_convert.journal import Journal
 
-SPEC = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
-SHARD_NBYTES = 500_000
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file; of the manifest only what does not name the source's path."""
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    if MANIFEST_NAME in found:
-        manifest = json.loads(found[MANIFEST_NAME])
-        del manifest["source"]["path"], manifest["manifest"]
-        found[MANIFEST_NAME] = json.dumps(manifest).encode()
-    return found
-
 
 def run(source: Path, out: Path, **options: object) -> tuple[Report, list[str]]:
     notes: list[str] = []
-    arguments = {"max_shard_nbytes": SHARD_NBYTES, **options}
+    arguments = {"max_shard_nbytes": SMALL_SHARD_NBYTES, **options}
     return convert(source, out, on_note=notes.append, **arguments), notes  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A source, and what an unbroken run makes of it."""
-    folder = tmp_path_factory.mktemp("made")
-    make_checkpoint(folder / "source", SPEC)
-    run(folder / "source", folder / "out")
-    return folder / "source", contents(folder / "out")
-
-
-@pytest.fixture
-def source(made: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made[0], tmp_path / "source"))
-
-
-@pytest.fixture
-def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
-    return made[1]
 
 
 @pytest.fixture
@@ -507,7 +472,7 @@ def test_a_result_that_does_not_verify_is_not_built_on(
 
 def test_a_source_that_fails_leaves_what_was_finished(source: Path, tmp_path: Path) -> None:
     """A NaN in the last layer does not cost the first."""
-    spec = dataclasses.replace(SPEC, layout="single")
+    spec = dataclasses.replace(MANY_SHARDS, layout="single")
     shutil.rmtree(source)
     make_checkpoint(source, spec)
     path = source / "model.safetensors"

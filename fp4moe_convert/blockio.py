@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -70,11 +71,23 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     Raises:
         OSError: it is something else, or cannot be opened.
     """
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    fd = _open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
     return fd
+
+
+def _open(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file under a number that is none of a standard stream: where one of them is closed, a
+    shard would get its number, and the next library that warns would warn into the weights."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 class _File:
@@ -89,7 +102,7 @@ class _File:
             # Creation is the buffered descriptor's business.
             reopen = flags & (os.O_ACCMODE | os.O_NOFOLLOW) | _O_DIRECT
             try:
-                self._direct_fd = os.open(path, reopen | os.O_CLOEXEC)
+                self._direct_fd = _open(path, reopen)
             except OSError as error:
                 if not _refuses_direct(error):
                     raise

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from .blockio import open_regular
 from .contract import (
     CONFIG_NAME,
@@ -49,8 +51,12 @@ MAX_TENSORS = 500_000
 MAX_HEADERS_NBYTES = 100_000_000
 MAX_CHECKPOINT_NBYTES = 8 * 2**40
 
+CHECKSUM = "xxh3_128"
+
 FOREIGN_FOLDERS = frozenset({".git", ".cache"})
 """What version control and the Hub's tools keep for themselves."""
+FOREIGN_FILES = frozenset({".gitattributes"})
+"""What the Hub adds to every repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,18 @@ class Shard:
             raise CheckpointError(f"{self.name}: has changed while it was read")
 
 
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that is not a shard."""
+
+    nbytes: int
+    checksum: str
+    """XXH3-128 of its bytes."""
+
+    def as_json(self) -> dict[str, str | int]:
+        return {"bytes": self.nbytes, CHECKSUM: self.checksum}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder whose headers are valid and agree with its index."""
@@ -93,6 +111,8 @@ class Checkpoint:
     """config.json, parsed."""
     hf_quant_config: Mapping[str, Any] | None
     """hf_quant_config.json, parsed; older ModelOpt exports describe the quantization only there."""
+    config_files: Mapping[str, FileRecord]
+    """The two files that these were read from, as they were then; the second need not exist."""
     shards: tuple[Shard, ...]
     """In order of name."""
     other_files: tuple[str, ...]
@@ -160,15 +180,16 @@ def open_checkpoint(root: Path) -> Checkpoint:
         if not root.is_dir():
             reason = "is not a folder" if root.exists() else "does not exist"
             raise CheckpointError(f"{root}: {reason}; expected a model folder")
-        if not (root / CONFIG_NAME).is_file():
-            raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
-    config = _read_config(root, CONFIG_NAME)
-    has_hf_quant_config = (root / HF_QUANT_CONFIG_NAME).exists()
-    hf_quant_config = _read_config(root, HF_QUANT_CONFIG_NAME) if has_hf_quant_config else None
+        names = sorted(os.listdir(root))  # links that lead nowhere, too
+    if CONFIG_NAME not in names:
+        raise CheckpointError(f"{root}: not a model folder: it has no {CONFIG_NAME}")
+    configs, config_files = {}, {}
+    for name in (CONFIG_NAME, HF_QUANT_CONFIG_NAME):
+        if name in names:
+            configs[name], config_files[name] = _read_config(root, name)
 
-    with naming(root):
-        present = sorted(path.name for path in root.glob("*.safetensors"))
-    weight_map = _read_weight_map(root)
+    present = [name for name in names if name.endswith(".safetensors")]
+    weight_map = _read_weight_map(root) if INDEX_NAME in names else None
     named = present if weight_map is None else sorted(set(weight_map.values()))
     if weight_map is None:
         _check_numbering(root, set(named))
@@ -186,8 +207,9 @@ def open_checkpoint(root: Path) -> Checkpoint:
     }
     return Checkpoint(
         root=root,
-        config=config,
-        hf_quant_config=hf_quant_config,
+        config=configs[CONFIG_NAME],
+        hf_quant_config=configs.get(HF_QUANT_CONFIG_NAME),
+        config_files=config_files,
         shards=shards,
         other_files=other_files,
         left_out=left_out,
@@ -237,11 +259,12 @@ def _group_sizes(settings: Mapping[str, Any]) -> list[Any]:
     return sizes
 
 
-def _read_config(root: Path, name: str) -> dict[str, Any]:
+def _read_config(root: Path, name: str) -> tuple[dict[str, Any], FileRecord]:
     with naming(name):
         _require_file(root, name)
     text = read_bounded(root / name, MAX_CONFIG_NBYTES)
-    return parse_json_object(text, name, printable=True)
+    record = FileRecord(len(text), xxhash.xxh3_128_hexdigest(text))
+    return parse_json_object(text, name, printable=True), record
 
 
 def read_bounded(path: Path, max_nbytes: int = MAX_JSON_NBYTES) -> bytes:
@@ -294,8 +317,10 @@ def _require_file(root: Path, name: str) -> os.stat_result:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     own, target = os.path.realpath(root), os.path.realpath(path)
     homes = [own]
-    if os.path.basename(os.path.dirname(own)) == "snapshots":
-        homes.append(os.path.realpath(os.path.join(own, "../../blobs")))
+    snapshots = os.path.dirname(own)
+    if os.path.basename(snapshots) == "snapshots":
+        # Not where a link of this name leads: that may be anywhere.
+        homes.append(os.path.join(os.path.dirname(snapshots), "blobs"))
     if not any(os.path.commonpath([home, target]) == home for home in homes):
         raise CheckpointError(
             f"{name}: is a link to {target}, outside the model folder; "
@@ -304,13 +329,10 @@ def _require_file(root: Path, name: str) -> os.stat_result:
     return status
 
 
-def _read_weight_map(root: Path) -> dict[str, str] | None:
-    path = root / INDEX_NAME
-    if not path.exists():
-        return None
+def _read_weight_map(root: Path) -> dict[str, str]:
     with naming(INDEX_NAME):
         _require_file(root, INDEX_NAME)
-    weight_map = parse_json_object(read_bounded(path), INDEX_NAME).get("weight_map")
+    weight_map = parse_json_object(read_bounded(root / INDEX_NAME), INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
     if len(weight_map) > MAX_TENSORS:
@@ -416,7 +438,8 @@ def files_below(root: Path, kind: type[ConvertError] = CheckpointError) -> Itera
     """
 
     def unreadable(error: OSError) -> None:
-        with naming(os.path.relpath(error.filename, root), kind):
+        relative = os.path.relpath(error.filename, root)
+        with naming(root if relative == "." else relative, kind):
             raise error
 
     for folder, folders, files in os.walk(root, onerror=unreadable):

@@ -7,14 +7,16 @@ usage, 130 Ctrl-C, 143 SIGTERM.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, TextIO, cast
 
 import typer
 from rich.console import Console, RenderableType
@@ -95,7 +97,8 @@ class _StdoutError(Exception):
 def _say(text: str, style: str | None = None) -> None:
     """One line on stderr, whatever its length: logs are read by line."""
     line = printable(text).replace("\n", "\\n")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, style=style, markup=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(line, style=style, markup=False, emoji=False)
 
 
 def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
@@ -254,7 +257,40 @@ def main_convert() -> None:
     _run(convert_app)
 
 
+class _Unfailing:
+    """A stream whose reader may go, or whose disk may be full: what a run says on the way is not
+    worth the run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed leads nowhere, and a name that a terminal cannot show is escaped."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (for good)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = cast("TextIO", _Unfailing(sys.stderr))
+
+
 def _run(command: typer.Typer) -> None:
+    _prepare_streams()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         command()

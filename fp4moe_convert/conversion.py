@@ -16,8 +16,15 @@ from typing import Any, TypeVar
 from . import defaults
 from .blockio import ReadFile, read_buffer
 from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
-from .contract import layer_tensors
-from .errors import CheckpointError, VerifyError
+from .contract import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+    layer_tensors,
+)
+from .errors import CheckpointError, OutputError, VerifyError
 from .manifest import finish
 from .plan import Plan, PlannedShard, make_plan
 from .progress import OnProgress, track
@@ -103,6 +110,7 @@ def prepare(
     checkpoint = open_checkpoint(model_dir)
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, max_shard_nbytes=max_shard_nbytes)
+    _check_folders(checkpoint, plan)
     if not plan.layers:
         reasons = "; ".join(f"{layer.prefix}: {layer.reason}" for layer in plan.passed[:3])
         raise CheckpointError(
@@ -165,6 +173,8 @@ def convert(
                     on_progress=on_progress,
                 )
             )
+        if overwrite or workspace.redone:
+            row_order.result()  # before a finished shard is deleted that may not be made again
         workspace.begin()
         _tell(workspace, plan, on_note)
         shards, records = workspace.shards_to_write, workspace.records
@@ -183,6 +193,7 @@ def convert(
             on_synced=seal,
         )
         warnings = _warnings(checkpoint, plan, out_dir)
+        workspace.finish()
         finish(
             checkpoint,
             plan,
@@ -202,7 +213,8 @@ def convert(
                     on_progress=on_progress,
                 )
             except VerifyError:
-                workspace.distrust()
+                with suppress(OutputError):  # the difference is what is to be told
+                    workspace.distrust()
                 raise
     return Report(
         out_dir=out_dir,
@@ -223,6 +235,16 @@ def convert(
         warnings=warnings,
         verify_seconds=verified.seconds if verified else None,
     )
+
+
+def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
+    """A file of the output and a folder of the source may want the same name."""
+    files = {shard.name for shard in plan.shards}
+    files |= {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, JOURNAL_NAME, *checkpoint.other_files}
+    for name in checkpoint.other_files:
+        folder = Path(name).parts[0]
+        if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
+            raise CheckpointError(f"{name}: its folder has the name of a file of the output")
 
 
 def _tell(workspace: Workspace, plan: Plan, on_note: OnNote | None) -> None:

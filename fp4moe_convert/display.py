@@ -37,7 +37,7 @@ LOG_INTERVAL = 10.0
 @contextmanager
 def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[OnProgress | None]:
     """Show progress on ``stream``: a bar on a terminal, a plain line now and then in a log."""
-    console = Console(file=stream, highlight=False)
+    console = Console(file=stream, highlight=False, emoji=False)
     if quiet:
         yield None
     elif console.is_terminal:

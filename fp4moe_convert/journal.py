@@ -1,9 +1,10 @@
 """What a conversion has finished so far, and who is at it: the file that makes a run resumable.
 
 One file in the output folder, of JSON lines, only ever appended to. Each run adds a line on itself
-and the names of the files it may leave; each shard adds a line once its bytes are on the disk and
-before it gets its name. A shard with its final name *and* a line that fits it is finished; anything
-else is done again. A line that a crash cut short does not parse, and counts for nothing.
+and one with the names of the files that it may leave; each shard adds a line once its bytes are on
+the disk and before it gets its name. A shard with its final name *and* a line that fits it is
+finished; anything else is done again. A line that a crash cut short does not parse, and counts for
+nothing.
 
 The file is also the lock. The kernel's own lock on it ends with the process that holds it, however
 that ends, and network file systems carry it to other hosts; so there are no stale locks to judge.
@@ -62,15 +63,20 @@ class Journal:
         """The last line on each shard."""
         self.files: set[str] = set()
         """Names that runs so far may have left in the folder."""
+        self.forgotten = False
+        """Whether some line on a shard has been taken back: then a manifest vouches for none."""
         with naming(self._path, OutputError):
             self._fd = _open_locked(self._path)
             self._read()
+        # For those who come too late. A full disk is no reason to stop: a finished folder stays so.
+        with contextlib.suppress(OutputError):
+            self._append([{"run": _whoami()}])
 
     def begin(self, files: Iterable[str]) -> None:
-        """Say who is at work, and which files may come of it."""
+        """Say which files there may be from now on."""
         names = sorted(files)
         self.files |= set(names)
-        self._append([{"run": _whoami(), "files": names}])
+        self._append([{"files": names}])
         with naming(self._path, OutputError):
             sync_folder(self._out_dir)
 
@@ -81,8 +87,9 @@ class Journal:
 
     def forget(self) -> None:
         """Let no line so far vouch for a shard."""
-        self._append([{"forget": True}])
+        self.forgotten = True
         self.made.clear()
+        self._append([{"forget": True}])
 
     def close(self, *, remove: bool) -> None:
         """Unlock; ``remove`` when nothing is left to resume."""
@@ -104,6 +111,7 @@ class Journal:
         for entry in _entries(self._path):
             match entry:
                 case {"forget": True}:
+                    self.forgotten = True
                     self.made.clear()
                 case {"files": list(names)}:
                     self.files |= {name for name in names if isinstance(name, str)}

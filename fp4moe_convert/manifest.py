@@ -26,11 +26,16 @@ from .blockio import (
     remove_file,
     write_file,
 )
-from .checkpoint import Checkpoint, parse_json_object, read_bounded
+from .checkpoint import (
+    CHECKSUM,
+    Checkpoint,
+    FileRecord,
+    parse_json_object,
+    read_bounded,
+)
 from .contract import (
     CONFIG_NAME,
     FORMAT_VERSION,
-    HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     quantization_section,
@@ -40,19 +45,6 @@ from .plan import MOVE_NBYTES, Plan, PlannedShard
 from .row_order import RowOrder
 
 VERSION = importlib.metadata.version("fp4moe-convert")
-_CHECKSUM = "xxh3_128"
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file that is not a shard."""
-
-    nbytes: int
-    checksum: str
-    """XXH3-128 of its bytes."""
-
-    def as_json(self) -> dict[str, str | int]:
-        return {"bytes": self.nbytes, _CHECKSUM: self.checksum}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +85,7 @@ class Manifest:
     def encode(self) -> bytes:
         content = {
             "format_version": FORMAT_VERSION,
-            "checksum": _CHECKSUM,
+            "checksum": CHECKSUM,
             "versions": dict(self.versions),
             "row_order": self.row_order,
             "max_shard_bytes": self.max_shard_nbytes,
@@ -178,16 +170,12 @@ def _file_record(name: str, record: object) -> FileRecord:
     match record:
         case {"bytes": int(nbytes), "xxh3_128": str(checksum)}:
             return FileRecord(nbytes, checksum)
-    raise VerifyError(f"{MANIFEST_NAME}: {name!r} has no valid bytes and {_CHECKSUM}")
+    raise VerifyError(f"{MANIFEST_NAME}: {name!r} has no valid bytes and {CHECKSUM}")
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """Which checkpoint this is: where it lies, the identity of each shard, and size and checksum of
-    the files that the output's config.json is made from. JSON values.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
+    the files that the output's config.json is made from. JSON values."""
     root = checkpoint.root.resolve()
     identity: dict[str, Any] = {"path": str(root)}
     # A Hub cache keeps revisions as models--ORG--NAME/snapshots/REVISION.
@@ -196,10 +184,7 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
         identity["hub_id"] = repo.removeprefix("models--").replace("--", "/")
         identity["revision"] = root.name
     identity["shards"] = {shard.name: shard.identity for shard in checkpoint.shards}
-    configs = [CONFIG_NAME]
-    if checkpoint.hf_quant_config is not None:
-        configs.append(HF_QUANT_CONFIG_NAME)
-    identity["files"] = {name: record_file(root / name).as_json() for name in configs}
+    identity["files"] = {n: record.as_json() for n, record in checkpoint.config_files.items()}
     return identity
 
 

@@ -12,7 +12,7 @@ class Progress:
     """A moment of a run."""
 
     phase: str
-    """"converting" or "verifying"."""
+    """"checking" (finished shards of an earlier run), "converting" or "verifying"."""
     tensor: str
     """The output tensor in work."""
     done: int

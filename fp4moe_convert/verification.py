@@ -18,14 +18,20 @@ import numpy as np
 
 from . import defaults
 from .blockio import read_buffer
-from .checkpoint import Checkpoint, Shard, files_below, open_checkpoint
+from .checkpoint import (
+    FOREIGN_FILES,
+    Checkpoint,
+    FileRecord,
+    Shard,
+    files_below,
+    open_checkpoint,
+)
 from .contract import JOURNAL_NAME, MANIFEST_NAME
 from .crew import Checksum, Crew
 from .errors import CheckpointError, ConvertError, VerifyError, naming
 from .headers import read_header
 from .layouts import Bytes, Layout, undo
 from .manifest import (
-    FileRecord,
     Manifest,
     ShardRecord,
     read_manifest,
@@ -201,8 +207,9 @@ def _read_all(
 
 def _check_names(out_dir: Path, manifest: Manifest) -> None:
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
-    # What the Hub adds to every repository, and what a run that is verifying still holds.
-    found = set(files_below(out_dir, VerifyError)) - {".gitattributes", JOURNAL_NAME}
+    # A run that is verifying still holds its journal.
+    others = FOREIGN_FILES | {JOURNAL_NAME}
+    found = set(files_below(out_dir, VerifyError)) - (others - expected)
     for name in sorted(expected - found):
         raise VerifyError(f"{name}: is missing, the manifest lists it")
     for name in sorted(found - expected):

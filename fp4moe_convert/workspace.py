@@ -10,11 +10,11 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .blockio import make_folder, remove_file, sync_folder
-from .checkpoint import Checkpoint, files_below
+from .checkpoint import FOREIGN_FILES, Checkpoint, files_below
 from .contract import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -92,20 +92,19 @@ class Workspace:
         After Ctrl-C all stays for the next run to tidy up: deleting files of gigabytes has to wait
         for a disk that is busy with writing them, 3 to 5 s were seen, and who interrupts does not.
         """
-        begun, whole = self._keep is not None, self._has_index()
-        if begun and not whole and isinstance(failure, KeyboardInterrupt):
-            self._journal.close(remove=False)
-            return
-        finished = any((self._out_dir / name).exists() for name in self._journal.made)
-        remove_journal = whole or not (finished if begun else self._journal.files)
+        nothing_to_resume = False
         # Where tidying up fails, too, the failure that led here is the one to tell of.
-        if self._keep is not None and not whole:
-            try:
+        with contextlib.suppress(OSError, OutputError):
+            if self._has_index():
+                nothing_to_resume = True
+            elif self._keep is None:
+                nothing_to_resume = not self._journal.files
+            elif not isinstance(failure, KeyboardInterrupt):
                 self._clear(self._keep)
-            except (OSError, OutputError):
-                remove_journal = False
+                finished = any((self._out_dir / name).exists() for name in self._journal.made)
+                nothing_to_resume = not finished
         with contextlib.suppress(OSError):
-            self._journal.close(remove=remove_journal)
+            self._journal.close(remove=nothing_to_resume)
         if failure is not None and self._created:
             with contextlib.suppress(OSError):
                 self._out_dir.rmdir()
@@ -126,34 +125,29 @@ class Workspace:
         self.redone.update(reasons)
 
     def begin(self) -> None:
-        """Delete what is stale, and make sure that there is room for what will come.
+        """Make sure that there is room for what will come, and delete what is stale.
 
         Raises:
-            OutputError: a file cannot be deleted, or the disk is too small.
+            OutputError: the disk is too small, or a file cannot be deleted.
         """
-        if self._has_index() and self.kept and not self.shards_to_write:
-            # Finished, and stays so.
-            self._keep = self._ours
-        else:
+        whole = self._has_index() and bool(self.kept) and not self.shards_to_write
+        keep = self._ours if whole else set(self.kept)
+        # What is half written goes first: on a disk that it has filled there is no room for a line.
+        self._clear(self._ours)
+        self._check_space(keep)
+        if not whole:
             # First the names, then the deeds: whatever a kill leaves is known to be ours.
-            self._ours |= {
-                CONFIG_NAME,
-                INDEX_NAME,
-                MANIFEST_NAME,
-                *(shard.name for shard in self._plan.shards),
-                *self._checkpoint.other_files,
-            }
+            self._ours |= {shard.name for shard in self._plan.shards}
             self._journal.begin(self._ours)
             # What only the manifest vouched for; it goes.
             self._journal.add(
                 {n: made for n, made in self.kept.items() if n not in self._journal.made}
             )
-            self._keep = set(self.kept)
+        self._keep = keep
+        self._clear(keep)
         with naming(self._out_dir, OutputError):
-            self._clear(self._keep)
             # Before the journal vouches for new files of these names, the old are gone for good.
             sync_folder(self._out_dir)
-            self._check_space()
 
     def seal(self, shard: PlannedShard, checksums: Mapping[str, str]) -> ShardRecord:
         """Record a shard whose bytes are on the disk, before it gets its name.
@@ -170,12 +164,30 @@ class Workspace:
             self._keep.add(shard.name)
         return made.record
 
+    def finish(self) -> None:
+        """All shards are there; what stands around them is ours to write from now on.
+
+        Raises:
+            OutputError: somebody has put a file where one of them will be.
+        """
+        names = {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, *self._checkpoint.other_files}
+        if new := names - self._ours:
+            self._refuse(name for name in new if os.path.lexists(self._out_dir / name))
+            self._ours |= new
+            self._journal.begin(new)
+
     def distrust(self) -> None:
         """The result, or the source, has proved wrong: it must not look finished, nor be built on.
-        Its shards stay, for whoever wants to know what happened to them."""
-        self._journal.begin(self._ours)
-        self._journal.forget()
+        Its shards stay, for whoever wants to know what happened to them.
+
+        Raises:
+            OutputError: it still looks finished.
+        """
         self._keep = None
+        # Where there is no room for a line, the missing manifest has to do.
+        with contextlib.suppress(OutputError):
+            self._journal.begin(self._ours)
+            self._journal.forget()
         for name in (INDEX_NAME, MANIFEST_NAME):
             with naming(name, OutputError):
                 remove_file(self._out_dir / name)
@@ -205,18 +217,32 @@ class Workspace:
             return None
 
     def _refuse_foreign(self) -> None:
-        """Links are never ours: we make none, and would write through a planted one."""
-        for name in files_below(self._out_dir, OutputError):
-            known = name == JOURNAL_NAME or name.removesuffix(PARTIAL_SUFFIX) in self._ours
-            if not known or (self._out_dir / name).is_symlink():
-                raise OutputError(
-                    f"{self._out_dir}: holds {name!r}, which no conversion has left there"
-                )
+        """Links are never ours: we make none, and would write through a planted one. Folders are
+        only where a file of ours lies in them."""
+        files = set(files_below(self._out_dir, OutputError)) - FOREIGN_FILES - {JOURNAL_NAME}
+        self._refuse(
+            name
+            for name in files
+            if name.removesuffix(PARTIAL_SUFFIX) not in self._ours
+            or (self._out_dir / name).is_symlink()
+        )
+        planned = {shard.name for shard in self._plan.shards} | self._ours
+        self._refuse(
+            path.name
+            for path in self._out_dir.iterdir()
+            if path.name.removesuffix(PARTIAL_SUFFIX) in planned and path.is_dir()
+        )
+
+    def _refuse(self, foreign: Iterable[str]) -> None:
+        for name in sorted(foreign):
+            raise OutputError(
+                f"{self._out_dir}: holds {name!r}, which no conversion has left there"
+            )
 
     def _take_stock(self, manifest: Manifest | None) -> None:
         """Which shards stay. A finished folder must be this very conversion."""
         vouched = dict(self._journal.made)
-        if manifest is not None:
+        if manifest is not None and not self._journal.forgotten:
             if (difference := self._difference(manifest)) is None:
                 for shard in self._plan.shards:
                     vouched[shard.name] = self._made(shard, manifest.shards[shard.name])
@@ -263,28 +289,36 @@ class Workspace:
         Only what lies in the folder is gone through: no name that a journal or a manifest holds
         can lead to a file elsewhere.
         """
-        stale = {
-            name
-            for name in files_below(self._out_dir, OutputError)
-            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self._ours
-        }
+        stale = self._stale(keep)
         # The index first: without one the folder is unfinished, whatever else is still there.
-        if INDEX_NAME in stale:
-            remove_file(self._out_dir / INDEX_NAME)
-        for name in stale:
-            (self._out_dir / name).unlink(missing_ok=True)
+        for name in sorted(stale, key=lambda name: name != INDEX_NAME):
+            with naming(name, OutputError):
+                if name == INDEX_NAME:
+                    remove_file(self._out_dir / name)
+                else:
+                    (self._out_dir / name).unlink(missing_ok=True)
         folders = {str(parent) for name in self._ours for parent in Path(name).parents} - {"."}
         for folder, _, _ in os.walk(self._out_dir, topdown=False):
             if os.path.relpath(folder, self._out_dir) in folders and not os.listdir(folder):
                 os.rmdir(folder)
 
-    def _check_space(self) -> None:
+    def _stale(self, keep: set[str]) -> set[str]:
+        return {
+            name
+            for name in files_below(self._out_dir, OutputError)
+            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self._ours
+        }
+
+    def _check_space(self, keep: set[str]) -> None:
         needed = sum(shard.nbytes for shard in self.shards_to_write)
+        stale = self._stale(keep)
         for name in self._checkpoint.other_files:
-            if not (self._out_dir / name).exists():
+            if name in stale or not (self._out_dir / name).exists():
                 with naming(name):
                     needed += (self._checkpoint.root / name).stat().st_size
-        free = shutil.disk_usage(self._out_dir).free
+        with naming(self._out_dir, OutputError):
+            free = shutil.disk_usage(self._out_dir).free
+            free += sum(512 * (self._out_dir / name).stat().st_blocks for name in stale)
         if free < needed:
             raise OutputError(
                 f"{self._out_dir}: needs {needed:,} bytes of free disk, there are {free:,}"

@@ -454,6 +454,20 @@ def test_refuses_what_it_has_converted_itself(tiny: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "twice").exists()
 
 
+@pytest.mark.parametrize(
+    "folder",
+    ["model-00001-of-00001.safetensors", "config.json.partial", ".fp4moe-journal.jsonl"],
+)
+def test_refuses_folders_named_like_files_of_the_output(
+    model_dir: Path, tmp_path: Path, folder: str
+) -> None:
+    (model_dir / folder).mkdir()
+    (model_dir / folder / "x").touch()
+    message = f"{folder}/x: its folder has the name of a file of the output"
+    assert fails(model_dir, tmp_path / "out") == message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_refuses_the_same(model_dir: Path, tmp_path: Path) -> None:
     truncate(SECOND, -1)(model_dir)
     assert fails(model_dir, tmp_path / "out", "--dry-run").startswith(f"{SECOND}: is truncated")

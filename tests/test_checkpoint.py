@@ -161,10 +161,14 @@ def test_refuses_a_link_beside_the_blobs_of_a_hub_cache(model_dir: Path, tmp_pat
     snapshot = tmp_path / "models--nvidia--Tiny-FP4" / "snapshots" / "0123abcd"
     snapshot.parent.mkdir(parents=True)
     model_dir.rename(snapshot)
-    (tmp_path / "models--nvidia--Tiny-FP4" / "secret").touch()
-    (snapshot / "x").symlink_to("../../secret")
-    with pytest.raises(CheckpointError, match=r"^x: is a link to .*/secret, outside the model"):
-        open_checkpoint(snapshot)
+    (tmp_path / "secret").touch()
+    (snapshot.parent.parent / "secret").touch()
+    (snapshot.parent.parent / "blobs").symlink_to("/")
+    for target in ("../../secret", tmp_path / "secret", f"../../blobs/{tmp_path}/secret"):
+        (snapshot / "x").symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"^x: is a link to .*/secret, outside the mod"):
+            open_checkpoint(snapshot)
+        (snapshot / "x").unlink()
 
 
 @pytest.mark.parametrize("name", [".fp4moe-journal.jsonl", "x.partial", "sub/x.partial"])
@@ -364,10 +368,11 @@ def test_refuses_a_fifo_as_json_without_waiting_for_it(model_dir: Path, name: st
         signal.signal(signal.SIGALRM, before)
 
 
-def test_refuses_a_dangling_link_among_the_other_files(model_dir: Path) -> None:
-    (model_dir / "tokenizer.json").unlink()
-    (model_dir / "tokenizer.json").symlink_to("gone")
-    refuses(model_dir, "tokenizer.json: No such file or directory")
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "hf_quant_config.json", INDEX])
+def test_refuses_a_dangling_link(model_dir: Path, name: str) -> None:
+    (model_dir / name).unlink(missing_ok=True)
+    (model_dir / name).symlink_to("gone")
+    refuses(model_dir, f"{name}: No such file or directory")
 
 
 def test_a_broken_header_names_its_shard(model_dir: Path) -> None:

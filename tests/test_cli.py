@@ -463,6 +463,83 @@ def test_a_reader_that_has_gone_is_no_traceback(tiny: Path, options: list[str]) 
     assert done.stderr == ""
 
 
+SNEEZING = """
+import contextlib, os, threading, time
+def sneeze():
+    while True:
+        for number in {numbers}:
+            with contextlib.suppress(OSError):
+                os.write(number, b"a warning in C")
+        time.sleep(0.001)
+threading.Thread(target=sneeze, daemon=True).start()
+from fp4moe_convert.cli import main_convert
+main_convert()
+"""
+
+
+@pytest.mark.parametrize("numbers", [[1], [2], [1, 2]], ids=str)
+def test_a_library_that_warns_into_a_closed_stream_does_not_write_into_a_shard(
+    tiny: Path, tmp_path: Path, numbers: list[int]
+) -> None:
+    """Whose numbers the next files to be opened would get."""
+    closing = " ".join(f"{number}>&-" for number in numbers)
+    program = SNEEZING.replace("{numbers}", str(numbers))
+    arguments = [sys.executable, "-c", program, str(tiny), str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@" {closing}', "bash", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert 1 in numbers or one_json(done.stdout)["layers"] == 2
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_is_full_does_not_stop_the_work(tiny: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command(tiny, tmp_path / "out", call="main_convert"),
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "out" / INDEX).exists()
+
+
+def test_a_log_whose_reader_has_gone_does_not_stop_the_work(tiny: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command(tiny, tmp_path / "out", call="main_convert"),
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 0
+
+
+def test_names_that_a_terminal_cannot_show(tiny: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "sü☺:fire:"
+    odd.symlink_to(tiny)
+    done = subprocess.run(
+        command("inspect", odd),
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"s\xfc\u263a:fire:" in done.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
 def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:

@@ -6,6 +6,7 @@ Mounting takes root; where that is not to be had, the tests that mount are skipp
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,30 @@ def test_a_disk_that_has_room_for_the_rest_only(
     assert shutil.disk_usage(disk.where).free - free < whole
     assert run(source, out).shards_kept == kept
     assert contents(out) == expected
+
+
+@needs_root
+def test_a_disk_that_half_written_files_have_filled(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """There is no room for a line in the journal until they are gone."""
+    with mounted(tmp_path / "small", "tmpfs", "size=20m") as small:
+        out = small / "out"
+        program = f"""
+import os, signal
+from fp4moe_convert import conversion
+conversion.Workspace.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+conversion.convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert done.returncode == -9, done.stderr
+        partial = next(out.glob("*.partial"))
+        nbytes = shutil.disk_usage(small).free
+        with partial.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_blocks * 512 + nbytes)
+        assert shutil.disk_usage(small).free == 0
+        run(source, out)
+        assert contents(out) == expected
 
 
 @needs_root
@@ -348,6 +373,32 @@ def test_without_permission(public: Path, path: str, out: str, message: str) -> 
     named = message.replace("{folder}", str(public))
     assert done.stderr == f"error: {named}: Permission denied\n"
     assert not (public / out / INDEX_NAME).exists()
+
+
+@needs_root
+def test_an_output_folder_that_is_shut_meanwhile(source: Path, tmp_path: Path) -> None:
+    """Tidying up is not possible either; what is told is what came first."""
+    out = tmp_path / "out"
+    program = f"""
+import os
+from fp4moe_convert import ConvertError, conversion
+seal = conversion.Workspace.seal
+def shutting(*args):
+    os.chmod({str(out)!r}, 0)
+    os.setuid(65534)
+    return seal(*args)
+import flashinfer
+conversion.Workspace.seal = shutting
+try:
+    conversion.convert({str(source)!r}, {str(out)!r}, threads=1)
+except ConvertError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"\S+: Permission denied\n", done.stdout), done.stderr
+    assert done.stderr == ""
 
 
 @needs_root

@@ -21,6 +21,7 @@ from make_checkpoint import make_checkpoint
 
 from fp4moe_convert import (
     CheckpointError,
+    ConvertError,
     OutputError,
     Report,
     VerifyError,
@@ -372,6 +373,65 @@ def test_shards_of_another_format_are_done_again(
     assert contents(stopped) == expected
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", MANIFEST_NAME])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_a_name_that_was_not_written_yet_is_foreign(
+    stopped: Path, source: Path, name: str, overwrite: bool
+) -> None:
+    (stopped / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds '{name}', which no conversion has left there"):
+        run(source, stopped, overwrite=overwrite)
+    assert (stopped / name).read_text() == "mine"
+
+
+def test_a_folder_where_a_shard_will_be_is_foreign(stopped: Path, source: Path) -> None:
+    (stopped / "model-00008-of-00008.safetensors").mkdir()
+    with pytest.raises(OutputError, match=r"holds 'model-00008-.*', which no conversion has"):
+        run(source, stopped)
+
+
+def test_overwrite_deletes_nothing_that_it_cannot_replace(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = contents(out)
+    for name, value, message in (
+        (shutil, ("disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0)), "of free disk"),
+        (sys.modules, ("flashinfer", None), "flashinfer: cannot be imported"),
+    ):
+        with monkeypatch.context() as patch:
+            if name is shutil:
+                patch.setattr(name, *value)
+                make_checkpoint(tmp_path / "larger", dataclasses.replace(MANY_SHARDS, experts=8))
+                other = tmp_path / "larger"
+            else:
+                patch.setitem(name, *value)
+                other = source
+            with pytest.raises(ConvertError, match=message):
+                run(other, out, overwrite=True)
+        assert contents(out) == before
+    # What is deleted makes room.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10_000))
+    run(source, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_a_config_that_changes_meanwhile_is_not_taken_for_the_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scatter = conversion.scatter
+
+    def changing(*args: Any, **kwargs: Any) -> None:
+        add_a_space(source / "config.json")
+        scatter(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "scatter", changing)
+    run(source, tmp_path / "out")
+    with pytest.raises(VerifyError, match=r"is not the checkpoint .*: config\.json differs"):
+        verify(tmp_path / "out", source)
+
+
 def test_overwrite_starts_afresh(stopped: Path, source: Path, expected: dict[str, bytes]) -> None:
     report, notes = run(source, stopped, overwrite=True)
     assert (report.shards_kept, notes) == (0, [])
@@ -396,17 +456,22 @@ def test_foreign_files_are_never_touched(
     before = contents(stopped)
     with pytest.raises(OutputError, match="which no conversion has left there"):
         run(source, stopped, overwrite=overwrite)
-    assert contents(stopped) == before
+    assert contents(stopped) | {JOURNAL_NAME: before[JOURNAL_NAME]} == before
     assert precious.read_text() == "mine"
 
 
-def test_a_second_run_stops_and_says_who_is_there(stopped: Path, source: Path) -> None:
-    with open(stopped / JOURNAL_NAME, "r+b") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
-        before = contents(stopped)
-        with pytest.raises(OutputError, match=rf"in use by process {os.getpid()} on .*, at work"):
-            run(source, stopped)
-        assert contents(stopped) == before
+def test_a_second_run_stops_and_says_who_is_there(
+    stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the moment on at which the first has the folder."""
+    monkeypatch.setattr(os, "getpid", lambda: 1234567)
+    first = Journal(stopped)
+    monkeypatch.undo()
+    before = contents(stopped)
+    with pytest.raises(OutputError, match=r"in use by process 1234567 on .*, at work since"):
+        run(source, stopped)
+    assert contents(stopped) == before
+    first.close(remove=False)
     run(source, stopped)
 
 
@@ -447,6 +512,55 @@ def test_verify_reads_finished_shards_before_they_are_kept(
     assert report.shards_kept == 2
     assert re.fullmatch(rf"{shard.name}: done again: it is damaged \(.* checksum .*\)", notes[0])
     assert contents(stopped) == expected
+
+
+@pytest.mark.parametrize("kill_at", ["model.safetensors.index.json", "fp4moe_manifest.json"])
+def test_a_kill_while_a_result_is_taken_back(source: Path, tmp_path: Path, kill_at: str) -> None:
+    """Neither the journal nor the manifest goes on vouching for it."""
+    program = f"""
+import os, signal
+from fp4moe_convert import conversion, workspace
+finish, remove_file = conversion.finish, workspace.remove_file
+def finish_and_damage(checkpoint, plan, out_dir, **rest):
+    finish(checkpoint, plan, out_dir, **rest)
+    with open(out_dir / plan.shards[0].name, "r+b") as file:
+        file.seek(-1, 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([byte ^ 1]))
+def remove_and_die(path):
+    remove_file(path)
+    if path.name == {kill_at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+conversion.finish, workspace.remove_file = finish_and_damage, remove_and_die
+conversion.convert({str(source)!r}, {str(tmp_path / "out")!r}, verify=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    report, _ = run(source, tmp_path / "out", max_shard_nbytes=10**9)
+    assert report.shards_kept == 0
+    verify(tmp_path / "out", source)
+
+
+def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
+    stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is full there is no room for a line in the journal."""
+    finish = conversion.finish
+
+    def no_room(*_: object) -> None:
+        raise OutputError("journal: No space left on device")
+
+    def finish_and_damage(*args: Any, **kwargs: Any) -> None:
+        finish(*args, **kwargs)
+        flip_last_bit(sorted(stopped.glob("*.safetensors"))[0])
+        monkeypatch.setattr(Journal, "_append", no_room)
+
+    monkeypatch.setattr(conversion, "finish", finish_and_damage)
+    with pytest.raises(VerifyError, match=r"^model-.*: '"):
+        run(source, stopped, verify=True)
+    assert not (stopped / INDEX_NAME).exists()
+    assert not (stopped / MANIFEST_NAME).exists()
 
 
 def test_a_result_that_does_not_verify_is_not_built_on(

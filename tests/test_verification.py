@@ -221,6 +221,19 @@ def test_the_text_of_the_manifest_counts_too(source: Path, tmp_path: Path) -> No
         verify(out)
 
 
+def test_gitattributes_belong_to_those_who_have_them(source: Path, tmp_path: Path) -> None:
+    """Every repository on the Hub has some: they may come with the source, or later."""
+    convert(source, tmp_path / "without")
+    (tmp_path / "without" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    verify(tmp_path / "without", source)
+    convert(source, tmp_path / "without")
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs")
+    convert(source, tmp_path / "with", verify=True)
+    (tmp_path / "with" / ".gitattributes").write_text("*.safetensors filter=lfs ")
+    with pytest.raises(VerifyError, match=r"^\.gitattributes: has 25 bytes, expected 24$"):
+        verify(tmp_path / "with")
+
+
 def test_links_to_folders_are_extra(out: Path, tmp_path: Path) -> None:
     (out / "more").symlink_to(tmp_path)
     with pytest.raises(VerifyError, match=r"^more: is not in the manifest$"):

@@ -55,6 +55,7 @@ def checkpoint(*shards: Tensors, **config: Any) -> Checkpoint:
         root=Path(),
         config={key: value for key, value in (CONFIG | config).items() if value is not None},
         hf_quant_config=None,
+        config_files={},
         shards=tuple(opened),
         other_files=(),
         left_out={},

@@ -213,7 +213,7 @@ def test_power_cuts_at_random_moments() -> None:
     """A handful; ``scripts/kill_harness.py --power-cuts`` does hundreds."""
     script = Path(__file__).parent.parent / "scripts" / "kill_harness.py"
     done = subprocess.run(
-        [sys.executable, script, "--kills", "8", "--power-cuts"],
+        [sys.executable, script, "--kills", "5", "--power-cuts"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -27,10 +27,6 @@ from .layouts import Bytes
 BLOCK = 4096
 """A multiple of every logical block size in use. A device that wants more gets buffered I/O."""
 
-SYNC_NBYTES = 256 * 2**20
-"""What is written to a file between two syncs. A process cannot end while a thread of it is in one,
-and disks have caches, too: the one sync of a 5 GB file held up Ctrl-C for as much as 6 s."""
-
 _SMALL_NBYTES = 64 * 1024
 """Reads below this (scalars, norms) are buffered: they lie side by side, and one block read by
 the cache serves a thousand of them."""
@@ -191,7 +187,6 @@ class WriteFile(_File):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             super().__init__(path, flags, direct=direct)
             os.ftruncate(self._fd, nbytes)
-        self._unsynced_nbytes = 0
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write ``data`` at ``offset``; from a `write_view`, its whole blocks go directly.
@@ -216,14 +211,11 @@ class WriteFile(_File):
                     self._direct_fd = None
                     _write_all(self._fd, data[first:last], offset + first)
                 _write_all(self._fd, data[last:], offset + last)
-            # Not exact: two threads may find that it is time, or one may not count.
-            self._unsynced_nbytes += data.size
-            if self._unsynced_nbytes >= SYNC_NBYTES:
-                self._unsynced_nbytes = 0
-                os.fdatasync(self._fd)
 
     def sync(self) -> None:
         """Return once the file's bytes and size are on the disk."""
+        # Once, at the end: syncing every 256 MiB, so that Ctrl-C never meets a long one, took a
+        # third more time, and so did every 1 GiB.
         with naming(self.path.name, OutputError):
             os.fsync(self._fd)
 

@@ -201,16 +201,16 @@ class WriteFile(_File):
             direct_fd = self._direct_fd  # another thread may give it up meanwhile
             if direct_fd is None or first == last or not aligned:
                 _write_all(self._fd, data, offset)
-            else:
-                _write_all(self._fd, data[:first], offset)
-                try:
-                    _write_all(direct_fd, data[first:last], offset + first)
-                except OSError as error:
-                    if not _refuses_direct(error):
-                        raise
-                    self._direct_fd = None
-                    _write_all(self._fd, data[first:last], offset + first)
-                _write_all(self._fd, data[last:], offset + last)
+                return
+            _write_all(self._fd, data[:first], offset)
+            try:
+                _write_all(direct_fd, data[first:last], offset + first)
+            except OSError as error:
+                if not _refuses_direct(error):
+                    raise
+                self._direct_fd = None
+                _write_all(self._fd, data[first:last], offset + first)
+            _write_all(self._fd, data[last:], offset + last)
 
     def sync(self) -> None:
         """Return once the file's bytes and size are on the disk."""

@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 
 from . import defaults
 from .errors import ConvertError, printable
+from .foreground import STOPS
 
 # The library's rooms are imported inside the commands: --help needs none of them, and numpy would
 # double its time.
@@ -62,14 +63,14 @@ def _fails_plainly(
         @functools.wraps(command)
         def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
             try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
                 command(*args, **kwargs)
             except ConvertError as error:
                 _say(f"error: {error}", style="red")
                 raise typer.Exit(1) from None
             except KeyboardInterrupt as stop:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
                 _say(f"error: {interrupted}", style="red")
-                raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+                raise typer.Exit(stop.code if isinstance(stop, _Stopped) else 130) from None
             except _StdoutError as error:
                 # The interpreter would complain once more at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,12 +83,17 @@ def _fails_plainly(
     return decorate
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: an end as orderly as Ctrl-C's."""
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        self.code = 128 + number
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+def _stop(number: int, _: object) -> None:
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)  # it is ending already
+    raise _Stopped(number)
 
 
 class _StdoutError(Exception):
@@ -247,16 +253,6 @@ def inspect_command(
     _print(inspection.as_json() if as_json else inspection_tables(inspection))
 
 
-def main() -> None:
-    """Entry point ``fp4moe``."""
-    _run(app)
-
-
-def main_convert() -> None:
-    """Entry point ``fp4moe-convert``."""
-    _run(convert_app)
-
-
 class _Unfailing:
     """A stream whose reader may go, or whose disk may be full: what a run says on the way is not
     worth the run."""
@@ -289,9 +285,12 @@ def _prepare_streams() -> None:
     sys.stderr = cast("TextIO", _Unfailing(sys.stderr))
 
 
-def _run(command: typer.Typer) -> None:
+def run(command: typer.Typer) -> None:
+    """Run a command line and end the process with its exit code."""
     _prepare_streams()
-    signal.signal(signal.SIGTERM, _terminate)
+    for stop in STOPS:
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, _stop)
     try:
         command()
     except SystemExit as end:

@@ -8,6 +8,7 @@ nothing.
 
 The file is also the lock. The kernel's own lock on it ends with the process that holds it, however
 that ends, and network file systems carry it to other hosts; so there are no stale locks to judge.
+Only a process that has been killed while a disk keeps it waiting holds it for a while yet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +33,11 @@ from .errors import HeaderError, OutputError, naming
 from .headers import read_header
 from .manifest import ShardRecord
 from .plan import PlannedShard
+
+ENDING_SECONDS = 30.0
+"""How long to wait for a process that has been killed and still holds the folder."""
+
+_PF_EXITING = 0x4
 
 Identity = Mapping[str, str | int]
 """Of a source file (`Shard.identity`)."""
@@ -70,7 +78,7 @@ class Journal:
             self._read()
         # For those who come too late. A full disk is no reason to stop: a finished folder stays so.
         with contextlib.suppress(OutputError):
-            self._append([{"run": _whoami()}])
+            self._append([_whoami()])
 
     def begin(self, files: Iterable[str]) -> None:
         """Say which files there may be from now on."""
@@ -182,6 +190,7 @@ def why_redo(
 
 
 def _open_locked(path: Path) -> int:
+    give_up = time.monotonic() + ENDING_SECONDS
     while True:
         # O_NOFOLLOW: a link planted here would have us write where it leads.
         fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
@@ -190,7 +199,12 @@ def _open_locked(path: Path) -> int:
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise OutputError(f"{path.parent}: is in use by {_holder(path)}") from None
+                holder = _holder(path)
+                if _is_ending(holder) and time.monotonic() < give_up:
+                    time.sleep(0.05)
+                    continue
+                name = holder.get("run", "another process")
+                raise OutputError(f"{path.parent}: is in use by {name}") from None
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise OutputError(
                     f"{path.parent}: its file system has no locks ({error.strerror}), so a second "
@@ -215,12 +229,31 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _holder(path: Path) -> str:
+def _holder(path: Path) -> dict[str, Any]:
+    """The latest line of a run on itself."""
     with contextlib.suppress(OSError, StopIteration):
-        return next(str(entry["run"]) for entry in reversed(_entries(path)) if "run" in entry)
-    return "another process"
+        return next(entry for entry in reversed(_entries(path)) if "run" in entry)
+    return {}
 
 
-def _whoami() -> str:
+def _whoami() -> dict[str, str | int]:
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return f"process {os.getpid()} on {socket.gethostname()}, at work since {now}"
+    pid, host = os.getpid(), socket.gethostname()
+    return {"run": f"process {pid} on {host}, at work since {now}", "pid": pid, "host": host}
+
+
+def _is_ending(holder: Mapping[str, Any]) -> bool:
+    """Whether a process of this host has been killed or has ended, as far as /proc tells."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        stat = Path(f"/proc/{holder.get('pid')}/stat").read_text()
+    except FileNotFoundError:
+        return sys.platform == "linux"  # elsewhere there is no such file
+    except OSError:
+        return False
+    # Fields from the third on; proc(5). Its name, which may hold anything, is the second.
+    fields = stat.rpartition(")")[2].split()
+    state, flags, pending = fields[0], int(fields[6]), int(fields[28])
+    killed = pending >> (signal.SIGKILL - 1) & 1
+    return state in "ZX" or bool(killed or flags & _PF_EXITING)

@@ -1,4 +1,4 @@
-"""File systems to fill, to take away and to cut the power of, for tests. Mounting takes root."""
+"""File systems to fill, to freeze and to cut the power of, for tests. Mounting takes root."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING_THE_JOURNAL = 2
+_FIFREEZE = 0xC0045877
+_FITHAW = 0xC0045878
 
 
 def mount(where: Path, kind: str, options: str, device: str | Path = "none") -> None:
@@ -69,6 +71,8 @@ class Disk:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # it is not frozen
+            self.thaw()
         unmount_later(self.where)
 
     def plug_in(self, access: str = "rw") -> None:
@@ -77,14 +81,23 @@ class Disk:
 
     def cut_power(self) -> None:
         """From now on every call fails with EIO; what has not been synced is lost."""
-        fd = os.open(self.where, os.O_RDONLY)
-        try:
-            flags = struct.pack("I", _WITHOUT_FLUSHING_THE_JOURNAL)
-            fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, flags)
-        finally:
-            os.close(fd)
+        self._control(_EXT4_IOC_SHUTDOWN, _WITHOUT_FLUSHING_THE_JOURNAL)
+
+    def freeze(self) -> None:
+        """From now on whoever wants to write waits, and not even SIGKILL ends that."""
+        self._control(_FIFREEZE, 0)
+
+    def thaw(self) -> None:
+        self._control(_FITHAW, 0)
 
     def restart(self) -> None:
         """What is on the disk when the power is back; nobody may have a file open."""
         unmount(self.where)
         self.plug_in()
+
+    def _control(self, request: int, argument: int) -> None:
+        fd = os.open(self.where, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, request, struct.pack("I", argument))
+        finally:
+            os.close(fd)

@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "source"), Path(folder, "out")
         make_checkpoint(source, spec)
-        command = "from fp4moe_convert.cli import main_convert; main_convert()"
+        command = "from fp4moe_convert.__main__ import main_convert; main_convert()"
         arguments_ = [str(source), str(out), "--quiet", "--json"]
         run = subprocess.run(
             [sys.executable, "-c", command, *arguments_], check=True, stdout=subprocess.PIPE

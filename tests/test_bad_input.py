@@ -838,7 +838,7 @@ def run_process(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-CLI = (sys.executable, "-c", "from fp4moe_convert.cli import main_convert; main_convert()")
+CLI = (sys.executable, "-c", "from fp4moe_convert.__main__ import main_convert; main_convert()")
 
 
 def test_process_refuses_before_the_first_byte(model_dir: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def command(*arguments: object, python: tuple[str, ...] = (), call: str = "main"
     # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from fp4moe_convert.cli import {call}; {call}()"
+        f"from fp4moe_convert.__main__ import {call}; {call}()"
     )
     return [sys.executable, *python, "-c", code, *map(str, arguments)]
 
@@ -472,8 +472,8 @@ def sneeze():
                 os.write(number, b"a warning in C")
         time.sleep(0.001)
 threading.Thread(target=sneeze, daemon=True).start()
-from fp4moe_convert.cli import main_convert
-main_convert()
+from fp4moe_convert.cli import convert_app, run
+run(convert_app)
 """
 
 

@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ from fp4moe_convert import CheckpointError, OutputError, conversion, convert
 from fp4moe_convert.contract import INDEX_NAME
 
 MIB = 2**20
+FP4MOE_CONVERT = (
+    *(sys.executable, "-W", "ignore", "-c"),
+    "from fp4moe_convert.__main__ import main_convert; main_convert()",
+)
 
 pytestmark = pytest.mark.usefixtures("flashinfer")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
@@ -208,6 +215,92 @@ def test_a_disk_that_fails(
     assert contents(out) == expected
 
 
+def thread_states(pid: int) -> str:
+    """One letter a thread, as in proc(5); D waits for a disk."""
+    states = ""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            states += path.read_text().rpartition(")")[2].split()[0]
+    return states
+
+
+def waits_for_a_disk(pid: int) -> bool:
+    """It does, and for longer than a disk takes that answers."""
+    return all(time.sleep(0.05) or "D" in thread_states(pid) for _ in range(6))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@needs_root
+@pytest.mark.parametrize("frozen_from", ["the start", "the first progress"])
+def test_a_disk_that_does_not_answer(
+    source: Path, expected: dict[str, bytes], disk: Disk, frozen_from: str
+) -> None:
+    """No process can end while it waits for such a disk, but the command does."""
+    out = disk.where / "out"
+    if frozen_from == "the start":
+        disk.freeze()
+    with subprocess.Popen(
+        [*FP4MOE_CONVERT, source, out, f"--max-shard-size={SMALL_SHARD_NBYTES}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        if frozen_from == "the first progress":
+            assert process.stderr.readline().startswith("converting")
+            disk.freeze()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        until(lambda: bool(children.read_text()))
+        worker = int(children.read_text())
+        until(lambda: waits_for_a_disk(worker))
+        process.terminate()
+        started = time.monotonic()
+        assert process.wait(timeout=60) == 143
+        assert time.monotonic() - started < 2
+        assert "D" in thread_states(worker)
+        disk.thaw()
+        assert process.stderr.read().splitlines()[-1] == (
+            f"error: interrupted; process {worker} still waits for a disk and ends when that "
+            "answers, then run the same command again"
+        )
+    run(source, out)
+    assert contents(out) == expected
+
+
+@needs_root
+@pytest.mark.parametrize("waiting", ["touch()", "Thread(target=touch).start(); Event().wait()"])
+def test_a_killed_run_that_still_waits_for_a_disk_is_waited_for(
+    source: Path, expected: dict[str, bytes], disk: Disk, tmp_path: Path, waiting: str
+) -> None:
+    """It holds the folder until the disk answers."""
+    out = tmp_path / "out"
+    program = f"""
+from pathlib import Path
+from threading import Event, Thread
+from fp4moe_convert.journal import Journal
+journal = Journal(Path({str(out)!r}))
+touch = Path({str(disk.where / "file")!r}).touch
+{waiting}
+"""
+    out.mkdir()
+    disk.freeze()
+    with subprocess.Popen([sys.executable, "-c", program]) as holder:
+        until(lambda: waits_for_a_disk(holder.pid))
+        with pytest.raises(OutputError, match=f"out: is in use by process {holder.pid} on"):
+            run(source, out)
+        holder.kill()
+        thaw = threading.Timer(1, disk.thaw)
+        thaw.start()
+        run(source, out)
+        thaw.join()
+    assert contents(out) == expected
+
+
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
     """A handful; ``scripts/kill_harness.py --power-cuts`` does hundreds."""
@@ -317,7 +410,7 @@ def test_a_source_that_changes_while_it_is_read(
 
 AS_NOBODY = """
 import contextlib, io, os, sys
-from fp4moe_convert import cli, conversion
+from fp4moe_convert import __main__, cli, conversion
 if "--first=import flashinfer" in sys.argv:
     sys.argv.pop(3)
     import flashinfer
@@ -325,7 +418,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     cli.convert_app([sys.argv[1], sys.argv[2], "--dry-run"], standalone_mode=False)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.argv = ["fp4moe-convert", *sys.argv[1:], "--quiet"]
-cli.main_convert()
+__main__.main_convert()
 """
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from fp4moe_convert import (
     verify,
 )
 from fp4moe_convert.contract import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
-from fp4moe_convert.journal import Journal
+from fp4moe_convert.journal import ENDING_SECONDS, Journal
 
 
 def run(source: Path, out: Path, **options: object) -> tuple[Report, list[str]]:
@@ -460,16 +462,22 @@ def test_foreign_files_are_never_touched(
     assert precious.read_text() == "mine"
 
 
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
 def test_a_second_run_stops_and_says_who_is_there(
-    stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     """From the moment on at which the first has the folder."""
-    monkeypatch.setattr(os, "getpid", lambda: 1234567)
+    # On another host there may be any process of that number, or none.
+    pid = os.getpid() if host != "elsewhere" else 2**22
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
     first = Journal(stopped)
     monkeypatch.undo()
     before = contents(stopped)
-    with pytest.raises(OutputError, match=r"in use by process 1234567 on .*, at work since"):
+    started = time.monotonic()
+    with pytest.raises(OutputError, match=rf"in use by process {pid} on {host}, at work since"):
         run(source, stopped)
+    assert time.monotonic() - started < ENDING_SECONDS / 2
     assert contents(stopped) == before
     first.close(remove=False)
     run(source, stopped)

@@ -1,0 +1,126 @@
+"""The process that was started, and the one that works for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ATTENDED = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.{interrupt})
+from fp4moe_convert.foreground import STOPS, attend
+def work():
+    {work}
+sys.exit(attend(work))
+"""
+SAY_READY = "print(os.getpid(), flush=True)"
+
+
+def start(work: str, *, interrupt: str = "default_int_handler") -> subprocess.Popen[str]:
+    program = ATTENDED.format(work=work, interrupt=interrupt)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def started(process: subprocess.Popen[str]) -> int:
+    """The process id of the worker, once it has said it."""
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("work", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os._exit(200)", 200), ("1 / 0", 1)]
+)
+def test_the_exit_code_is_the_worker_s(work: str, code: int) -> None:
+    with start(work) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert stderr.count("Traceback") == (work == "1 / 0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_is_killed_is_told_of(number: signal.Signals) -> None:
+    with start(f"os.kill(os.getpid(), {int(number)})") as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    why = " (out of memory?)" if number == signal.SIGKILL else ""
+    assert stderr == f"error: killed by {number.name}{why}; run the same command again\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_does_not_end_is_given_up(number: signal.Signals) -> None:
+    """Its signals are blocked here, as if it never got ready to answer them."""
+    with start(f"{SAY_READY}; time.sleep(60)") as process:
+        worker = started(process)
+        process.send_signal(number)
+        at = time.monotonic()
+        process.send_signal(number)  # who is impatient is answered no later
+        assert process.wait(timeout=60) == 128 + number
+        assert time.monotonic() - at < 2
+        assert process.stderr is not None
+        assert process.stderr.read().startswith(f"error: interrupted; process {worker} still")
+    assert is_gone(worker)
+
+
+def test_a_worker_is_asked_to_end() -> None:
+    answer = "signal.sigwait(STOPS); time.sleep(0.2); os._exit(7)"
+    with start(f"{SAY_READY}; {answer}") as process:
+        started(process)
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 7
+
+
+def test_ctrl_c_that_was_ignored_stays_so() -> None:
+    """As a shell has it for jobs in the background."""
+    with start(f"{SAY_READY}; time.sleep(0.5)", interrupt="SIG_IGN") as process:
+        started(process)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+def test_a_worker_ends_with_the_process_that_was_started() -> None:
+    with start(f"{SAY_READY}; time.sleep(60)") as process:
+        worker = started(process)
+        process.kill()
+        process.wait(timeout=60)
+        deadline = time.monotonic() + 10
+        while not is_gone(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.4])
+def test_ctrl_c_while_the_command_starts(tiny: Path, tmp_path: Path, delay: float) -> None:
+    """It imports for a while before it can do anything in order."""
+    program = "from fp4moe_convert.__main__ import main; main()"
+    arguments = [sys.executable, "-c", program, "convert", tiny, tmp_path / "out", "--quiet"]
+    with subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == "error: interrupted; run the same command again to resume\n"
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) in ([], ["out"])

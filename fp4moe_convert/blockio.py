@@ -214,8 +214,7 @@ class WriteFile(_File):
 
     def sync(self) -> None:
         """Return once the file's bytes and size are on the disk."""
-        # Once, at the end: syncing every 256 MiB, so that Ctrl-C never meets a long one, took a
-        # third more time, and so did every 1 GiB.
+        # Once, at the end: syncing every 256 MiB, or every GiB, made a run take a third longer.
         with naming(self.path.name, OutputError):
             os.fsync(self._fd)
 

@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print. The only room that prints.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a known failure, 2 wrong
-usage, 130 Ctrl-C, 143 SIGTERM.
+usage, 130 Ctrl-C, 143 SIGTERM, 128 + n if signal n has killed the worker (`foreground`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Any, ParamSpec, TextIO, cast
 import typer
 from rich.console import Console, RenderableType
 
-from . import defaults
+from . import defaults, foreground
 from .errors import ConvertError, printable
 from .foreground import STOPS
 
@@ -70,6 +70,7 @@ def _fails_plainly(
                 raise typer.Exit(1) from None
             except KeyboardInterrupt as stop:
                 _say(f"error: {interrupted}", style="red")
+                foreground.interruption_reported()
                 raise typer.Exit(stop.code if isinstance(stop, _Stopped) else 130) from None
             except _StdoutError as error:
                 # The interpreter would complain once more at exit.
@@ -90,10 +91,19 @@ class _Stopped(KeyboardInterrupt):
         self.code = 128 + number
 
 
+_stopping = False
+
+
 def _stop(number: int, _: object) -> None:
-    for stop in STOPS:
-        signal.signal(stop, signal.SIG_IGN)  # it is ending already
-    raise _Stopped(number)
+    """Raise `_Stopped`, once: a terminal and the parent both send the signal, and people repeat it.
+
+    Ignoring the signal from here on would be shorter, but for one that is just arriving Python
+    prints a warning of its own.
+    """
+    global _stopping
+    if not _stopping:
+        _stopping = True
+        raise _Stopped(number)
 
 
 class _StdoutError(Exception):

@@ -14,8 +14,9 @@ from .layouts import Bytes
 Job = TypeVar("Job")
 
 
-STOP_SECONDS = 1.5
-"""How long an interrupted run waits for its threads."""
+STOP_SECONDS = 1.2
+"""How long an interrupted run waits for its threads, which may be waiting for a disk. Less than
+`foreground.PATIENCE_SECONDS`: afterwards it still has a line to print."""
 
 
 class _Stopped(Exception):  # noqa: N818 (not an error: another thread has already failed)

@@ -1,14 +1,14 @@
-"""The process that was started: it waits for the one that works, and answers Ctrl-C in time.
+"""The process that was started: it waits for its child, which does the work, and answers Ctrl-C.
 
 The kernel lets no process go while one of its threads waits for a disk, and a busy disk makes them
 wait for seconds (in fsync, in a write, in an import that looks a name up), a network share that is
-gone for ever. So a child does the work, and what was started touches no file: it can always end.
+gone for ever. The parent touches no file, so it can always end.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
+import mmap
 import os
 import signal
 import sys
@@ -17,20 +17,23 @@ from collections.abc import Callable
 from contextlib import suppress
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that ask for an end in order."""
+"""Signals that ask a command to stop."""
 
-PATIENCE_SECONDS = 1.8
-"""How long such an end may take."""
+PATIENCE_SECONDS = 1.6
+"""How long the child may take to stop."""
 
 _PR_SET_PDEATHSIG = 1
 _SHOW_CURSOR = "\x1b[?25h"
+
+_reported = mmap.mmap(-1, 1)  # shared by parent and child
+"""Whether the child has said that it was interrupted."""
 
 
 def attend(work: Callable[[], None]) -> int:
     """Run ``work`` in a child and wait for it, but not for long once it is asked to stop.
 
-    The child starts with `STOPS` blocked, and unblocks them when it is ready to end in order. It
-    is killed if it is still there when this process ends, however that ends.
+    The child starts with `STOPS` blocked, and unblocks them when it can handle them. It is killed
+    if it is still there when the parent ends, whatever ends that.
 
     Returns:
         The exit code to end with: the child's, or 128 and the number of the signal it ended by.
@@ -46,11 +49,15 @@ def attend(work: Callable[[], None]) -> int:
     child = os.fork()
     if child:
         return _wait_for(child, stops)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == parent:  # it may have ended before it was asked for
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        work()
+    _die_with(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    work()
     return 0
+
+
+def interruption_reported() -> None:
+    """Called in the child: the parent need not say that it was interrupted."""
+    _reported[0] = 1
 
 
 def _wait_for(child: int, stops: set[signal.Signals]) -> int:
@@ -60,10 +67,9 @@ def _wait_for(child: int, stops: set[signal.Signals]) -> int:
         left = min(max(deadline - time.monotonic(), 0), 2**31)
         signalled = signal.sigtimedwait({*stops, signal.SIGCHLD}, left)
         if signalled is None:
-            _say(
-                f"interrupted; process {child} still waits for a disk and ends when that answers, "
-                "then run the same command again"
-            )
+            why = f"process {child} has not ended yet and seems to wait for a disk"
+            restart = "interrupted; run the same command again"
+            _say(f"note: {why}" if _reported[0] else f"error: {restart} ({why})")
             return 128 + stopped_by
         if signalled.si_signo in stops:
             os.kill(child, signalled.si_signo)
@@ -71,18 +77,31 @@ def _wait_for(child: int, stops: set[signal.Signals]) -> int:
                 stopped_by = signalled.si_signo
                 deadline = time.monotonic() + PATIENCE_SECONDS
             continue
-        ended, status = os.waitpid(child, os.WNOHANG)  # it may only have been suspended
+        ended, status = os.waitpid(child, os.WNOHANG)  # or it has only been suspended
         if ended:
             code = os.waitstatus_to_exitcode(status)
             if code >= 0:
                 return code
-            why = " (out of memory?)" if code == -signal.SIGKILL else ""
-            _say(f"killed by {signal.Signals(-code).name}{why}; run the same command again")
+            why = " (was memory short?)" if code == -signal.SIGKILL else ""
+            _say(f"error: killed: {signal.strsignal(-code)}{why}; run the same command again")
             return 128 - code
 
 
-def _say(text: str) -> None:
-    # On a terminal the child may have hidden the cursor, and left a bar in this line.
-    start = f"{_SHOW_CURSOR}\n" if os.isatty(2) else ""
-    with suppress(OSError):
-        os.write(2, f"{start}error: {text}\n".encode())
+def _say(line: str) -> None:
+    """On stderr; which may be a file on a disk that does not answer, so this process cannot."""
+    if not os.fork():
+        # On a terminal the child may have hidden the cursor, and left a bar in this line.
+        start = f"{_SHOW_CURSOR}\n" if os.isatty(2) else ""
+        with suppress(OSError):
+            os.write(2, f"{start}{line}\n".encode())
+        os._exit(0)
+    signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    import ctypes  # only here, because the parent is to be ready for signals soon
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended before the kernel was asked
+        os._exit(1)

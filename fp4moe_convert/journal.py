@@ -20,7 +20,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from .plan import PlannedShard
 
 ENDING_SECONDS = 30.0
 """How long to wait for a process that has been killed and still holds the folder."""
+
+_GONE_SECONDS = 0.1
 
 _PF_EXITING = 0x4
 
@@ -190,7 +191,7 @@ def why_redo(
 
 
 def _open_locked(path: Path) -> int:
-    give_up = time.monotonic() + ENDING_SECONDS
+    started = time.monotonic()
     while True:
         # O_NOFOLLOW: a link planted here would have us write where it leads.
         fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
@@ -200,10 +201,13 @@ def _open_locked(path: Path) -> int:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 holder = _holder(path)
-                if _is_ending(holder) and time.monotonic() < give_up:
-                    time.sleep(0.05)
+                patience = _patience_with(holder)
+                if time.monotonic() < started + patience:
+                    time.sleep(0.02)
                     continue
                 name = holder.get("run", "another process")
+                if patience == ENDING_SECONDS:
+                    name += "; it has been killed, but still waits for a disk"
                 raise OutputError(f"{path.parent}: is in use by {name}") from None
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise OutputError(
@@ -229,31 +233,48 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _holder(path: Path) -> Mapping[str, Any]:
     """The latest line of a run on itself."""
     with contextlib.suppress(OSError, StopIteration):
-        return next(entry for entry in reversed(_entries(path)) if "run" in entry)
+        entries = reversed(_entries(path))
+        return next(entry for entry in entries if isinstance(entry.get("run"), str))
     return {}
 
 
 def _whoami() -> dict[str, str | int]:
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    pid, host = os.getpid(), socket.gethostname()
-    return {"run": f"process {pid} on {host}, at work since {now}", "pid": pid, "host": host}
+    pid = os.getpid()
+    run = f"process {pid} on {socket.gethostname()}, at work since {now}"
+    return {"run": run, "pid": pid, "pid_namespace": _pid_namespace()}
 
 
-def _is_ending(holder: Mapping[str, Any]) -> bool:
-    """Whether a process of this host has been killed or has ended, as far as /proc tells."""
-    if holder.get("host") != socket.gethostname():
-        return False
-    try:
-        stat = Path(f"/proc/{holder.get('pid')}/stat").read_text()
-    except FileNotFoundError:
-        return sys.platform == "linux"  # elsewhere there is no such file
-    except OSError:
-        return False
-    # Fields from the third on; proc(5). Its name, which may hold anything, is the second.
-    fields = stat.rpartition(")")[2].split()
-    state, flags, pending = fields[0], int(fields[6]), int(fields[28])
-    killed = pending >> (signal.SIGKILL - 1) & 1
-    return state in "ZX" or bool(killed or flags & _PF_EXITING)
+def _pid_namespace() -> str:
+    """Within which process ids mean the same; "" where there is no /proc."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _patience_with(holder: Mapping[str, Any]) -> float:
+    """Seconds for which it is worth waiting for a process to let a folder go.
+
+    0 if it is alive, or cannot be seen from here. One that has been killed keeps its locks for
+    as long as one of its threads waits for a disk. One that is gone has ended just now, or somebody
+    else holds the folder who has not left a line yet.
+    """
+    match holder:
+        case {"pid": int(pid), "pid_namespace": str(space)} if space and space == _pid_namespace():
+            try:
+                stat = Path(f"/proc/{pid}/stat").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                return _GONE_SECONDS
+            except OSError:
+                return 0
+            # proc(5): fields from the third on; the second, a name, may hold anything.
+            fields = stat.rpartition(b")")[2].split()
+            state, flags, pending = fields[0], int(fields[6]), int(fields[28])
+            killed = pending >> (signal.SIGKILL - 1) & 1
+            if state in b"ZX" or killed or flags & _PF_EXITING:
+                return ENDING_SECONDS
+    return 0

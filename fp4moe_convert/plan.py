@@ -67,7 +67,7 @@ class Move:
     """None: the sources' bytes, one after the other."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlannedShard:
     """One output file: its header, where its tensors lie, and the moves that fill it."""
 
@@ -81,7 +81,7 @@ class PlannedShard:
     moves: tuple[Move, ...]
     """In an order that reads the source forwards and meets each tensor's bytes forwards."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """XXH3-128 over what the shard holds and where each byte of it is read."""
         digest = xxhash.xxh3_128(self.header)

@@ -71,8 +71,7 @@ class Disk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # it is not frozen
-            self.thaw()
+        self.thaw()
         unmount_later(self.where)
 
     def plug_in(self, access: str = "rw") -> None:
@@ -88,7 +87,8 @@ class Disk:
         self._control(_FIFREEZE, 0)
 
     def thaw(self) -> None:
-        self._control(_FITHAW, 0)
+        with suppress(OSError):  # it is not frozen
+            self._control(_FITHAW, 0)
 
     def restart(self) -> None:
         """What is on the disk when the power is back; nobody may have a file open."""

@@ -424,6 +424,7 @@ def test_ctrl_c(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+        start_new_session=True,
     )
     with process:
         assert process.stderr is not None
@@ -433,7 +434,7 @@ def test_ctrl_c(
         assert list(out_dir.glob("*.partial"))
         started = time.perf_counter()
         for number in signals:
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # as a terminal does
             time.sleep(0.02)
         stdout, stderr = process.communicate(timeout=60)
         seconds = time.perf_counter() - started

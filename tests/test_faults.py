@@ -23,7 +23,7 @@ import pytest
 from conftest import SMALL_SHARD_NBYTES, contents
 from faulty_disk import Disk, mount, mounted, unmount
 
-from fp4moe_convert import CheckpointError, OutputError, conversion, convert
+from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
 from fp4moe_convert.contract import INDEX_NAME
 
 MIB = 2**20
@@ -236,6 +236,22 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def worker_of(process: subprocess.Popen[str]) -> int:
+    """The child that does the work, once it waits for a disk."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: bool(children.read_text()))
+    worker = int(children.read_text())
+    until(lambda: waits_for_a_disk(worker))
+    return worker
+
+
+def terminate(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    started = time.monotonic()
+    assert process.wait(timeout=60) == 143
+    assert time.monotonic() - started < 2
+
+
 @needs_root
 @pytest.mark.parametrize("frozen_from", ["the start", "the first progress"])
 def test_a_disk_that_does_not_answer(
@@ -243,39 +259,52 @@ def test_a_disk_that_does_not_answer(
 ) -> None:
     """No process can end while it waits for such a disk, but the command does."""
     out = disk.where / "out"
+    command = [*FP4MOE_CONVERT, source, out, f"--max-shard-size={SMALL_SHARD_NBYTES}"]
     if frozen_from == "the start":
         disk.freeze()
-    with subprocess.Popen(
-        [*FP4MOE_CONVERT, source, out, f"--max-shard-size={SMALL_SHARD_NBYTES}"],
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        if frozen_from == "the first progress":
-            assert process.stderr.readline().startswith("converting")
-            disk.freeze()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        until(lambda: bool(children.read_text()))
-        worker = int(children.read_text())
-        until(lambda: waits_for_a_disk(worker))
-        process.terminate()
-        started = time.monotonic()
-        assert process.wait(timeout=60) == 143
-        assert time.monotonic() - started < 2
-        assert "D" in thread_states(worker)
-        disk.thaw()
-        assert process.stderr.read().splitlines()[-1] == (
-            f"error: interrupted; process {worker} still waits for a disk and ends when that "
-            "answers, then run the same command again"
-        )
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            if frozen_from == "the first progress":
+                assert process.stderr.readline().startswith("converting")
+                disk.freeze()
+            worker = worker_of(process)
+            terminate(process)
+            assert waits_for_a_disk(worker)
+        finally:
+            disk.thaw()
+        last_words = process.stderr.read().splitlines()
+    why = f"process {worker} has not ended yet and seems to wait for a disk"
+    restart = "error: interrupted; run the same command again"
+    # The child can speak for itself if only its threads wait.
+    assert last_words in ([f"{restart} ({why})"], [f"{restart} to resume", f"note: {why}"])
     run(source, out)
     assert contents(out) == expected
 
 
 @needs_root
+def test_a_log_on_a_disk_that_does_not_answer(source: Path, disk: Disk) -> None:
+    with (disk.where / "log").open("w") as log:
+        disk.freeze()
+        command = [*FP4MOE_CONVERT, source, disk.where / "out"]
+        with subprocess.Popen(command, stderr=log, text=True) as process:
+            try:
+                worker_of(process)
+                terminate(process)
+            finally:
+                disk.thaw()
+    until(lambda: "error: interrupted" in (disk.where / "log").read_text())
+
+
+@needs_root
 @pytest.mark.parametrize("waiting", ["touch()", "Thread(target=touch).start(); Event().wait()"])
 def test_a_killed_run_that_still_waits_for_a_disk_is_waited_for(
-    source: Path, expected: dict[str, bytes], disk: Disk, tmp_path: Path, waiting: str
+    source: Path,
+    expected: dict[str, bytes],
+    disk: Disk,
+    tmp_path: Path,
+    waiting: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It holds the folder until the disk answers."""
     out = tmp_path / "out"
@@ -290,14 +319,22 @@ touch = Path({str(disk.where / "file")!r}).touch
     out.mkdir()
     disk.freeze()
     with subprocess.Popen([sys.executable, "-c", program]) as holder:
-        until(lambda: waits_for_a_disk(holder.pid))
-        with pytest.raises(OutputError, match=f"out: is in use by process {holder.pid} on"):
+        try:
+            until(lambda: waits_for_a_disk(holder.pid))
+            in_use = f"out: is in use by process {holder.pid} on .*, at work since .*"
+            with pytest.raises(OutputError, match=f"{in_use} [+-][0-9]{{4}}$"):
+                run(source, out)
+            holder.kill()
+            with monkeypatch.context() as impatient:
+                impatient.setattr(journal, "ENDING_SECONDS", 0.5)
+                with pytest.raises(OutputError, match=f"{in_use}; it has been killed, but still"):
+                    run(source, out)
+            thaw = threading.Timer(1, disk.thaw)
+            thaw.start()
             run(source, out)
-        holder.kill()
-        thaw = threading.Timer(1, disk.thaw)
-        thaw.start()
-        run(source, out)
-        thaw.join()
+            thaw.join()
+        finally:
+            disk.thaw()
     assert contents(out) == expected
 
 
@@ -447,17 +484,18 @@ def shut(path: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize(
-    ("path", "out", "message"),
+    ("path", "message"),
     [
-        ("source/model-00002-of-00003.safetensors", "home/out", "model-00002-of-00003.safetensors"),
-        ("source/config.json", "home/out", "config.json"),
-        ("source/tokenizer.json", "home/out", "tokenizer.json"),
-        ("source/sub", "home/out", "sub"),
-        ("source", "home/out", "{folder}/source"),
-        ("home", "home/out", "{folder}/home/out"),
+        ("source/model-00002-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+        ("source/config.json", "config.json"),
+        ("source/tokenizer.json", "tokenizer.json"),
+        ("source/sub", "sub"),
+        ("source", "{folder}/source"),
+        ("home", "{folder}/home/out"),
     ],
 )
-def test_without_permission(public: Path, path: str, out: str, message: str) -> None:
+def test_without_permission(public: Path, path: str, message: str) -> None:
+    out = "home/out"
     if path == "source/sub":
         (public / path).mkdir()
     shut(public / path)

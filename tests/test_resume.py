@@ -462,20 +462,32 @@ def test_foreign_files_are_never_touched(
     assert precious.read_text() == "mine"
 
 
-@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"pid": 2**22}],
+        [{"pid": "x"}],
+        [{"pid": "\0"}],
+        [{"pid": -1}],
+        [{"pid_namespace": "another host's"}, {"pid": 2**22}],
+        [{"run": 1}],
+        [{"run": None}],
+    ],
+    ids=str,
+)
 def test_a_second_run_stops_and_says_who_is_there(
-    stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch, host: str
+    stopped: Path, source: Path, lines: list[dict[str, object]]
 ) -> None:
-    """From the moment on at which the first has the folder."""
-    # On another host there may be any process of that number, or none.
-    pid = os.getpid() if host != "elsewhere" else 2**22
-    monkeypatch.setattr(os, "getpid", lambda: pid)
-    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    """At once; whatever the journal says of who was there before."""
     first = Journal(stopped)
-    monkeypatch.undo()
+    said = json.loads((stopped / JOURNAL_NAME).read_bytes().splitlines()[-1])
+    with (stopped / JOURNAL_NAME).open("a") as journal:
+        journal.writelines(f"\n{json.dumps(said | line)}\n" for line in lines)
     before = contents(stopped)
     started = time.monotonic()
-    with pytest.raises(OutputError, match=rf"in use by process {pid} on {host}, at work since"):
+    who = rf"process {os.getpid()} on {socket.gethostname()}, at work since .*"
+    with pytest.raises(OutputError, match=rf"in use by {who}$"):
         run(source, stopped)
     assert time.monotonic() - started < ENDING_SECONDS / 2
     assert contents(stopped) == before

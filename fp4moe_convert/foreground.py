@@ -83,7 +83,8 @@ def _wait_for(child: int, stops: set[signal.Signals]) -> int:
             if code >= 0:
                 return code
             why = " (was memory short?)" if code == -signal.SIGKILL else ""
-            _say(f"error: killed: {signal.strsignal(-code)}{why}; run the same command again")
+            died = f"process {child} died: {signal.strsignal(-code)}{why}"
+            _say(f"error: {died}; run the same command again")
             return 128 - code
 
 

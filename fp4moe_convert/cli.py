@@ -23,7 +23,6 @@ from rich.console import Console, RenderableType
 
 from . import defaults, foreground
 from .errors import ConvertError, printable
-from .foreground import STOPS
 
 # The library's rooms are imported inside the commands: --help needs none of them, and numpy would
 # double its time.
@@ -63,7 +62,7 @@ def _fails_plainly(
         @functools.wraps(command)
         def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
             try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, foreground.STOPS)
                 command(*args, **kwargs)
             except ConvertError as error:
                 _say(f"error: {error}", style="red")
@@ -298,9 +297,8 @@ def _prepare_streams() -> None:
 def run(command: typer.Typer) -> None:
     """Run a command line and end the process with its exit code."""
     _prepare_streams()
-    for stop in STOPS:
-        if signal.getsignal(stop) != signal.SIG_IGN:
-            signal.signal(stop, _stop)
+    for stop in foreground.heeded_stops():
+        signal.signal(stop, _stop)
     try:
         command()
     except SystemExit as end:

@@ -7,7 +7,6 @@ gone for ever. The parent touches no file, so it can always end.
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import signal
@@ -22,6 +21,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE_SECONDS = 1.6
 """How long the child may take to stop."""
 
+_FOREVER = 2**31  # seconds
 _PR_SET_PDEATHSIG = 1
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -41,8 +41,7 @@ def attend(work: Callable[[], None]) -> int:
     if sys.platform != "linux":
         work()
         return 0
-    # A shell starts background jobs with SIGINT ignored, and that is to stay so.
-    stops = {stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN}
+    stops = heeded_stops()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, exit codes are lost
     signal.pthread_sigmask(signal.SIG_BLOCK, {*stops, signal.SIGCHLD})
     parent = os.getpid()
@@ -55,6 +54,12 @@ def attend(work: Callable[[], None]) -> int:
     return 0
 
 
+def heeded_stops() -> set[signal.Signals]:
+    """Those of `STOPS` that are not ignored: a shell starts background jobs with SIGINT ignored,
+    and that is to stay so."""
+    return {stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN}
+
+
 def interruption_reported() -> None:
     """Called in the child: the parent need not say that it was interrupted."""
     _reported[0] = 1
@@ -62,9 +67,9 @@ def interruption_reported() -> None:
 
 def _wait_for(child: int, stops: set[signal.Signals]) -> int:
     stopped_by = 0
-    deadline = math.inf
+    deadline = time.monotonic() + _FOREVER
     while True:
-        left = min(max(deadline - time.monotonic(), 0), 2**31)
+        left = max(deadline - time.monotonic(), 0)
         signalled = signal.sigtimedwait({*stops, signal.SIGCHLD}, left)
         if signalled is None:
             why = f"process {child} has not ended yet and seems to wait for a disk"

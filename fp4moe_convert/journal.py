@@ -203,7 +203,7 @@ def _open_locked(path: Path) -> int:
                 holder = _holder(path)
                 patience = _patience_with(holder)
                 if time.monotonic() < started + patience:
-                    time.sleep(0.02)
+                    time.sleep(0.1)  # each look reads the whole journal
                     continue
                 name = holder.get("run", "another process")
                 if patience == ENDING_SECONDS:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -37,6 +40,36 @@ def contents(folder: Path) -> dict[str, bytes]:
         del manifest["source"]["path"], manifest["manifest"]
         found[MANIFEST_NAME] = json.dumps(manifest).encode()
     return found
+
+
+FP4MOE_CONVERT = (
+    *(sys.executable, "-c"),
+    "from fp4moe_convert.__main__ import main_convert; main_convert()",
+)
+"""The command, in a process of its own."""
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def child_of(pid: int) -> int:
+    """The process that does a command's work, once there is one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    until(lambda: bool(children.read_text()))
+    return int(children.read_text())
+
+
+def state_of(task: Path) -> str:
+    """Of a process or a thread, by its folder in /proc: a letter of proc(5); X if it is gone."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 @pytest.fixture(autouse=True)

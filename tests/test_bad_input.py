@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import FP4MOE_CONVERT, TINY
 from make_checkpoint import Spec, make_checkpoint, quantization_section
 from typer.testing import CliRunner
 
@@ -838,12 +838,9 @@ def run_process(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-CLI = (sys.executable, "-c", "from fp4moe_convert.__main__ import main_convert; main_convert()")
-
-
 def test_process_refuses_before_the_first_byte(model_dir: Path, tmp_path: Path) -> None:
     truncate(SECOND, -1)(model_dir)
-    done = run_process(*CLI, str(model_dir), str(tmp_path / "out"))
+    done = run_process(*FP4MOE_CONVERT, str(model_dir), str(tmp_path / "out"))
     assert (done.returncode, done.stdout) == (1, "")
     assert one_error(done.stderr).startswith(f"{SECOND}: is truncated")
     assert not (tmp_path / "out").exists()
@@ -852,14 +849,14 @@ def test_process_refuses_before_the_first_byte(model_dir: Path, tmp_path: Path) 
 def test_process_fails_while_bytes_move(model_dir: Path, tmp_path: Path) -> None:
     # FlashInfer may still be half imported when the process ends.
     poke(model_dir, f"{LAYER}.0.gate_proj.weight_scale", 0, 0x7F)
-    done = run_process(*CLI, str(model_dir), str(tmp_path / "out"), "--quiet")
+    done = run_process(*FP4MOE_CONVERT, str(model_dir), str(tmp_path / "out"), "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     assert "NaN block scale" in one_error(done.stderr)
     assert not (tmp_path / "out").exists()
 
 
 def test_process_meets_a_limit_of_the_system(tiny: Path, tmp_path: Path) -> None:
-    limited = ("bash", "-c", 'ulimit -f 1000 && exec "$@"', "bash", *CLI)
+    limited = ("bash", "-c", 'ulimit -f 1000 && exec "$@"', "bash", *FP4MOE_CONVERT)
     done = run_process(*limited, str(tiny), str(tmp_path / "out"), "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     message = "model-00001-of-00001.safetensors.partial: File too large"

@@ -15,22 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_SHARD_NBYTES, contents
+from conftest import FP4MOE_CONVERT, SMALL_SHARD_NBYTES, child_of, contents, state_of, until
 from faulty_disk import Disk, mount, mounted, unmount
 
 from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
 from fp4moe_convert.contract import INDEX_NAME
 
 MIB = 2**20
-FP4MOE_CONVERT = (
-    *(sys.executable, "-W", "ignore", "-c"),
-    "from fp4moe_convert.__main__ import main_convert; main_convert()",
-)
 
 pytestmark = pytest.mark.usefixtures("flashinfer")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
@@ -73,6 +68,12 @@ def after_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[],
     return install
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "small", "tmpfs", "size=20m") as small:
+        yield small
+
+
 def fill(folder: Path) -> Path:
     """Leave no room for another shard in a file system."""
     path = folder / "filler"
@@ -103,25 +104,22 @@ def is_resumable(out: Path) -> int:
 def test_a_disk_that_is_full(
     source: Path,
     expected: dict[str, bytes],
-    tmp_path: Path,
+    small: Path,
     after_shards: Callable[[int, Callable[[], object]], None],
     monkeypatch: pytest.MonkeyPatch,
     after: int,
 ) -> None:
     """Somebody else takes what was free at the start."""
-    with mounted(tmp_path / "small", "tmpfs", "size=20m") as small:
-        out = small / "out"
-        after_shards(after, lambda: fill(small))
-        with pytest.raises(
-            OutputError, match=r"^model-.*\.safetensors.*: No space left on device$"
-        ):
-            run(source, out)
-        monkeypatch.undo()
-        kept = is_resumable(out)
-        assert kept == after
-        (small / "filler").unlink()
-        assert run(source, out).shards_kept == kept
-        assert contents(out) == expected
+    out = small / "out"
+    after_shards(after, lambda: fill(small))
+    with pytest.raises(OutputError, match=r"^model-.*\.safetensors.*: No space left on device$"):
+        run(source, out)
+    monkeypatch.undo()
+    kept = is_resumable(out)
+    assert kept == after
+    (small / "filler").unlink()
+    assert run(source, out).shards_kept == kept
+    assert contents(out) == expected
 
 
 @needs_root
@@ -173,26 +171,25 @@ def test_a_disk_that_has_room_for_the_rest_only(
 
 @needs_root
 def test_a_disk_that_half_written_files_have_filled(
-    source: Path, expected: dict[str, bytes], tmp_path: Path
+    source: Path, expected: dict[str, bytes], small: Path
 ) -> None:
     """There is no room for a line in the journal until they are gone."""
-    with mounted(tmp_path / "small", "tmpfs", "size=20m") as small:
-        out = small / "out"
-        program = f"""
+    out = small / "out"
+    program = f"""
 import os, signal
 from fp4moe_convert import conversion
 conversion.Workspace.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 conversion.convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
 """
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-        assert done.returncode == -9, done.stderr
-        partial = next(out.glob("*.partial"))
-        nbytes = shutil.disk_usage(small).free
-        with partial.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_blocks * 512 + nbytes)
-        assert shutil.disk_usage(small).free == 0
-        run(source, out)
-        assert contents(out) == expected
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    partial = next(out.glob("*.partial"))
+    nbytes = shutil.disk_usage(small).free
+    with partial.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, partial.stat().st_blocks * 512 + nbytes)
+    assert shutil.disk_usage(small).free == 0
+    run(source, out)
+    assert contents(out) == expected
 
 
 @needs_root
@@ -216,12 +213,8 @@ def test_a_disk_that_fails(
 
 
 def thread_states(pid: int) -> str:
-    """One letter a thread, as in proc(5); D waits for a disk."""
-    states = ""
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            states += path.read_text().rpartition(")")[2].split()[0]
-    return states
+    """One letter a thread; D waits for a disk."""
+    return "".join(map(state_of, Path(f"/proc/{pid}/task").glob("*")))
 
 
 def waits_for_a_disk(pid: int) -> bool:
@@ -229,18 +222,9 @@ def waits_for_a_disk(pid: int) -> bool:
     return all(time.sleep(0.05) or "D" in thread_states(pid) for _ in range(6))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def worker_of(process: subprocess.Popen[str]) -> int:
     """The child that does the work, once it waits for a disk."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until(lambda: bool(children.read_text()))
-    worker = int(children.read_text())
+    worker = child_of(process.pid)
     until(lambda: waits_for_a_disk(worker))
     return worker
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import child_of, state_of, until
 
 ATTENDED = """
 import os, signal, sys, time
@@ -36,10 +37,7 @@ def started(process: subprocess.Popen[str]) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
+    return state_of(Path(f"/proc/{pid}")) in "ZX"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +107,7 @@ def test_a_worker_ends_with_the_process_that_was_started() -> None:
         worker = started(process)
         process.kill()
         process.wait(timeout=60)
-        deadline = time.monotonic() + 10
-        while not is_gone(worker):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: is_gone(worker), seconds=10)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.4])
@@ -126,9 +121,8 @@ def test_ctrl_c_while_the_command_starts(tiny: Path, tmp_path: Path, delay: floa
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
-            assert process.poll() is None
-            time.sleep(0.005)
+        child_of(process.pid)
+        assert process.poll() is None
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)

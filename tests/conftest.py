@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
-from make_checkpoint import Spec, make_checkpoint
+from support.folders import contents
+from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import convert
-from fp4moe_convert.contract import MANIFEST_NAME
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("fp4moe", deadline=None)
@@ -26,50 +22,6 @@ TINY = Spec(experts=4, hidden=256, intermediate=128, layers=2, shards=3, vocab_s
 
 MANY_SHARDS = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
 SMALL_SHARD_NBYTES = 500_000
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name; of a manifest only what does not name the source's path."""
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    if MANIFEST_NAME in found:
-        manifest = json.loads(found[MANIFEST_NAME])
-        del manifest["source"]["path"], manifest["manifest"]
-        found[MANIFEST_NAME] = json.dumps(manifest).encode()
-    return found
-
-
-FP4MOE_CONVERT = (
-    *(sys.executable, "-c"),
-    "from fp4moe_convert.__main__ import main_convert; main_convert()",
-)
-"""The command, in a process of its own."""
-
-
-def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def child_of(pid: int) -> int:
-    """The process that does a command's work, once there is one."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    until(lambda: bool(children.read_text()))
-    return int(children.read_text())
-
-
-def state_of(task: Path) -> str:
-    """Of a process or a thread, by its folder in /proc: a letter of proc(5); X if it is gone."""
-    try:
-        return (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FP4MOE_CONVERT, TINY
-from make_checkpoint import Spec, make_checkpoint, quantization_section
+from conftest import TINY
+from support.make_checkpoint import Spec, make_checkpoint, quantization_section
+from support.processes import FP4MOE_CONVERT
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion

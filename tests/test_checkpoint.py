@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY
-from make_checkpoint import hf_quant_config, quantization_section
+from support.make_checkpoint import hf_quant_config, quantization_section
 
 from fp4moe_convert.checkpoint import open_checkpoint, require_nvfp4
 from fp4moe_convert.errors import CheckpointError, HeaderError

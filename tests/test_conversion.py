@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents
-from make_checkpoint import Spec, make_checkpoint, tensors_of
 from safetensors import safe_open
+from support.folders import contents
+from support.make_checkpoint import Spec, make_checkpoint, tensors_of
 
 from fp4moe_convert import Progress, convert, verify
 from fp4moe_convert.contract import INDEX_NAME, MANIFEST_NAME

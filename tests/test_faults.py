@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FP4MOE_CONVERT, SMALL_SHARD_NBYTES, child_of, contents, state_of, until
-from faulty_disk import Disk, mount, mounted, unmount
+from conftest import SMALL_SHARD_NBYTES
+from support.faulty_disk import Disk, mount, mounted, unmount
+from support.folders import contents
+from support.processes import FP4MOE_CONVERT, child_of, finding_support, state_of, until
 
 from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
 from fp4moe_convert.contract import INDEX_NAME
@@ -324,10 +326,10 @@ touch = Path({str(disk.where / "file")!r}).touch
 
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
-    """A handful; ``scripts/kill_harness.py --power-cuts`` does hundreds."""
-    script = Path(__file__).parent.parent / "scripts" / "kill_harness.py"
+    """A handful; ``support/kill.py --power-cuts`` does hundreds."""
     done = subprocess.run(
-        [sys.executable, script, "--kills", "5", "--power-cuts"],
+        [sys.executable, "-m", "support.kill", "--kills", "5", "--power-cuts"],
+        env=finding_support(),
         capture_output=True,
         text=True,
         timeout=300,

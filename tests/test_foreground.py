@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import child_of, state_of, until
+from support.processes import child_of, state_of, until
 
 ATTENDED = """
 import os, signal, sys, time

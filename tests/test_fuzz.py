@@ -1,7 +1,7 @@
 """Readers fed with anything raise a `ConvertError` or nothing, within bounds of time and memory.
 
-The harness and the valid inputs are those of ``scripts/fuzz.py``, which looks much longer and is
-guided by coverage; what it kept lies in ``tests/fuzz`` and is replayed here.
+The harness and the valid inputs are those of ``support/fuzz.py``, which looks much longer and is
+guided by coverage; what it kept lies in ``data/fuzz`` and is replayed here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-import fuzz
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
+from support import fuzz
 
 from fp4moe_convert import checkpoint
 from fp4moe_convert.checkpoint import MAX_CONFIG_NBYTES, MAX_JSON_NBYTES, open_checkpoint

@@ -1,8 +1,9 @@
 """The converter's bytes against those that SGLang's and vLLM's own loaders end with.
 
-``golden/`` was made by the engines' code (scripts/golden says how and with which versions): whole
-tensors for one tiny layer, checksums for wider ones and for every tensor- and expert-parallel
-rank. A rank must be a slice of the converted file, cut as docs/format.md says in section 4.
+``data/golden/`` was made by the engines' code (support/make_golden.py says how, digests.json with
+which versions): whole tensors for one tiny layer, checksums for wider ones and for every tensor-
+and expert-parallel rank. A rank must be a slice of the converted file, cut as docs/format.md says
+in section 4.
 """
 
 import json
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from make_checkpoint import Spec, make_checkpoint
 from safetensors import safe_open
+from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import convert
 from fp4moe_convert.contract import Geometry, round_up, tensor_parallel_sizes
 from fp4moe_convert.layouts import Bytes
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 RECORD = json.loads((GOLDEN / "digests.json").read_text())
 CASES: dict[str, Spec] = {name: Spec(**spec) for name, spec in RECORD["cases"].items()}
 PREFIX = f"model.layers.{RECORD['layer']}.mlp.experts."

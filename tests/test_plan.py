@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from make_checkpoint import Spec, make_checkpoint
 from safetensors import safe_open
+from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import prepare
 from fp4moe_convert.headers import DTYPE_BITS

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MANY_SHARDS, SMALL_SHARD_NBYTES, contents
+from conftest import MANY_SHARDS, SMALL_SHARD_NBYTES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_checkpoint import make_checkpoint
+from support.folders import contents
+from support.make_checkpoint import make_checkpoint
+from support.processes import finding_support
 
 from fp4moe_convert import (
     CheckpointError,
@@ -630,10 +632,13 @@ def test_a_source_that_fails_leaves_what_was_finished(source: Path, tmp_path: Pa
 
 
 def test_kills_at_random_moments() -> None:
-    """A handful; scripts/kill_harness.py does hundreds."""
-    script = Path(__file__).parent.parent / "scripts" / "kill_harness.py"
+    """A handful; support/kill.py does hundreds."""
     done = subprocess.run(
-        [sys.executable, script, "--kills", "6"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "support.kill", "--kills", "6"],
+        env=finding_support(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal the unbroken one" in done.stdout

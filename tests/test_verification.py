@@ -9,7 +9,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_checkpoint import Spec, make_checkpoint
+from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import VerifyError, convert, verify
 from fp4moe_convert.contract import MANIFEST_NAME

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Load tiny models through SGLang's own model loader: the original against the converted one.
 
-    ~/.cache/fp4moe-engines/sglang/bin/python tests/engines/sglang_driver.py [RESULTS_JSON]
+    PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
+        tests/engines/sglang_driver.py [RESULTS_JSON]
 
 `test_sglang.py` runs it in SGLang's environment (scripts/engines/setup_sglang.sh). SGLang takes
 15 s to import, so that one process works through all cases, prints a table of them, and plays one
@@ -32,10 +33,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "golden")]
-
-from make_checkpoint import Spec, make_checkpoint  # noqa: E402
+from support.make_checkpoint import Spec, make_checkpoint
 
 Tensors = dict[str, Any]  # name -> torch.Tensor
 Edit = Callable[[dict[str, Any]], Any]
@@ -220,7 +218,7 @@ class Group(types.SimpleNamespace):
 
 def start_sglang() -> None:
     """Import SGLang and replace what needs a GPU."""
-    import sglang_cpu
+    from support.cpu_engines import sglang_cpu
 
     sglang_cpu.bootstrap()
     import torch
@@ -241,9 +239,9 @@ def start_sglang() -> None:
 
 def become(setup: Setup, tp_rank: int, ep_rank: int) -> None:
     """Make this process one rank of a server."""
-    import sglang_cpu
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.runtime_context import get_context, get_parallel
+    from support.cpu_engines import sglang_cpu
 
     sglang_cpu.publish(tp_size=setup.tp, tp_rank=tp_rank, ep_size=setup.ep, ep_rank=ep_rank)
     arguments = {"moe_runner_backend": "flashinfer_trtllm", "ep_size": setup.ep}

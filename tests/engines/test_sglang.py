@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sglang_driver
+from support.processes import finding_support
 
 pytestmark = pytest.mark.engines
 
@@ -31,7 +32,12 @@ def results(
     capture: Any = pytestconfig.pluginmanager.getplugin("capturemanager")
     with log.open("w") as errors, capture.global_and_fixture_disabled():
         print("\n")
-        subprocess.run([python, sglang_driver.__file__, path], stderr=errors, check=False)
+        subprocess.run(
+            [python, sglang_driver.__file__, path],
+            env=finding_support(),
+            stderr=errors,
+            check=False,
+        )
     if not path.exists():
         pytest.fail(f"the driver did not finish:\n{log.read_text()[-4000:]}")
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import vllm_driver
+from support.processes import finding_support
 
 pytestmark = pytest.mark.engines
 
@@ -27,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     path = tmp_path_factory.mktemp("vllm") / "results.json"
     run = subprocess.run(
         [python, vllm_driver.__file__, path],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        env=finding_support() | {"VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
     )

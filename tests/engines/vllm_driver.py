@@ -3,10 +3,11 @@
 checkpoints with it, and compare all that the engine ends up with. `test_vllm.py` runs this in
 vLLM's environment; by hand:
 
-    ~/.cache/fp4moe-engines/vllm/bin/python tests/engines/vllm_driver.py RESULTS.json
+    PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python \\
+        tests/engines/vllm_driver.py RESULTS.json
 
 All is vLLM's and FlashInfer's own code, from the command line's options to the kernel's operands,
-but for what `scripts/golden/vllm_golden.py` replaces on a CPU and, for the rest of the models,
+but for what `support.cpu_engines.vllm_golden` replaces on a CPU and, for the rest of the models,
 
 - NVFP4 linear layers get vLLM's emulation kernel and bf16 experts its CPU kernel, less the last
   step of its loading, which is compiled;
@@ -35,10 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))  # scripts are not a package
-
-from make_checkpoint import Spec, make_checkpoint  # noqa: E402
+from support.make_checkpoint import Spec, make_checkpoint
 
 State = dict[str, Any]  # name -> tensor or plain value
 Json = dict[str, Any]
@@ -261,10 +259,8 @@ def start_vllm() -> None:
     """Everything that this file's first lines say is replaced, and counters around layout work."""
     import importlib
 
-    sys.path.insert(0, str(SCRIPTS / "golden"))
-    import harness
     import torch
-    import vllm_golden
+    from support.cpu_engines import jobs, vllm_golden
 
     vllm_golden.bootstrap()
     torch.accelerator.empty_cache = lambda: None
@@ -303,7 +299,7 @@ def start_vllm() -> None:
     def load_weights_over_pattern(self: Any, model: Any, model_config: Any) -> None:
         for module in model.modules():
             if isinstance(module, RoutedExperts):
-                harness.poison(module)
+                jobs.poison(module)
                 module.as_created = {
                     name: (parameter.shape, parameter.data_ptr())
                     for name, parameter in module.named_parameters()
@@ -356,7 +352,7 @@ def engine_config(folder: Path, setup: Setup, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def as_rank(config: Any, size: int, rank: int) -> Iterator[None]:
-    import vllm_golden
+    from support.cpu_engines import vllm_golden
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(config), vllm_golden.pretend_rank(size, rank):

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Make tests/golden: what SGLang and vLLM themselves turn ModelOpt NVFP4 experts into.
+"""Make tests/data/golden: what SGLang and vLLM themselves turn ModelOpt NVFP4 experts into.
 
-    scripts/golden/make.py        # a minute and 1.5 GB in the temporary folder; no GPU
+    python -m tests.support.make_golden     # a minute and 1.5 GB in the temporary folder; no GPU
 
 Needs numpy and xxhash here and an environment for each engine, by default
 ~/.cache/fp4moe-engines/{sglang,vllm}. Checkpoints come from make_checkpoint.py and are not kept: a
@@ -10,7 +9,7 @@ test makes the same one again from the `Spec` in the record.
 Written are `digests.json`, with size and XXH3-128 digest of each tensor on each rank, and all bytes
 of one small case, `tiny_sglang.safetensors` and `tiny_vllm.safetensors`, to look into when a digest
 differs. Rows, cuts and padding in them are the engines' doing. The 128x4 tiles of the block scales
-are not: a CUDA kernel makes them, and without a GPU `harness.interleave_block_scales` stands in.
+are not: a CUDA kernel makes them, and without a GPU `jobs.interleave_block_scales` stands in.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,14 +27,12 @@ from typing import Any
 
 import xxhash
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # scripts are not a package
-
-from harness import Job  # noqa: E402
-from make_checkpoint import Spec, make_checkpoint  # noqa: E402
+from .cpu_engines.jobs import Job
+from .make_checkpoint import Spec, make_checkpoint
+from .processes import finding_support
 
 ENGINES = ("sglang", "vllm")
-TARGET = HERE.parents[1] / "tests" / "golden"
+TARGET = Path(__file__).resolve().parents[1] / "data" / "golden"
 LAYER = 0  # the checkpoints have one MoE layer and no other
 
 
@@ -92,9 +88,10 @@ def run_engine(engine: str, python: Path, jobs: list[Job], work: Path) -> dict[s
     job_file.write_text(json.dumps([asdict(job) for job in jobs]))
     out = work / engine
     subprocess.run(
-        [python, HERE / f"{engine}_golden.py", job_file, out],
+        [python, "-m", f"support.cpu_engines.{engine}_golden", job_file, out],
         check=True,
-        env=os.environ | {"TMPDIR": str(work)},  # what an engine leaves behind goes with it
+        # What an engine leaves behind goes with the work folder.
+        env=finding_support() | {"TMPDIR": str(work)},
     )
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     for job, run in zip(jobs, results["runs"], strict=True):

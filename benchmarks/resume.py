@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """What it costs to resume a conversion that was killed when nine tenths of it were done.
 
-    scripts/bench_resume.py                                # a model of 32 GB, half an hour
-    scripts/bench_resume.py --layers 4 --rounds 1          # 6 GB, two minutes
-    scripts/bench_resume.py --json resume.json
+    python -m benchmarks.resume                            # a model of 32 GB, half an hour
+    python -m benchmarks.resume --layers 4 --rounds 1      # 6 GB, two minutes
+    python -m benchmarks.resume --json resume.json
 
 In each round a model is converted whole; converted again and killed (SIGKILL) as soon as its files
 hold nine tenths of the bytes; and converted on. The cost is the time of that last run over the time
@@ -26,7 +25,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks import (
+from fp4moe_convert import verify
+
+from .common import (
     Json,
     environment,
     headline,
@@ -38,8 +39,6 @@ from benchmarks import (
     scratch_folder,
     start_cold,
 )
-
-from fp4moe_convert import verify
 
 DONE = 0.9
 POLL_SECONDS = 0.02

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Compare a conversion with `cp -r` and with a naive converter: time, durability and memory.
 
-    scripts/bench_convert.py                                # a model of 6.8 GB, ten minutes
-    scripts/bench_convert.py --experts 32 --rounds 2        # 1.2 GB, one minute
-    scripts/bench_convert.py --json bench.json --plot bench.png
-    scripts/bench_convert.py --memory                       # our peak memory, models of 2 to 20 GB
+    python -m benchmarks.convert                            # a model of 6.8 GB, ten minutes
+    python -m benchmarks.convert --experts 32 --rounds 2    # 1.2 GB, one minute
+    python -m benchmarks.convert --json bench.json --plot bench.png
+    python -m benchmarks.convert --memory                   # our peak memory, models of 2 to 20 GB
 
 It takes an environment with the package and the dependency groups `test` and `bench`, and in
 --work-dir room for the model three times over. The naive converter needs twice the size of a layer
@@ -15,8 +14,9 @@ Three programs take turns, so that a disk that is slow for a while is slow for a
 - **ours**, `fp4moe-convert MODEL OUT --quiet --json`, the whole process. It syncs what it writes.
 - **cp**, `cp -r MODEL OUT` and then `sync` with the name of each copied file and folder, which
   calls fsync on it; the time is that of both.
-- **naive**, `naive_convert.py MODEL OUT`, what one writes with safetensors, torch and FlashInfer's
-  row functions, with fsync at the end. It is slow: --naive-rounds says how often it runs.
+- **naive**, `python -m benchmarks.naive MODEL OUT`, what one writes with safetensors, torch and
+  FlashInfer's row functions, with fsync at the end. It is slow: --naive-rounds says how often it
+  runs.
 
 Before each run the outputs of the last one are removed, everything dirty is written back, and the
 model is evicted from the page cache; mincore(2) must then find none of its pages. The disk may
@@ -38,7 +38,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,8 +45,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks import (
-    HERE,
+from .common import (
     Json,
     Usage,
     environment,
@@ -57,6 +55,7 @@ from benchmarks import (
     model_files,
     our_command,
     run_child,
+    run_module,
     say,
     scratch_folder,
     start_cold,
@@ -71,8 +70,8 @@ COMPARE_NBYTES = 16 * 2**20
 MEMORY_CASES = ("1x64", "1x256", "3x64", "3x256")
 
 
-def this_script(*arguments: str | Path) -> Usage:
-    return run_child(sys.executable, Path(__file__).resolve(), *arguments)
+def this_module(*arguments: str | Path) -> Usage:
+    return run_module("benchmarks.convert", *arguments)
 
 
 # --- the programs ---------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def run_cp(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
 
 
 def run_naive(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
-    usage = run_child(sys.executable, HERE / "naive_convert.py", model, out)
+    usage = run_module("benchmarks.naive", model, out)
     return usage, json.loads(usage.stdout)
 
 
@@ -314,7 +313,7 @@ def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
             say(f"round {number}/{arguments.rounds}  {describe(run)}")
             if program == "naive" and check:
                 outs = [bench.out("ours"), bench.out("naive")]
-                compared = json.loads(this_script("--compare", *outs).stdout)
+                compared = json.loads(this_module("--compare", *outs).stdout)
                 say(f"ours and naive: all {compared['tensors']} tensors are equal")
                 bench.remove("ours")
             if not (program == "ours" and check):
@@ -337,7 +336,7 @@ def check_on_tiny(tiny: Path) -> None:
     make_model(model, *sizes, "--differing-scales")
     for program in ("ours", "naive"):
         PROGRAMS[program](model, tiny / program)
-    this_script("--compare", tiny / "ours", tiny / "naive")
+    this_module("--compare", tiny / "ours", tiny / "naive")
     shutil.rmtree(tiny)
 
 
@@ -389,7 +388,7 @@ def measure_memory(arguments: argparse.Namespace, scratch: Path) -> Json:
 
 
 def planned_nbytes(layers: int, experts: int, sizes: argparse.Namespace) -> int:
-    from make_checkpoint import Spec, tensors_of
+    from tests.support.make_checkpoint import Spec, tensors_of
 
     spec = Spec(
         layers=layers,

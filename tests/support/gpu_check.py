@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Compare a converted layer with what FlashInfer's own kernels make of the source, on a GPU.
 
-    scripts/gpu_check.py                      # one DeepSeek-V3 layer: 256 experts, 6.9 GB
-    scripts/gpu_check.py --experts 8          # the same width, 0.9 GB
+    python -m tests.support.gpu_check                   # one DeepSeek-V3 layer: 256 experts, 6.9 GB
+    python -m tests.support.gpu_check --experts 8       # the same width, 0.9 GB
 
 The 128x4 tiles of the block scales come from `block_scale_interleave`, which exists only as a CUDA
 kernel, so a test without a GPU can hold them only against a formula. This script makes a
@@ -23,8 +22,9 @@ from pathlib import Path
 
 import torch
 from flashinfer import block_scale_interleave, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
-from make_checkpoint import Spec, make_checkpoint
 from safetensors import safe_open
+
+from .make_checkpoint import Spec, make_checkpoint
 
 EPILOGUE_TILE_M = 128
 

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Kill conversions at random moments, run them again, and compare with an unbroken run.
 
-    scripts/kill_harness.py                   # 200 kills, a few minutes
-    scripts/kill_harness.py --kills 20 --seed 7
-    scripts/kill_harness.py --power-cuts      # as root
+    python -m tests.support.kill                   # 200 kills, a few minutes
+    python -m tests.support.kill --kills 20 --seed 7
+    python -m tests.support.kill --power-cuts      # as root
 
 A small checkpoint is converted into many small shards, so that every phase takes its share of the
 kills: claiming the folder, scattering, renaming, journal, copies, manifest, config, index. Half of
@@ -40,11 +39,12 @@ from pathlib import Path
 from typing import Any
 
 import flashinfer  # noqa: F401 (before the forks)
-from faulty_disk import Disk
-from make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import VerifyError, convert, verify
 from fp4moe_convert.contract import INDEX_NAME
+
+from .faulty_disk import Disk
+from .make_checkpoint import Spec, make_checkpoint
 
 SPEC = Spec(layers=3, experts=4, hidden=256, intermediate=128, shards=5, vocab_size=256, mtp=True)
 MAX_SHARD_NBYTES = 400_000

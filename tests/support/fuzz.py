@@ -1,14 +1,13 @@
-#!/usr/bin/env python3
 """Fuzz the readers of headers, index, configuration and manifest, guided by coverage.
 
     python -m venv /tmp/fuzz-venv && /tmp/fuzz-venv/bin/pip install atheris numpy xxhash
     /tmp/fuzz-venv/bin/pip install --no-deps -e .
-    /tmp/fuzz-venv/bin/python scripts/fuzz.py header --seconds 600 --corpus /tmp/corpus/header
+    /tmp/fuzz-venv/bin/python -m tests.support.fuzz header --seconds 600 --corpus /tmp/corpus/header
 
 An input fails if it raises anything but a `ConvertError`, takes more than `TIMEOUT_SECONDS`, or
 takes the process above `RSS_LIMIT_MB`; it is then kept beside the corpus as ``TARGET-crash-...``,
-``-timeout-`` or ``-oom-``. Seeds are built here and read from ``tests/fuzz/TARGET``, which the test
-suite replays as well. Atheris is needed for fuzzing only; replaying needs nothing.
+``-timeout-`` or ``-oom-``. Seeds are built here and read from ``tests/data/fuzz/TARGET``, which the
+test suite replays as well. Atheris is needed for fuzzing only; replaying needs nothing.
 
 Targets:
     header    the JSON of a safetensors header
@@ -18,7 +17,7 @@ Targets:
     folder    all files at once, a NUL between them, in the order of `PARTS`; offsets are put right
 
 ``--keep`` fuzzes nothing: it goes through the corpus, the smallest input first, and copies to
-``tests/fuzz/TARGET`` what takes a way through the package that no input before it has taken.
+``tests/data/fuzz/TARGET`` what takes a way through the package that no input before it has taken.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PARTS = (CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, *SHARDS)
 """What a folder consists of; a part without bytes stands for a file that is not there."""
 
-SEEDS = Path(__file__).resolve().parent.parent / "tests" / "fuzz"
+SEEDS = Path(__file__).resolve().parent.parent / "data" / "fuzz"
 
 
 # --- valid inputs ---------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ TARGETS = ("header", "index", "config", "manifest", "folder")
 
 
 def corpus(target: str) -> Iterator[tuple[str, bytes]]:
-    """The seeds, and the inputs kept in ``tests/fuzz``."""
+    """The seeds, and the inputs kept in ``tests/data/fuzz``."""
     for number, seed in enumerate(seeds(target)):
         yield f"seed-{number}", seed
     for path in sorted((SEEDS / target).glob("*")):

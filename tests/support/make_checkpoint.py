@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Write a DeepSeek-V3 or Qwen3-MoE shaped ModelOpt NVFP4 checkpoint filled with random values.
 
-    scripts/make_checkpoint.py OUT_DIR --layers 1                # 7.4 GB, true DeepSeek-V3 width
-    scripts/make_checkpoint.py OUT_DIR --experts 4 --hidden 256 --intermediate 128 --shards 3
+    python tests/support/make_checkpoint.py OUT --layers 1    # 7.4 GB, true DeepSeek-V3 width
+    python tests/support/make_checkpoint.py OUT --experts 4 --hidden 256 --intermediate 128
 
 Names, dtypes, shapes, shard cuts and configuration are those of a real export; only the values are
 made up. The script needs numpy alone and shares no code with the converter, so that tests can hold

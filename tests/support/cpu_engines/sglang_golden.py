@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Golden MoE tensors made by SGLang's own loader and weight processing, on CPU.
 
 Builds SGLang's FusedMoE for one layer, feeds it the layer's ModelOpt tensors through the loader of
 its DeepSeek models, runs ``process_weights_after_loading`` and records what the layer holds.
-`make.py` runs this in SGLang's environment; `sglang_cpu` says what is replaced there.
+`make_golden` runs this in SGLang's environment; `sglang_cpu` says what is replaced there.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import harness
-import sglang_cpu
-from harness import LAID_OUT, RAW_SCALES, Golden, Job
+from . import jobs, sglang_cpu
+from .jobs import LAID_OUT, RAW_SCALES, Golden, Job
 
 
 def golden(job: Job) -> Golden:
@@ -24,8 +22,8 @@ def golden(job: Job) -> Golden:
 
     prefix = f"model.layers.{job.layer}.mlp.experts"
     model, experts = build(job, prefix)
-    harness.poison(experts)
-    model.do_load_weights(harness.tensors_below(job.checkpoint, f"{prefix}."))
+    jobs.poison(experts)
+    model.do_load_weights(jobs.tensors_below(job.checkpoint, f"{prefix}."))
     tensors = {name: getattr(experts, name).data.clone() for name in RAW_SCALES}
     with torch.no_grad():
         experts.quant_method.process_weights_after_loading(experts)
@@ -47,7 +45,7 @@ def build(job: Job, prefix: str) -> tuple[Any, Any]:
         DeepseekV2WeightLoaderMixin,
     )
 
-    config = SimpleNamespace(**harness.read_config(job.checkpoint))
+    config = SimpleNamespace(**jobs.read_config(job.checkpoint))
     quant_config = ModelOptFp4Config.from_config(config.quantization_config)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -84,4 +82,4 @@ def build(job: Job, prefix: str) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    harness.main(__doc__ or "", "sglang", golden)
+    jobs.main(__doc__ or "", "sglang", golden)

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Load one MoE layer onto a GPU: expert by expert and shuffled there, or in slices as converted.
 
-    scripts/bench_load.py                            # a DeepSeek-V3 layer; needs sglang
-    scripts/bench_load.py --shuffle-from utils.py    # the engine's function from its source file
+    python -m benchmarks.load                            # a DeepSeek-V3 layer; needs sglang
+    python -m benchmarks.load --shuffle-from utils.py    # the engine's function from its source
 
 What is compared, for tensor-parallel size 1 and for one rank of 8:
 
@@ -34,12 +33,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from make_checkpoint import Spec, make_checkpoint
 from safetensors import safe_open
 
 from fp4moe_convert import convert
 from fp4moe_convert.contract import round_up
 from fp4moe_convert.serving.slices import copy_share
+from tests.support.make_checkpoint import Spec, make_checkpoint
 
 MATRICES = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 SCALARS = ("w13_weight_scale_2", "w13_input_scale", "w2_weight_scale_2", "w2_input_scale")

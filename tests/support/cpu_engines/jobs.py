@@ -52,7 +52,7 @@ class Golden:
 def main(description: str, engine: str, golden: Callable[[Job], Golden]) -> None:
     """Run every job of a JSON list; write the tensors and ``results.json`` into a folder."""
     parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
-    parser.add_argument("jobs", type=Path, help="JSON list of jobs, written by make.py")
+    parser.add_argument("jobs", type=Path, help="JSON list of jobs, written by make_golden")
     parser.add_argument("out", type=Path, help="folder for the tensors and results.json")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)

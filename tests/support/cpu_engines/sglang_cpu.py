@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness import interleave_block_scales
+from .jobs import interleave_block_scales
 
 CUDA_ONLY = ("torchvision", "sgl_kernel", "deep_gemm")
 

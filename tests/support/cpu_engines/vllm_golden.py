@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Golden MoE tensors made by vLLM's own loader and weight processing, on CPU.
 
 Builds vLLM's routed experts for one layer with the FLASHINFER_TRTLLM backend, feeds them its
-ModelOpt tensors, runs ``process_weights_after_loading`` and records what the layer holds. `make.py`
-runs this in vLLM's environment. All is vLLM's and FlashInfer's own code but for
+ModelOpt tensors, runs ``process_weights_after_loading`` and records what the layer holds.
+`make_golden` runs this in vLLM's environment. All is vLLM's and FlashInfer's own code but for
 
 - the platform, which is vLLM's CpuPlatform, and the backend's word that it supports the device;
 - FlashInfer's one CUDA kernel of the weight path, replaced by `interleave_block_scales`;
@@ -19,8 +18,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import harness
-from harness import LAID_OUT, RAW_SCALES, Golden, Job
+from . import jobs
+from .jobs import LAID_OUT, RAW_SCALES, Golden, Job
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_PLUGINS", "")
@@ -37,11 +36,11 @@ def golden(job: Job) -> Golden:
     with pretend_rank(size, rank):
         runner = build(job, prefix, use_ep)
         experts = runner.routed_experts
-        harness.poison(experts)
+        jobs.poison(experts)
         loaded = set(
             runner.load_weights(
                 (name.removeprefix(f"{prefix}."), tensor)
-                for name, tensor in harness.tensors_below(job.checkpoint, f"{prefix}.")
+                for name, tensor in jobs.tensors_below(job.checkpoint, f"{prefix}.")
             )
         )
         # vLLM passes over names that it does not know.
@@ -69,7 +68,7 @@ def bootstrap() -> None:
 
     import flashinfer
 
-    flashinfer.nvfp4_block_scale_interleave = harness.interleave_block_scales
+    flashinfer.nvfp4_block_scale_interleave = jobs.interleave_block_scales
     torch.accelerator.current_device_index = lambda: "cpu"
 
     from vllm.config import set_current_vllm_config
@@ -123,7 +122,7 @@ def build(job: Job, prefix: str, use_ep: bool) -> Any:
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    config = harness.read_config(job.checkpoint)
+    config = jobs.read_config(job.checkpoint)
     quant_config = get_quantization_config("modelopt_fp4").from_config(
         config["quantization_config"]
     )
@@ -146,4 +145,4 @@ def build(job: Job, prefix: str, use_ep: bool) -> Any:
 
 
 if __name__ == "__main__":
-    harness.main(__doc__ or "", "vllm", golden)
+    jobs.main(__doc__ or "", "vllm", golden)

@@ -26,7 +26,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 MINCORE_NBYTES = 256 * 2**20
 LIBRARIES = "flashinfer, safetensors.torch, fp4moe_convert.cli, fp4moe_convert.conversion"
 
@@ -69,6 +68,11 @@ def run_child(*command: str | Path) -> Usage:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, [str(word) for word in command])
     return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout)
+
+
+def run_module(name: str, *arguments: str | Path) -> Usage:
+    """A module of this repository in a process of its own."""
+    return run_child(sys.executable, "-m", name, *arguments)
 
 
 def our_command() -> str:
@@ -180,7 +184,7 @@ def made_model(out: Path, layers: int, experts: int, sizes: argparse.Namespace) 
 
 
 def make_model(out: Path, *options: str) -> None:
-    run_child(sys.executable, HERE / "make_checkpoint.py", out, *options)
+    run_module("tests.support.make_checkpoint", out, *options)
 
 
 def environment(scratch: Path, nbytes: int) -> Json:

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """The converter one would write in an afternoon: stack the experts, index the rows, save the file.
 
-    scripts/naive_convert.py MODEL_DIR OUT_DIR
+    python -m benchmarks.naive MODEL_DIR OUT_DIR
 
-scripts/bench_convert.py measures it, and checks that its tensors equal those of fp4moe-convert. It
+benchmarks/convert.py measures it, and checks that its tensors equal those of fp4moe-convert. It
 takes a few times the size of a layer in memory, keeps the source's config.json and knows none of
 the ways in which a checkpoint can be wrong. Prints, as JSON, the seconds of imports and of work.
 """

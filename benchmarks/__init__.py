@@ -1,0 +1,2 @@
+"""What conversion, resuming and loading cost. Run from the repository root: python -m
+benchmarks.convert"""

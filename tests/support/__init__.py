@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: checkpoints, damage, faulty disks, kills. No tests in here."""

@@ -1,0 +1,46 @@
+"""Programs in processes of their own, and what /proc says of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+FP4MOE_CONVERT = (
+    *(sys.executable, "-c"),
+    "from fp4moe_convert.__main__ import main_convert; main_convert()",
+)
+"""The command, in a process of its own."""
+
+
+def finding_support() -> dict[str, str]:
+    """This process's environment, for a program elsewhere that imports `support`."""
+    places = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def child_of(pid: int) -> int:
+    """The process that does a command's work, once there is one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    until(lambda: bool(children.read_text()))
+    return int(children.read_text())
+
+
+def state_of(task: Path) -> str:
+    """Of a process or a thread, by its folder in /proc: a letter of proc(5); X if it is gone."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"

@@ -4,5 +4,5 @@
 #   scripts/test.sh [PYTEST_ARGUMENT ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh
+scripts/setup.sh full
 exec "${FP4MOE_VENV:-.venv}/bin/python" -m pytest "$@"

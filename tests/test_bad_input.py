@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY
+from support.folders import INDEX, edit_json, write_byte
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
 from support.processes import FP4MOE_CONVERT
+from support.tensors import home_of, range_of, read_header
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
 from fp4moe_convert.cli import convert_app
 
-INDEX = "model.safetensors.index.json"
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 LAYER = "model.layers.1.mlp.experts"
 EXPERT = f"{LAYER}.1"
@@ -39,46 +40,22 @@ Entries = dict[str, Any]
 # --- doing damage ---------------------------------------------------------------------------------
 
 
-def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON object; None removes one."""
-    content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-
-def read_entries(path: Path) -> tuple[Entries, int]:
-    """A shard's header, and where its data starts."""
-    with open(path, "rb") as file:
-        nbytes = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(nbytes)), 8 + nbytes
-
-
-def home_of(model_dir: Path, tensor: str) -> Path:
-    """The shard that holds a tensor."""
-    return next(
-        path for path in sorted(model_dir.glob("*.safetensors")) if tensor in read_entries(path)[0]
-    )
-
-
 def read_tensor(model_dir: Path, tensor: str) -> bytes:
     path = home_of(model_dir, tensor)
-    entries, data = read_entries(path)
-    start, stop = entries[tensor]["data_offsets"]
-    return path.read_bytes()[data + start : data + stop]
+    start, stop = range_of(path, tensor)
+    return path.read_bytes()[start:stop]
 
 
 def poke(model_dir: Path, tensor: str, position: int, value: int) -> None:
     """Change one byte of a tensor; a negative position counts from its end."""
     path = home_of(model_dir, tensor)
-    entries, data = read_entries(path)
-    start, stop = entries[tensor]["data_offsets"]
-    with open(path, "r+b") as file:
-        file.seek(data + (start if position >= 0 else stop) + position)
-        file.write(bytes([value]))
+    start, stop = range_of(path, tensor)
+    write_byte(path, (start if position >= 0 else stop) + position, value)
 
 
 def rewrite_header(path: Path, edit: Callable[[Entries], None]) -> None:
     """Edit a shard's header and leave its data alone; the index goes, so as not to contradict."""
-    entries, data = read_entries(path)
+    entries, data = read_header(path)
     content = path.read_bytes()[data:]
     edit(entries)
     raw = json.dumps(entries).encode()

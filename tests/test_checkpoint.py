@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from conftest import TINY
+from support.folders import INDEX, edit_json
 from support.make_checkpoint import hf_quant_config, quantization_section
 
 from fp4moe_convert.checkpoint import open_checkpoint, require_nvfp4
 from fp4moe_convert.errors import CheckpointError, HeaderError
 from fp4moe_convert.manifest import describe_source
 
-INDEX = "model.safetensors.index.json"
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 OTHER_FILES = (
     "configuration_deepseek.py",
@@ -26,12 +26,6 @@ OTHER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON object; None removes one."""
-    content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def weight_map(model_dir: Path) -> dict[str, str]:

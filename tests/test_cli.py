@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import typer
 from conftest import TINY
+from support.folders import INDEX, flip_bit
 from typer.testing import CliRunner, Result
 
 import fp4moe_convert
 from fp4moe_convert import Report, convert
 from fp4moe_convert.cli import app, convert_app, parse_size
 
-INDEX = "model.safetensors.index.json"
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 SIZES = {"experts": TINY.experts, "hidden": TINY.hidden, "intermediate": TINY.intermediate}
 ESCAPE = "\x1b"
@@ -322,11 +322,7 @@ def test_verify(tiny: Path, converted: Path, with_source: bool) -> None:
 def test_verify_finds_a_changed_byte(tiny: Path, tmp_path: Path, flashinfer: None) -> None:  # noqa: ARG001
     out_dir = convert(tiny, tmp_path / "out").out_dir
     shard = out_dir / "model-00001-of-00001.safetensors"
-    with open(shard, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
+    flip_bit(shard)
     for options in ([], ["--source", tiny]):
         result = run("verify", out_dir, "--quiet", *options)
         assert (result.exit_code, result.stdout) == (1, "")

@@ -21,11 +21,10 @@ from typing import Any
 import pytest
 from conftest import SMALL_SHARD_NBYTES
 from support.faulty_disk import Disk, mount, mounted, unmount
-from support.folders import contents
+from support.folders import INDEX, contents, flip_bit
 from support.processes import FP4MOE_CONVERT, child_of, finding_support, state_of, until
 
 from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
-from fp4moe_convert.contract import INDEX_NAME
 
 MIB = 2**20
 
@@ -209,7 +208,7 @@ def test_a_disk_that_fails(
         run(source, out)
     monkeypatch.undo()
     disk.restart()
-    assert not (out / INDEX_NAME).exists()
+    assert not (out / INDEX).exists()
     assert run(source, out).shards_kept == 2
     assert contents(out) == expected
 
@@ -397,19 +396,12 @@ def put_a_fifo_there(path: Path) -> None:
     os.mkfifo(path)
 
 
-def write_it_again(path: Path) -> None:
-    """Other bytes under the same header."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (Path.unlink, "No such file or directory"),
         (lambda path: os.truncate(path, path.stat().st_size // 2), "ends at byte .* shorter"),
-        (write_it_again, "has changed while it was read"),
+        (flip_bit, "has changed while it was read"),
         (put_a_fifo_there, "is not a regular file"),
     ],
     ids=["vanished", "truncated", "rewritten", "fifo"],
@@ -489,7 +481,7 @@ def test_without_permission(public: Path, path: str, message: str) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     named = message.replace("{folder}", str(public))
     assert done.stderr == f"error: {named}: Permission denied\n"
-    assert not (public / out / INDEX_NAME).exists()
+    assert not (public / out / INDEX).exists()
 
 
 @needs_root
@@ -525,4 +517,4 @@ def test_a_folder_above_may_be_unreadable(public: Path, expected: dict[str, byte
     done = as_nobody(public / "source", public / "home" / "out", "--first=import flashinfer")
     assert done.returncode == 0, done.stderr
     assert len(contents(public / "home" / "out")) < len(expected)  # larger shards
-    assert (public / "home" / "out" / INDEX_NAME).stat().st_uid == 65534
+    assert (public / "home" / "out" / INDEX).stat().st_uid == 65534

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 from support import fuzz
+from support.strategies import json_values
 
 from fp4moe_convert import checkpoint
 from fp4moe_convert.checkpoint import MAX_CONFIG_NBYTES, MAX_JSON_NBYTES, open_checkpoint
@@ -121,11 +122,6 @@ def test_what_we_accept_the_safetensors_library_accepts(seed: bytes, number: int
     assert found == {tensor.name: list(tensor.shape) for tensor in header.tensors}
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=6,
-)
 anything = st.binary(max_size=60) | json_values.map(fuzz.dump)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from safetensors import safe_open
 from support.make_checkpoint import Spec, make_checkpoint
+from support.tensors import read_tensors
 
 from fp4moe_convert import convert
 from fp4moe_convert.contract import Geometry, round_up, tensor_parallel_sizes
@@ -32,16 +32,12 @@ def geometry_of(spec: Spec) -> Geometry:
 
 
 def raw_tensors(path: Path, prefix: str = "") -> dict[str, Bytes]:
-    """All tensors under ``prefix`` as bytes, last axis in bytes; read by the safetensors library,
-    through torch because numpy has no float8."""
-    import torch
-
-    with safe_open(path, "pt") as file:
-        return {
-            name.removeprefix(prefix): file.get_tensor(name).view(torch.uint8).numpy()
-            for name in file.keys()  # noqa: SIM118 (not a dict)
-            if name.startswith(prefix)
-        }
+    """All tensors under ``prefix``, last axis in bytes; read by the safetensors library."""
+    return {
+        name.removeprefix(prefix): tensor.as_bytes()
+        for name, tensor in read_tensors(path).items()
+        if name.startswith(prefix)
+    }
 
 
 def fit(array: Bytes, axis: int, start: int, nbytes: int) -> Bytes:
@@ -89,10 +85,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     spec = CASES[request.param]
     make_checkpoint(folder / "source", spec)
     convert(folder / "source", folder / "out")
-    tensors: dict[str, Bytes] = {}
-    for path in (folder / "out").glob("*.safetensors"):
-        tensors |= raw_tensors(path, PREFIX)
-    return request.param, spec, tensors
+    return request.param, spec, raw_tensors(folder / "out", PREFIX)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
@@ -121,6 +114,6 @@ def test_a_tiny_layer_byte_for_byte(engine: str, tmp_path: Path) -> None:
     """The same, but where it fails one can see which bytes."""
     make_checkpoint(tmp_path / "source", CASES["E4-H256-I128"])
     convert(tmp_path / "source", tmp_path / "out")
-    ours = raw_tensors(next((tmp_path / "out").glob("*.safetensors")), PREFIX)
+    ours = raw_tensors(tmp_path / "out", PREFIX)
     for name, theirs in raw_tensors(GOLDEN / f"tiny_{engine}.safetensors").items():
         np.testing.assert_array_equal(ours[name], theirs, err_msg=name)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
+from support.strategies import json_values
 
 from fp4moe_convert.contract import TensorSpec
 from fp4moe_convert.errors import HeaderError
@@ -387,11 +388,6 @@ def test_arbitrary_json_never_raises_anything_else(text: bytes) -> None:
     parse_or_refuse(encode(text))
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=6,
-)
 almost_entries = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(sorted(DTYPE_BITS)) | json_values,

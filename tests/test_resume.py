@@ -19,9 +19,11 @@ import pytest
 from conftest import MANY_SHARDS, SMALL_SHARD_NBYTES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.folders import contents
+from support.folders import INDEX, MANIFEST, contents, flip_bit, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
+from support.strategies import json_values
+from support.tensors import range_of
 
 from fp4moe_convert import (
     CheckpointError,
@@ -34,7 +36,7 @@ from fp4moe_convert import (
     manifest,
     verify,
 )
-from fp4moe_convert.contract import INDEX_NAME, JOURNAL_NAME, MANIFEST_NAME
+from fp4moe_convert.contract import JOURNAL_NAME
 from fp4moe_convert.journal import ENDING_SECONDS, Journal
 
 
@@ -91,7 +93,7 @@ def test_a_run_that_failed_is_taken_up(
     with pytest.raises(OutputError):
         run(source, out)
     monkeypatch.undo()
-    assert not (out / INDEX_NAME).exists()
+    assert not (out / INDEX).exists()
     assert not list(out.rglob("*.partial"))
     kept = sorted(path.name for path in out.glob("*.safetensors")) if out.exists() else []
     report, notes = run(source, out)
@@ -170,12 +172,6 @@ def test_a_finished_folder_of_a_source_that_has_changed_is_refused(
     verify(out, source)
 
 
-def flip_last_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def cut_off_a_byte(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -185,7 +181,7 @@ def cut_off_a_byte(path: Path) -> None:
     [
         (Path.unlink, {}, "it is missing"),
         (cut_off_a_byte, {}, r"it is damaged \(.*: is truncated: .*\)"),
-        (flip_last_bit, {"verify": True}, r"it is damaged \(.*: '.*' has checksum .*\)"),
+        (flip_bit, {"verify": True}, r"it is damaged \(.*: '.*' has checksum .*\)"),
     ],
     ids=["missing", "truncated", "flipped"],
 )
@@ -234,7 +230,7 @@ def test_another_release_changes_what_stands_around_the_shards(
     if count < 2:  # the manifest and the index; config.json stays as it is
         with pytest.raises(OutputError, match="No space"):
             run(source, out)
-        assert not (out / INDEX_NAME).exists()
+        assert not (out / INDEX).exists()
     else:
         run(source, out)
         assert manifest.read_manifest(out).versions["fp4moe-convert"] == "0.0.0+other"
@@ -249,7 +245,7 @@ def test_a_manifest_without_an_index_vouches_for_shards(
 ) -> None:
     out = tmp_path / "out"
     run(source, out)
-    (out / INDEX_NAME).unlink()
+    (out / INDEX).unlink()
     report, _ = run(source, out)
     assert report.shards_kept == report.shards
     assert contents(out) == expected
@@ -258,7 +254,7 @@ def test_a_manifest_without_an_index_vouches_for_shards(
 def test_a_folder_whose_manifest_is_damaged_is_left_alone(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(source, out)
-    (out / MANIFEST_NAME).write_text("{}")
+    (out / MANIFEST).write_text("{}")
     before = sorted(out.iterdir())
     for overwrite in (False, True):
         with pytest.raises(OutputError, match=r"nothing tells what .*: fp4moe_manifest\.json: "):
@@ -271,11 +267,11 @@ def test_names_in_a_manifest_lead_to_no_other_folder(source: Path, tmp_path: Pat
     out, precious = tmp_path / "out", tmp_path / "precious"
     run(source, out)
     precious.write_text("mine")
-    content = json.loads((out / MANIFEST_NAME).read_bytes())
+    content = json.loads((out / MANIFEST).read_bytes())
     for name in ("../precious", str(precious), "nul\0", ""):
         content["files"][name] = {"bytes": 4, "xxh3_128": ""}
     del content["manifest"]
-    (out / MANIFEST_NAME).write_bytes(manifest.encode_signed(content))
+    (out / MANIFEST).write_bytes(manifest.encode_signed(content))
     run(source, out, overwrite=True)
     assert precious.read_text() == "mine"
     verify(out, source)
@@ -294,11 +290,6 @@ def test_names_in_a_journal_lead_to_no_other_folder(
     assert contents(stopped) == expected
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=5,
-)
 MADE = ("bytes", "header", "tensors", "format_version", "row_order", "plan", "sources")
 lines = st.dictionaries(
     st.sampled_from(["run", "files", "forget", "shard", *MADE]), json_values
@@ -377,7 +368,7 @@ def test_shards_of_another_format_are_done_again(
     assert contents(stopped) == expected
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", MANIFEST_NAME])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", MANIFEST])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_of_a_name_that_was_not_written_yet_is_foreign(
     stopped: Path, source: Path, name: str, overwrite: bool
@@ -526,7 +517,7 @@ def test_verify_reads_finished_shards_before_they_are_kept(
     stopped: Path, source: Path, expected: dict[str, bytes]
 ) -> None:
     shard = sorted(stopped.glob("*.safetensors"))[0]
-    flip_last_bit(shard)
+    flip_bit(shard)
     report, notes = run(source, stopped, verify=True)
     assert report.shards_kept == 2
     assert re.fullmatch(rf"{shard.name}: done again: it is damaged \(.* checksum .*\)", notes[0])
@@ -539,14 +530,11 @@ def test_a_kill_while_a_result_is_taken_back(source: Path, tmp_path: Path, kill_
     program = f"""
 import os, signal
 from fp4moe_convert import conversion, workspace
+from support.folders import flip_bit
 finish, remove_file = conversion.finish, workspace.remove_file
 def finish_and_damage(checkpoint, plan, out_dir, **rest):
     finish(checkpoint, plan, out_dir, **rest)
-    with open(out_dir / plan.shards[0].name, "r+b") as file:
-        file.seek(-1, 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 2)
-        file.write(bytes([byte ^ 1]))
+    flip_bit(out_dir / plan.shards[0].name)
 def remove_and_die(path):
     remove_file(path)
     if path.name == {kill_at!r}:
@@ -554,7 +542,9 @@ def remove_and_die(path):
 conversion.finish, workspace.remove_file = finish_and_damage, remove_and_die
 conversion.convert({str(source)!r}, {str(tmp_path / "out")!r}, verify=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=finding_support(), capture_output=True, check=False
+    )
     assert done.returncode == -9, done.stderr
     report, _ = run(source, tmp_path / "out", max_shard_nbytes=10**9)
     assert report.shards_kept == 0
@@ -572,14 +562,14 @@ def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
 
     def finish_and_damage(*args: Any, **kwargs: Any) -> None:
         finish(*args, **kwargs)
-        flip_last_bit(sorted(stopped.glob("*.safetensors"))[0])
+        flip_bit(sorted(stopped.glob("*.safetensors"))[0])
         monkeypatch.setattr(Journal, "_append", no_room)
 
     monkeypatch.setattr(conversion, "finish", finish_and_damage)
     with pytest.raises(VerifyError, match=r"^model-.*: '"):
         run(source, stopped, verify=True)
-    assert not (stopped / INDEX_NAME).exists()
-    assert not (stopped / MANIFEST_NAME).exists()
+    assert not (stopped / INDEX).exists()
+    assert not (stopped / MANIFEST).exists()
 
 
 def test_a_result_that_does_not_verify_is_not_built_on(
@@ -590,13 +580,13 @@ def test_a_result_that_does_not_verify_is_not_built_on(
 
     def finish_and_damage(*args: Any, **kwargs: Any) -> None:
         finish(*args, **kwargs)
-        flip_last_bit(shard)
+        flip_bit(shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "finish", finish_and_damage)
         with pytest.raises(VerifyError, match=rf"^{shard.name}: "):
             run(source, stopped, verify=True)
-    assert not (stopped / INDEX_NAME).exists()
+    assert not (stopped / INDEX).exists()
     report, notes = run(source, stopped, verify=True)
     assert report.shards_kept == 0
     assert all(note.endswith("no run has finished it") for note in notes)
@@ -609,24 +599,15 @@ def test_a_source_that_fails_leaves_what_was_finished(source: Path, tmp_path: Pa
     shutil.rmtree(source)
     make_checkpoint(source, spec)
     path = source / "model.safetensors"
-    header_nbytes = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    entries = json.loads(path.read_bytes()[8:header_nbytes])
-    scale = "model.layers.2.mlp.experts.2.down_proj.weight_scale"
-    position = header_nbytes + entries[scale]["data_offsets"][0]
-    with path.open("r+b") as file:
-        file.seek(position)
-        good = file.read(1)
-        file.seek(position)
-        file.write(b"\x7f")
+    position, _ = range_of(path, "model.layers.2.mlp.experts.2.down_proj.weight_scale")
+    good = write_byte(path, position, 0x7F)
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="NaN"):
         run(source, out, threads=1, max_shard_nbytes=300_000)
     assert list(out.glob("*.safetensors"))
-    assert not (out / INDEX_NAME).exists()
-    assert not (out / MANIFEST_NAME).exists()
-    with path.open("r+b") as file:
-        file.seek(position)
-        file.write(good)
+    assert not (out / INDEX).exists()
+    assert not (out / MANIFEST).exists()
+    write_byte(path, position, good)
     run(source, out, max_shard_nbytes=300_000)
     verify(out, source)
 

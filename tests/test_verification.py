@@ -9,10 +9,10 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.folders import MANIFEST, flip_bit
 from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import VerifyError, convert, verify
-from fp4moe_convert.contract import MANIFEST_NAME
 from fp4moe_convert.headers import read_header
 
 SPEC = Spec(
@@ -39,12 +39,6 @@ def out(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(pair[1], tmp_path / "out"))
 
 
-def flip_bit(path: Path, position: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
 def test_an_untouched_folder_verifies(source: Path, out: Path) -> None:
     alone, compared = verify(out), verify(out, source)
     assert (
@@ -52,7 +46,7 @@ def test_an_untouched_folder_verifies(source: Path, out: Path) -> None:
         == compared.tensors
         == sum(len(read_header(path).tensors) for path in out.glob("*.safetensors"))
     )
-    assert alone.nbytes + (out / MANIFEST_NAME).stat().st_size == sum(
+    assert alone.nbytes + (out / MANIFEST).stat().st_size == sum(
         path.stat().st_size for path in out.iterdir()
     )
     assert (alone.source, compared.source) == (None, source)
@@ -107,7 +101,7 @@ def test_a_folder_without_a_manifest(source: Path, out: Path) -> None:
         VerifyError, match=r"source: not a converted checkpoint, or .* no fp4moe_manifest\.json"
     ):
         verify(source)
-    (out / MANIFEST_NAME).write_text("[]")
+    (out / MANIFEST).write_text("[]")
     with pytest.raises(VerifyError, match=r"fp4moe_manifest\.json: not a JSON object"):
         verify(out)
 
@@ -117,12 +111,12 @@ def rewrite_manifest(out: Path, shard: Path, tensor: str) -> None:
     header = read_header(shard)
     info = next(info for info in header.tensors if info.name == tensor)
     data = shard.read_bytes()[header.nbytes + info.start : header.nbytes + info.stop]
-    content = json.loads((out / MANIFEST_NAME).read_text())
+    content = json.loads((out / MANIFEST).read_text())
     content["shards"][shard.name]["tensors"][tensor] = xxhash.xxh3_128_hexdigest(data)
     del content["manifest"]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
-    (out / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n")
+    (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
 LEAVES = ["weight", "weight_scale", "weight_scale_2", "input_scale"]
@@ -213,10 +207,10 @@ def test_the_text_of_the_manifest_counts_too(source: Path, tmp_path: Path) -> No
     """A flipped bit can leave what JSON says as it is: "\\u00e9" is "\\u00E9"."""
     out = tmp_path / "converted"
     convert(source.rename(tmp_path / "modèle"), out)
-    text = (out / MANIFEST_NAME).read_bytes()
+    text = (out / MANIFEST).read_bytes()
     position = text.index(rb"\u00e8") + 4
-    flip_bit(out / MANIFEST_NAME, position, 5)
-    assert json.loads((out / MANIFEST_NAME).read_bytes()) == json.loads(text)
+    flip_bit(out / MANIFEST, position, 5)
+    assert json.loads((out / MANIFEST).read_bytes()) == json.loads(text)
     with pytest.raises(VerifyError, match=r"^fp4moe_manifest\.json: has been changed"):
         verify(out)
 
@@ -242,7 +236,7 @@ def test_links_to_folders_are_extra(out: Path, tmp_path: Path) -> None:
 
 def test_a_source_whose_bytes_have_changed(source: Path, out: Path) -> None:
     shard = sorted(source.glob("*.safetensors"))[0]
-    flip_bit(shard, shard.stat().st_size - 1)
+    flip_bit(shard)
     with pytest.raises(VerifyError, match=rf"differs from '.*' in {shard.name}"):
         verify(out, source)
 

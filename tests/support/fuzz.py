@@ -34,13 +34,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .folders import INDEX, MANIFEST
+
 TIMEOUT_SECONDS = 10
 RSS_LIMIT_MB = 1024
 MAX_INPUT_NBYTES = 16_384
 MAX_FILE_NBYTES = 1 << 36  # data is holes, but a plan grows with it
 
 CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
-INDEX, MANIFEST = "model.safetensors.index.json", "fp4moe_manifest.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 PARTS = (CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, *SHARDS)
 """What a folder consists of; a part without bytes stands for a file that is not there."""

@@ -41,9 +41,9 @@ from typing import Any
 import flashinfer  # noqa: F401 (before the forks)
 
 from fp4moe_convert import VerifyError, convert, verify
-from fp4moe_convert.contract import INDEX_NAME
 
 from .faulty_disk import Disk
+from .folders import INDEX, MANIFEST, every_file
 from .make_checkpoint import Spec, make_checkpoint
 
 SPEC = Spec(layers=3, experts=4, hidden=256, intermediate=128, shards=5, vocab_size=256, mtp=True)
@@ -127,14 +127,6 @@ def count_calls(model: Path, out: Path) -> int:
     return total
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def phase_of(out: Path) -> str:
     """How far a killed run had come, by what it left."""
     if not out.exists():
@@ -142,9 +134,9 @@ def phase_of(out: Path) -> str:
     names = {path.name for path in out.iterdir()}
     finished = sum(name.endswith(".safetensors") for name in names)
     for name, phase in (
-        (INDEX_NAME, "index written"),
+        (INDEX, "index written"),
         ("config.json", "config written"),
-        ("fp4moe_manifest.json", "manifest written"),
+        (MANIFEST, "manifest written"),
         ("tokenizer.json", "copying files"),
     ):
         if name in names:
@@ -166,12 +158,12 @@ class Unbroken:
 
 def unbroken_run(model: Path, out: Path) -> Unbroken:
     calls = count_calls(model, out)
-    expected = contents(out)
+    expected = every_file(out)
     shutil.rmtree(out)
     started = time.perf_counter()
     os.waitpid(run(model, out, lambda: None), 0)
     seconds = time.perf_counter() - started
-    assert contents(out) == expected, "two unbroken runs differ"
+    assert every_file(out) == expected, "two unbroken runs differ"
     return Unbroken(expected, calls, seconds)
 
 
@@ -204,7 +196,7 @@ def check_folder(
     """
     for _ in range(choose.choice((1, 1, 2, 3))):
         yield phase_of(out) if interrupt(model, out, choose, plan, disk) else NOT_IN_TIME
-        if (out / INDEX_NAME).exists():
+        if (out / INDEX).exists():
             try:
                 verify(out, model)
             except VerifyError as error:
@@ -215,7 +207,7 @@ def check_folder(
     if disk is not None:
         disk.cut_power()
         disk.restart()
-    found = contents(out)
+    found = every_file(out)
     for name in sorted(plan.contents.keys() | found.keys()):
         if found.get(name) != plan.contents.get(name):
             raise WrongError(f"{name} differs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -69,7 +70,8 @@ def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def flashinfer() -> None:
-    """FlashInfer and torch, imported once; what they warn of on the way is not ours to mend."""
-    with warnings.catch_warnings():
+    """FlashInfer and torch, imported once if they are there; what they warn of on the way is not
+    ours to mend."""
+    with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
         __import__("flashinfer")

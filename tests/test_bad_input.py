@@ -656,6 +656,7 @@ def test_a_source_that_vanishes(
     assert fails_while_moving(model_dir, out_dir) == f"{SECOND}: No such file or directory"
 
 
+@pytest.mark.flashinfer
 @pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("function", ["pwrite", "fsync", "ftruncate"])
 @pytest.mark.parametrize(
@@ -712,6 +713,7 @@ def test_somebody_elses_file_in_out_dir_survives_a_failure(
     assert [path.name for path in out_dir.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.flashinfer
 @pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("function", ["shuffle_matrix_a", "reorder_rows_for_gated_act_gemm"])
 def test_a_flashinfer_with_another_order(

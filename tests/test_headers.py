@@ -104,7 +104,7 @@ def test_what_we_write_reads_back_the_same(read: ReadBytes) -> None:
     assert header.file_nbytes == len(raw) + 12
 
 
-@pytest.mark.parametrize("framework", ["np", "pt"])
+@pytest.mark.parametrize("framework", ["np", pytest.param("pt", marks=pytest.mark.flashinfer)])
 def test_the_safetensors_library_reads_what_we_write(tmp_path: Path, framework: str) -> None:
     data = np.arange(24, dtype=np.float32).tobytes() + bytes(range(6))
     specs = [

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +17,9 @@ def random_bytes(*shape: int, seed: int = 0) -> Bytes:
 
 def flashinfer_rows(sources: list[Bytes]) -> Bytes:
     """What FlashInfer does to [up; gate], or to down alone, before any tiling."""
+    import torch
+    from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
+
     matrix = torch.from_numpy(np.concatenate(sources))
     if len(sources) == 2:
         matrix = reorder_rows_for_gated_act_gemm(matrix)
@@ -50,12 +51,14 @@ SIZES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.flashinfer
 @SIZES
 def test_rows_are_flashinfers(count: int, rows: int, row_nbytes: int) -> None:
     sources = [random_bytes(rows, row_nbytes, seed=n) for n in range(count)]
     assert np.array_equal(arranged(sources, tiles=False), flashinfer_rows(sources).reshape(-1))
 
 
+@pytest.mark.flashinfer
 @SIZES
 def test_scales_are_flashinfers_rows_in_128x4_tiles(count: int, rows: int, row_nbytes: int) -> None:
     sources = [random_bytes(rows, row_nbytes, seed=n) for n in range(count)]
@@ -101,17 +104,27 @@ def test_padding_is_zero_and_undo_gives_the_source_back(
     assert all(map(np.array_equal, undone, padded))
 
 
-@pytest.mark.parametrize(
+SCALES = pytest.mark.parametrize(
     ("values", "expected"),
     [([], False), ([0x00, 0x7E, 0xFE, 0x80], False), ([0x10, 0x7F], True), ([0xFF, 0x10], True)],
 )
+
+
+@SCALES
 def test_nan_is_0x7f_or_0xff(values: list[int], expected: bool) -> None:
-    scales = np.array(values, np.uint8)
-    assert holds_nan(scales, np.empty(8, np.uint8)) is expected
-    as_torch = torch.from_numpy(scales).view(torch.float8_e4m3fn).float()
+    assert holds_nan(np.array(values, np.uint8), np.empty(8, np.uint8)) is expected
+
+
+@pytest.mark.flashinfer
+@SCALES
+def test_torch_takes_the_same_bytes_for_nan(values: list[int], expected: bool) -> None:
+    import torch
+
+    as_torch = torch.from_numpy(np.array(values, np.uint8)).view(torch.float8_e4m3fn).float()
     assert bool(as_torch.isnan().any()) is expected
 
 
+@pytest.mark.flashinfer
 def test_flashinfer_agrees_for_real_layers() -> None:
     """DeepSeek-V3, Qwen3-235B, and an I that is padded."""
     geometries = [Geometry(256, 7168, 2048), Geometry(128, 4096, 1536), Geometry(4, 256, 96)]
@@ -119,6 +132,7 @@ def test_flashinfer_agrees_for_real_layers() -> None:
     assert order.fingerprint == row_order.fingerprint(row_order.our_rows)
 
 
+@pytest.mark.flashinfer
 def test_another_row_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashinfer.shuffle_matrix_a", lambda matrix, _: matrix)
     with pytest.raises(RowOrderError, match=r"puts row 1 of 256 rows at 1, expected row 4"):

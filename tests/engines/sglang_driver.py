@@ -4,7 +4,7 @@
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
         tests/engines/sglang_driver.py [RESULTS_JSON]
 
-`test_sglang.py` runs it in SGLang's environment (scripts/engines/setup_sglang.sh). SGLang takes
+`test_sglang.py` runs it in SGLang's environment (scripts/setup_engines.sh). SGLang takes
 15 s to import, so that one process works through all cases, prints a table of them, and plays one
 rank after the other. First all originals are loaded, without the plugin; then SGLang loads its
 plugins, this project's among them, by their entry points.

@@ -33,18 +33,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import flashinfer  # noqa: F401 (before the forks)
 
 from fp4moe_convert import VerifyError, convert, verify
 
 from .faulty_disk import Disk
 from .folders import INDEX, MANIFEST, every_file
 from .make_checkpoint import Spec, make_checkpoint
+
+with suppress(ImportError):  # before the forks, if it is there
+    import flashinfer  # noqa: F401
 
 SPEC = Spec(layers=3, experts=4, hidden=256, intermediate=128, shards=5, vocab_size=256, mtp=True)
 MAX_SHARD_NBYTES = 400_000

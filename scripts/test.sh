@@ -5,4 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh full
-exec "${FP4MOE_VENV:-.venv}/bin/python" -m pytest "$@"
+venv=$(cd "${FP4MOE_VENV:-.venv}" && pwd)
+# FlashInfer makes a folder as it is imported, by default in HOME, which may not be writable.
+export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$venv}
+exec "$venv/bin/python" -m pytest "$@"

@@ -19,17 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+
+from .report import Json, say
 
 MINCORE_NBYTES = 256 * 2**20
 LIBRARIES = "flashinfer, safetensors.torch, fp4moe_convert.cli, fp4moe_convert.conversion"
-
-Json = dict[str, Any]
 
 
 # --- child processes ------------------------------------------------------------------------------
@@ -210,30 +209,3 @@ def environment(scratch: Path, nbytes: int) -> Json:
 def cpu_model() -> str:
     match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return match[1] if match else platform.machine()
-
-
-# --- saying it ------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def headline(environment: Json) -> str:
-    return f"{environment['model_bytes'] / 1e9:.2f} GB in and out, {where(environment)}"
-
-
-def where(environment: Json) -> str:
-    return f"{environment['cores']} cores, {environment['file_system']}, {environment['date']}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines with the first column to the left and the others to the right."""
-    cells = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        first, *others = (
-            f"{cell:{'<' if i == 0 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join((first, *others)).rstrip()

@@ -46,26 +46,31 @@ from statistics import median
 from typing import NamedTuple
 
 from .common import (
-    Json,
     Usage,
     environment,
-    headline,
     made_model,
     make_model,
     model_files,
     our_command,
     run_child,
     run_module,
-    say,
     scratch_folder,
     start_cold,
     sync_folder,
+)
+from .report import (
+    Bar,
+    Json,
+    Panel,
+    headline,
+    parser_of,
+    plot,
+    say,
     table,
     where,
+    write_json,
 )
 
-INDEX_NAME = "model.safetensors.index.json"
-EPILOGUE_TILE_M = 128
 COMPARE_NBYTES = 16 * 2**20
 MEMORY_CASES = ("1x64", "1x256", "3x64", "3x256")
 
@@ -122,6 +127,7 @@ TITLES = {
     "cp": "cp -r, then sync",
     "naive": "naive converter",
 }
+COLORS = {"ours": "#1b7f5c", "cp": "#7a869a", "naive": "#c2703d"}
 
 
 # --- the same bytes? ------------------------------------------------------------------------------
@@ -475,60 +481,31 @@ def memory_lines(content: Json) -> Iterator[str]:
     yield from (f"skipped {text}" for text in content["skipped"])
 
 
-def plot(results: Results, path: Path) -> None:
-    """Dots for the runs and bars for their medians: wall time, and peak memory beside it."""
-    import matplotlib
+def panels(results: Results) -> list[Panel]:
+    """Wall time, and peak memory beside it."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"ours": "#1b7f5c", "cp": "#7a869a", "naive": "#c2703d"}
-    programs = results.programs()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    panels: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-        ("Wall time, durable on disk", "s", lambda run: run.wall_s),
-        ("Peak memory of the process", "MB", lambda run: run.peak_rss_bytes / 1e6),
-    )
-    for axis, (title, unit, figure_of) in zip(axes, panels, strict=True):
-        for place, program in enumerate(programs):
+    def bars(unit: str, figure_of: Callable[[Run], float]) -> Iterator[Bar]:
+        for program in results.programs():
             values = [figure_of(run) for run in results.of(program)]
             middle = median(values)
-            axis.bar(place, middle, width=0.6, color=colors[program], alpha=0.35)
-            # Side by side, in the order of the rounds.
-            step = 0.4 / max(1, len(values) - 1)
-            shifts = [place + (i - (len(values) - 1) / 2) * step for i in range(len(values))]
-            axis.scatter(shifts, values, s=22, color=colors[program], zorder=3)
             label = f"{middle:.1f}" if unit == "s" else peak(middle * 1e6, results)
-            axis.annotate(
-                f"{label} {unit}",
-                (place, max(values)),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-            )
-        axis.set_xticks(range(len(programs)), [TITLES[program] for program in programs])
-        axis.set_title(title, fontsize=11)
-        axis.set_ylabel(unit)
-        axis.margins(y=0.12)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{headline(results.environment)}: model evicted from the page cache before each run\n"
-        "dots are runs, bars medians",
-        fontsize=11,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+            yield Bar(TITLES[program], COLORS[program], values, f"{label} {unit}")
+
+    return [
+        Panel("Wall time, durable on disk", "s", list(bars("s", lambda run: run.wall_s))),
+        Panel(
+            "Peak memory of the process",
+            "MB",
+            list(bars("MB", lambda run: run.peak_rss_bytes / 1e6)),
+        ),
+    ]
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, help="an existing model folder; default: make one")
     parser.add_argument("--layers", type=int, default=1, help="MoE layers to make (1)")
     parser.add_argument("--experts", type=int, default=256, help="experts of a layer (256)")
@@ -581,11 +558,14 @@ def main() -> None:
             results = compare_programs(arguments, scratch)
             content, lines = results.as_json(), comparison_lines(results)
     print("\n".join(lines))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(arguments.json, content)
     if arguments.plot and results:
-        plot(results, arguments.plot)
+        plot(
+            arguments.plot,
+            f"{headline(results.environment)}: model evicted from the page cache before each run\n"
+            "dots are runs, bars medians",
+            panels(results),
+        )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ kernel; its time is shown apart. The results of both ways are compared bit for b
 
 from __future__ import annotations
 
-import argparse
 import ast
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +37,8 @@ from fp4moe_convert import convert
 from fp4moe_convert.contract import round_up
 from fp4moe_convert.serving.slices import copy_share
 from tests.support.make_checkpoint import Spec, make_checkpoint
+
+from .report import parser_of, table, write_json
 
 MATRICES = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 SCALARS = ("w13_weight_scale_2", "w13_input_scale", "w2_weight_scale_2", "w2_input_scale")
@@ -201,10 +201,7 @@ def assert_equal(ours: Params, theirs: Params) -> None:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shuffle-from", type=Path, metavar="FILE")
@@ -243,22 +240,36 @@ def main() -> None:
                     assert_equal(results["converted"], results["per expert"])
                     print(f"T = {tp_size}: all eight tensors are equal")
     print_table(runs)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(run) for run in runs], indent=2) + "\n")
+    write_json(arguments.json, [asdict(run) for run in runs])
 
 
 def print_table(runs: list[Measured]) -> None:
     """Medians of each way and size."""
-    print("T  way         load s  shuffle s  weights GB  peak allocated  peak reserved  copies")
+    head = (
+        "T, way",
+        "load s",
+        "shuffle s",
+        "weights GB",
+        "peak allocated",
+        "peak reserved",
+        "copies",
+    )
+    rows = []
     for tp_size in (1, 8):
         for way in ("per expert", "converted"):
             some = [run for run in runs if (run.way, run.tp_size) == (way, tp_size)]
-            print(
-                f"{tp_size}  {way:10}  {median(r.load_s for r in some):6.2f}  "
-                f"{median(r.shuffle_s for r in some):9.3f}  {some[0].weights / 1e9:10.2f}  "
-                f"{max(r.peak_allocated for r in some) / 1e9:14.2f}  "
-                f"{max(r.peak_reserved for r in some) / 1e9:13.2f}  {some[0].copies:6}"
+            rows.append(
+                (
+                    f"{tp_size}  {way}",
+                    f"{median(r.load_s for r in some):.2f}",
+                    f"{median(r.shuffle_s for r in some):.3f}",
+                    f"{some[0].weights / 1e9:.2f}",
+                    f"{max(r.peak_allocated for r in some) / 1e9:.2f}",
+                    f"{max(r.peak_reserved for r in some) / 1e9:.2f}",
+                    str(some[0].copies),
+                )
             )
+    print("\n".join(table(head, rows)))
 
 
 if __name__ == "__main__":

@@ -28,17 +28,15 @@ from statistics import median
 from fp4moe_convert import verify
 
 from .common import (
-    Json,
     environment,
-    headline,
     made_model,
     model_files,
     our_command,
     run_child,
-    say,
     scratch_folder,
     start_cold,
 )
+from .report import Json, headline, parser_of, say, write_json
 
 DONE = 0.9
 POLL_SECONDS = 0.02
@@ -119,10 +117,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> Json:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=20, help="MoE layers to make (20)")
     parser.add_argument("--experts", type=int, default=64, help="experts of a layer (64)")
     parser.add_argument("--hidden", type=int, default=7168, help="(7168, as DeepSeek-V3)")
@@ -136,9 +131,7 @@ def main() -> None:
         content = measure(arguments, scratch)
     print(headline(content["environment"]))
     print(f"resumed after nine tenths: {content['median_cost']:.1%} of a whole run (median)")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support.folders import contents
-from support.make_checkpoint import Spec, make_checkpoint
+from support.make_checkpoint import make_checkpoint
+from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES, TINY
 
 from fp4moe_convert import convert
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("fp4moe", deadline=None)
 hypothesis.settings.load_profile("fp4moe")
-
-TINY = Spec(experts=4, hidden=256, intermediate=128, layers=2, shards=3, vocab_size=64)
-
-
-MANY_SHARDS = Spec(layers=2, experts=3, hidden=256, intermediate=128, shards=3, vocab_size=128)
-SMALL_SHARD_NBYTES = 500_000
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
 from support.folders import INDEX, edit_json, write_byte
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
 from support.processes import FP4MOE_CONVERT
+from support.specs import TINY
 from support.tensors import home_of, range_of, read_header
 from typer.testing import CliRunner
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
 from support.folders import INDEX, edit_json
 from support.make_checkpoint import hf_quant_config, quantization_section
+from support.specs import TINY
 
 from fp4moe_convert.checkpoint import open_checkpoint, require_nvfp4
 from fp4moe_convert.errors import CheckpointError, HeaderError

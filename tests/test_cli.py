@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import TINY
 from support.folders import INDEX, flip_bit
+from support.specs import TINY
 from typer.testing import CliRunner, Result
 
 import fp4moe_convert

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_SHARD_NBYTES
 from support.faulty_disk import Disk, mount, mounted, unmount
 from support.folders import INDEX, contents, flip_bit
 from support.processes import FP4MOE_CONVERT, child_of, finding_support, state_of, until
+from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
 

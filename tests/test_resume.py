@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MANY_SHARDS, SMALL_SHARD_NBYTES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.folders import INDEX, MANIFEST, contents, flip_bit, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
+from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.strategies import json_values
 from support.tensors import range_of
 

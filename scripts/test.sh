@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh full
 venv=$(cd "${FP4MOE_VENV:-.venv}" && pwd)
-# FlashInfer makes a folder as it is imported, by default in HOME, which may not be writable.
-export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$venv}
+
+# FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. The engines are
+# looked for where scripts/setup_engines.sh puts them, whatever HOME becomes.
+export FP4MOE_ENGINES=${FP4MOE_ENGINES:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-engines}
+[ -w "${HOME:-}" ] || export HOME=$venv
+
 exec "$venv/bin/python" -m pytest "$@"

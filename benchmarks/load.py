@@ -84,12 +84,12 @@ def engine_shuffle(source: Path | None) -> Shuffle:
     if source is None:
         from sglang.srt.layers.quantization import utils
 
-        return getattr(utils, name)  # type: ignore[no-any-return]
+        return getattr(utils, name)
     tree = ast.parse(source.read_text())
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile(tree, str(source), "exec"), namespace)
-    return namespace[name]  # type: ignore[no-any-return]
+    return namespace[name]
 
 
 def empty_params(spec: Spec, tp_size: int) -> Params:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Create .venv, or bring it up to date. Idempotent; no GPU.
 #
-#   scripts/setup.sh         # what fp4moe needs: a quarter of a minute, 180 MB
+#   scripts/setup.sh         # what fp4moe needs: 15 seconds, 165 MB
 #   scripts/setup.sh full    # also what the tests, the checks and the benchmarks need: torch for the
-#                            # CPU, FlashInfer, ruff and so on; a few minutes, 1.5 GB
+#                            # CPU, FlashInfer, ruff and so on; a minute or more, 1.8 GB
 #
 # PYTHON        the interpreter to use, 3.11 or later; python3
 # FP4MOE_VENV   where the environment goes; .venv

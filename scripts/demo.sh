@@ -12,7 +12,7 @@ folder=${1:-demo}
 
 run() {
     printf '\n$ %s\n' "$*"
-    "$bin/$@"
+    "$bin/$1" "${@:2}"
 }
 
 rm -rf "$folder/model" "$folder/converted"

@@ -34,7 +34,7 @@ import torch
 from safetensors import safe_open
 
 from fp4moe_convert import convert
-from fp4moe_convert.contract import round_up
+from fp4moe_convert.format.contract import round_up
 from fp4moe_convert.serving.slices import copy_share
 from tests.support.make_checkpoint import Spec, make_checkpoint
 

@@ -12,17 +12,19 @@ from .errors import (
     HeaderError,
     OutputError,
     RowOrderError,
+    ServingError,
     VerifyError,
 )
 
 if TYPE_CHECKING:
-    from .conversion import Report, convert, prepare
+    from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
     from .progress import OnProgress, Progress
     from .verification import Verified, verify
 
 __all__ = [
     "CheckpointError",
+    "ConversionReport",
     "ConvertError",
     "FormatError",
     "HeaderError",
@@ -30,8 +32,8 @@ __all__ = [
     "OnProgress",
     "OutputError",
     "Progress",
-    "Report",
     "RowOrderError",
+    "ServingError",
     "Verified",
     "VerifyError",
     "convert",
@@ -44,7 +46,7 @@ _HOME = {
     "Inspection": "inspection",
     "OnProgress": "progress",
     "Progress": "progress",
-    "Report": "conversion",
+    "ConversionReport": "conversion",
     "convert": "conversion",
     "inspect": "inspection",
     "prepare": "conversion",
@@ -54,7 +56,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: `fp4moe --help` should not wait for numpy.
+    # Imported when asked for, so that `fp4moe --help` does not wait for numpy.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

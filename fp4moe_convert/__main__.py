@@ -1,36 +1,18 @@
-"""Entry points; ``python -m fp4moe_convert`` is ``fp4moe``.
-
-Only the child imports the command line: that takes a fifth of a second, and on a disk that does
-not answer for ever.
-"""
+"""Entry points; ``python -m fp4moe_convert`` is ``fp4moe``."""
 
 from __future__ import annotations
 
-import sys
-
-from .foreground import attend
+from .cli.process import run
 
 
 def main() -> None:
     """Entry point ``fp4moe``."""
-
-    def work() -> None:
-        from .cli import app, run
-
-        run(app)
-
-    sys.exit(attend(work))
+    run("app")
 
 
 def main_convert() -> None:
     """Entry point ``fp4moe-convert``."""
-
-    def work() -> None:
-        from .cli import convert_app, run
-
-        run(convert_app)
-
-    sys.exit(attend(work))
+    run("convert_app")
 
 
 if __name__ == "__main__":

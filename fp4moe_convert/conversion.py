@@ -1,48 +1,44 @@
-"""The whole conversion, in order: headers, plan, checks, shards, the files around them."""
+"""The whole conversion, in order: headers, plan, checks, shards, the files beside them."""
 
 from __future__ import annotations
 
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from . import defaults
-from .blockio import ReadFile, read_buffer
-from .checkpoint import Checkpoint, open_checkpoint, require_nvfp4
-from .contract import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    JOURNAL_NAME,
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
-    layer_tensors,
-)
+import numpy as np
+
+from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
-from .manifest import finish
-from .plan import Plan, PlannedShard, make_plan
+from .execution.output_folder import OutputFolder, Planned
+from .execution.scatter import scatter
+from .execution.stock import Work
+from .format.contract import TensorSpec
+from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
+from .plan import Plan, make_plan
 from .progress import OnProgress, track
-from .row_order import ask_flashinfer
-from .scatter import scatter
+from .serving.engines import serve_commands, tensor_parallel_sizes
+from .source.checkpoint import Checkpoint, open_checkpoint
+from .source.quantization import require_nvfp4
+from .storage.buffers import Bytes
+from .storage.header import spec_nbytes
+from .storage.local import LocalFolder, LocalReader
+from .storage.reader import keep_open, read_bytes
 from .verification import damaged_shards
 from .verification import verify as verify_folder
-from .workspace import Workspace
-
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 OnNote = Callable[[str], None]
 """Told something worth knowing, in words."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ConversionReport:
     """What a conversion did."""
 
     out_dir: Path
@@ -64,8 +60,14 @@ class Report:
     """Bytes; of the whole process so far."""
     tensor_parallel: dict[str, list[int]]
     """Tensor-parallel sizes that each engine can serve."""
+    serve: dict[str, str]
+    """The command that serves the result, by engine."""
     flashinfer: str
+    """The FlashInfer release whose row order was written."""
+    flashinfer_installed: bool
+    """Whether that release is installed here; otherwise it is the newest on record."""
     row_order: str
+    """Its fingerprint."""
     warnings: list[str]
     verify_seconds: float | None
     """Wall time of reading the result back; None if that was not asked for."""
@@ -90,7 +92,9 @@ class Report:
             "bytes_per_second": round(self.bytes_per_second),
             "peak_rss_bytes": self.peak_rss,
             "tensor_parallel": self.tensor_parallel,
+            "serve": self.serve,
             "flashinfer": self.flashinfer,
+            "flashinfer_installed": self.flashinfer_installed,
             "row_order": self.row_order,
             "warnings": self.warnings,
             "verify_seconds": None
@@ -107,9 +111,9 @@ def prepare(
     Raises:
         CheckpointError: it cannot be converted, and why.
     """
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(LocalFolder(model_dir))
     require_nvfp4(checkpoint)
-    plan = make_plan(checkpoint, max_shard_nbytes=max_shard_nbytes)
+    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
     if not plan.layers:
         reasons = "; ".join(f"{layer.prefix}: {layer.reason}" for layer in plan.passed[:3])
@@ -131,12 +135,12 @@ def convert(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
-) -> Report:
+) -> ConversionReport:
     """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels.
 
     All checks that headers and sizes allow come before the first byte. After a failure, or a kill
-    at any moment, the same call takes up the shards that were finished and ends with the same
-    bytes; until it does, the folder has no index.
+    at any moment, the same call keeps the shards that are finished and ends with the same bytes.
+    Until it does, the folder has no index.
 
     Args:
         model_dir: a local model folder; a Hub cache snapshot will do.
@@ -148,90 +152,84 @@ def convert(
             result, which is compared with the source.
         overwrite: start afresh and delete what earlier runs left in ``out_dir``.
         on_progress: called after each few MiB, from any thread, one call at a time.
-        on_note: told, in words, what of an earlier run is kept and what is done again.
+        on_note: told, in words, what of an earlier run is kept and what is written again.
 
     Raises:
-        CheckpointError: the source cannot be converted, or has changed meanwhile.
+        CheckpointError: the source cannot be converted, or has changed during the run.
         OutputError: ``out_dir`` cannot be used, or writing failed.
         RowOrderError: the installed FlashInfer orders rows differently.
         VerifyError: ``verify`` found a difference.
     """
     started = time.perf_counter()
     model_dir, out_dir = Path(model_dir), Path(out_dir)
+    read_back = partial(
+        verify_folder, out_dir, model_dir, direct_io=direct_io, threads=threads,
+        on_progress=on_progress,
+    )  # fmt: skip
+
     checkpoint, plan = prepare(model_dir, max_shard_nbytes=max_shard_nbytes)
-    with Workspace(checkpoint, plan, out_dir, overwrite=overwrite) as workspace:
-        # FlashInfer and torch take seconds to import. Bytes move meanwhile, under temporary
-        # names: no shard gets its own before the answer is there.
-        row_order = _in_background(ask_flashinfer, [layer.geometry for layer in plan.layers])
+    store = checkpoint.store
+    with OutputFolder(out_dir, source=store.local_path) as opened:
+        # What earlier runs left, and whether it may stay.
+        planned = opened.plan(Work(checkpoint, plan), overwrite=overwrite)
         if verify:
-            workspace.redo(
-                damaged_shards(
-                    out_dir,
-                    workspace.records,
-                    direct_io=direct_io,
-                    threads=threads,
-                    on_progress=on_progress,
-                )
-            )
-        if overwrite or workspace.redone:
-            row_order.result()  # before a finished shard is deleted that may not be made again
-        workspace.begin()
-        _tell(workspace, plan, on_note)
-        shards, records = workspace.shards_to_write, workspace.records
-        to_move = sum(shard.nbytes - len(shard.header) for shard in shards)
+            damaged = damaged_shards(
+                out_dir, planned.records, direct_io=direct_io, threads=threads,
+                on_progress=on_progress,
+            )  # fmt: skip
+            planned.redo(damaged)
+        # Before anything is deleted: what cannot be written again stays.
+        row_order = plan.layout.authority(plan.geometries.values())
 
-        def seal(shard: PlannedShard, checksums: Mapping[str, str]) -> None:
-            records[shard.name] = workspace.seal(shard, checksums)
-
+        # The shards.
+        writing = planned.start()
+        _tell(planned, on_note)
+        on_bytes = track(
+            "converting",
+            sum(shard.nbytes - len(shard.header) for shard in writing.shards_to_write),
+            on_progress,
+        )
         scatter(
-            shards,
+            writing.shards_to_write,
             out_dir,
+            open_source=keep_open(partial(store.open, direct=direct_io)),
             direct=direct_io,
             threads=threads,
-            confirmation=row_order,
-            on_move=track("converting", to_move, on_progress),
-            on_synced=seal,
+            on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
+            on_filled=writing.finish_shard,
         )
-        warnings = _warnings(checkpoint, plan, out_dir)
-        workspace.finish()
-        finish(
-            checkpoint,
-            plan,
-            out_dir,
-            row_order=row_order.result(),
-            shards={shard.name: records[shard.name] for shard in plan.shards},
-        )
+        warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
+        warnings += _remarks(plan, out_dir)
+
+        # The files beside them, and the reading back.
+        done = writing.finish(row_order)
         seconds = time.perf_counter() - started
         verified = None
         if verify:
             try:
-                verified = verify_folder(
-                    out_dir,
-                    model_dir,
-                    direct_io=direct_io,
-                    threads=threads,
-                    on_progress=on_progress,
-                )
+                verified = read_back()
             except VerifyError:
-                with suppress(OutputError):  # the difference is what is to be told
-                    workspace.distrust()
+                with suppress(OutputError):  # the difference is what has to be reported
+                    done.reject()
                 raise
-    return Report(
+    return ConversionReport(
         out_dir=out_dir,
         layers=len(plan.layers),
-        passed_layers={layer.prefix: layer.reason for layer in plan.passed},
+        passed_layers=plan.passed_reasons,
         tensors_in=plan.tensors_in,
         tensors_out=plan.tensors_out,
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
-        bytes_written=sum(shard.nbytes for shard in shards),
+        bytes_written=sum(shard.nbytes for shard in writing.shards_to_write),
         shards=len(plan.shards),
-        shards_kept=len(workspace.kept),
+        shards_kept=len(planned.kept),
         seconds=seconds,
         peak_rss=peak_rss(),
-        tensor_parallel=plan.tensor_parallel,
-        flashinfer=row_order.result().flashinfer,
-        row_order=row_order.result().fingerprint,
+        tensor_parallel=tensor_parallel_sizes(plan.geometries.values()),
+        serve=serve_commands(str(out_dir)),
+        flashinfer=row_order.flashinfer,
+        flashinfer_installed=row_order.installed,
+        row_order=row_order.fingerprint,
         warnings=warnings,
         verify_seconds=verified.seconds if verified else None,
     )
@@ -240,23 +238,37 @@ def convert(
 def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
     """A file of the output and a folder of the source may want the same name."""
     files = {shard.name for shard in plan.shards}
-    files |= {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, JOURNAL_NAME, *checkpoint.other_files}
+    files |= {*GENERATED, JOURNAL_NAME, *checkpoint.other_files}
     for name in checkpoint.other_files:
         folder = Path(name).parts[0]
         if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
             raise CheckpointError(f"{name}: its folder has the name of a file of the output")
 
 
-def _tell(workspace: Workspace, plan: Plan, on_note: OnNote | None) -> None:
+def _tell(planned: Planned, on_note: OnNote | None) -> None:
     if on_note is None:
         return
-    for name, why in workspace.redone.items():
+    for name, why in planned.to_redo.items():
         on_note(f"{name}: done again: {why}")
-    if workspace.kept:
+    if planned.kept:
         on_note(
-            f"resuming: {len(workspace.kept)} of {len(plan.shards)} shards were finished before "
-            "and are kept"
+            f"resuming: {len(planned.kept)} of {len(planned.work.plan.shards)} shards were "
+            "finished before and are kept"
         )
+
+
+def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:
+    """What the layout has to say about the values it wrote."""
+    shard_of = {name: shard for shard in plan.shards for name in shard.tensors}
+
+    def read(tensor: TensorSpec) -> Bytes:
+        shard = shard_of[tensor.name]
+        reader = LocalReader(out_dir / shard.name)
+        nbytes = spec_nbytes(tensor.dtype, tensor.shape)
+        return np.frombuffer(read_bytes(reader, shard.offsets[tensor.name], nbytes), np.uint8)
+
+    for layer in plan.layers:
+        yield from plan.layout.remarks(layer.prefix, layer.geometry, read)
 
 
 def peak_rss() -> int:
@@ -268,37 +280,3 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-def _in_background(function: Callable[[Argument], Result], argument: Argument) -> Future[Result]:
-    """Like an executor's ``submit``, but nobody waits for the thread when the process ends."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(argument))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="fp4moe-background", daemon=True).start()
-    return future
-
-
-def _warnings(checkpoint: Checkpoint, plan: Plan, out_dir: Path) -> list[str]:
-    warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
-    buffer = read_buffer(max(8 * layer.geometry.experts for layer in plan.layers))
-    shard_of = {name: shard for shard in plan.shards for name in shard.tensors}
-    for layer in plan.layers:
-        tensors = layer_tensors(layer.prefix, layer.geometry)
-        for tensor in (tensors.w13_weight_scale_2, tensors.w13_input_scale):
-            shard = shard_of[tensor.name]
-            file = ReadFile(out_dir / shard.name, direct=False)
-            pairs = file.read(buffer, shard.offsets[tensor.name], 8 * layer.geometry.experts)
-            gate, up = pairs.view("<f4").reshape(-1, 2).T
-            if differing := int((gate != up).sum()):
-                leaf = tensor.name.removeprefix(f"{layer.prefix}.w13_")
-                warnings.append(
-                    f"{layer.prefix}: gate and up {leaf} differ for {differing} of "
-                    f"{layer.geometry.experts} experts; both are kept"
-                )
-    return warnings

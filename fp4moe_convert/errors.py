@@ -1,12 +1,13 @@
-"""Everything that can go wrong and is not a bug.
+"""Known failures.
 
-ConvertError
-├── CheckpointError     the source is not a checkpoint that can be converted
+ConvertError            the command line prints it as one line and exits with 1
+├── CheckpointError     the source cannot be converted
 │   └── HeaderError     a safetensors file breaks a rule of its own format
-├── FormatError         a converted checkpoint has a version or a form that is not known here
+├── FormatError         a converted checkpoint has a version, layout or form unknown to this release
 ├── OutputError         the output folder cannot be used, or writing to it failed
-├── RowOrderError       the installed FlashInfer orders rows differently, or cannot be asked
-└── VerifyError         a converted checkpoint is not what it should be
+├── RowOrderError       FlashInfer orders rows differently, or cannot be asked
+├── VerifyError         a converted checkpoint differs from its manifest or from its source
+└── ServingError        an engine cannot serve a converted checkpoint as it was started
 
 A message is one line: the file, the tensor where there is one, the rule and both values, as in
 ``model-00007.safetensors: 'a.weight' starts at byte 7, expected 6``.
@@ -20,11 +21,11 @@ from contextlib import contextmanager
 
 
 class ConvertError(Exception):
-    """Base of all known failures; the CLI prints it as one line and exits with 1."""
+    """Base of all known failures."""
 
 
 class CheckpointError(ConvertError):
-    """The source folder is not a checkpoint that can be converted."""
+    """The source cannot be converted."""
 
 
 class HeaderError(CheckpointError):
@@ -32,7 +33,7 @@ class HeaderError(CheckpointError):
 
 
 class FormatError(ConvertError):
-    """A converted checkpoint has a version or a form that is not known here."""
+    """A converted checkpoint has a version, layout or form that this release does not know."""
 
 
 class OutputError(ConvertError):
@@ -40,15 +41,19 @@ class OutputError(ConvertError):
 
 
 class RowOrderError(ConvertError):
-    """The installed FlashInfer does not give the row order this package writes."""
+    """FlashInfer orders rows differently from this release, or cannot be asked."""
 
 
 class VerifyError(ConvertError):
     """A converted checkpoint differs from its manifest or from its source."""
 
 
+class ServingError(ConvertError, ValueError):
+    """An engine cannot serve a converted checkpoint as it was started."""
+
+
 def printable(text: str) -> str:
-    """``text`` with control characters, which a name may hold, shown and not obeyed."""
+    """``text`` with control characters, which a name may hold, shown instead of obeyed."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

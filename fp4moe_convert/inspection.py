@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import open_checkpoint, require_nvfp4
-from .contract import (
-    INDEX_NAME,
-    Conversion,
-    Geometry,
-    common_tensor_parallel_sizes,
-    read_quantization_section,
-)
+from . import layouts
 from .errors import CheckpointError
-from .experts import PassedLayer, find_layers
+from .format.contract import ConvertedSection, Geometry, LayoutRecord
+from .format.files import INDEX_NAME
+from .plan import layers_to_convert
+from .serving.engines import tensor_parallel_sizes
+from .source.checkpoint import open_checkpoint
+from .source.experts import PassedLayer, find_layers
+from .source.quantization import describe, require_nvfp4
+from .storage.local import LocalFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Inspection:
     """The release that gave it."""
 
     def as_json(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content["layers"] = {prefix: sizes.as_json() for prefix, sizes in self.layers.items()}
         content["bytes"] = content.pop("nbytes")
         return content
 
@@ -60,27 +61,29 @@ def inspect(folder: str | Path) -> Inspection:
         CheckpointError: not a model folder, or one that contradicts itself.
         FormatError: converted, but to a format that this release does not know.
     """
-    checkpoint = open_checkpoint(Path(folder))
+    checkpoint = open_checkpoint(LocalFolder(Path(folder)))
     dtypes: Counter[str] = Counter()
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
             dtypes[tensor.dtype] += tensor.nbytes
     section = checkpoint.quantization or {}
-    conversion: Conversion | None = None
+    layout: LayoutRecord | None = None
     state, reason = "source", None
     layers: dict[str, Geometry] = {}
     others: list[PassedLayer] = []
     if checkpoint.is_converted:
         state = "converted"
-        if not (checkpoint.root / INDEX_NAME).exists():
-            raise CheckpointError(f"{checkpoint.root}: is unfinished: it has no {INDEX_NAME}")
-        conversion = read_quantization_section(section)
-        layers = dict(conversion.layers)
+        if INDEX_NAME not in checkpoint.store.listing().files:
+            raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
+        converted = ConvertedSection.from_json(section)
+        layout = converted.layout
+        layouts.layout_of(layout)
+        layers = dict(converted.layers)
         _, others = find_layers(checkpoint)
     else:
         try:
             require_nvfp4(checkpoint)
-            found, others = find_layers(checkpoint)
+            found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
             layers = {layer.prefix: layer.geometry for layer in found}
             if not layers:
                 state, reason = "unsupported", "no layer has NVFP4 experts"
@@ -90,24 +93,14 @@ def inspect(folder: str | Path) -> Inspection:
         folder=str(folder),
         state=state,
         reason=reason,
-        quantization=_quantization(section),
+        quantization=describe(section),
         shards=len(checkpoint.shards),
         tensors=sum(len(shard.header.tensors) for shard in checkpoint.shards),
         nbytes=sum(shard.header.file_nbytes for shard in checkpoint.shards),
         dtypes=dict(dtypes.most_common()),
         layers=layers,
         passed_layers={layer.prefix: layer.reason for layer in others},
-        tensor_parallel=common_tensor_parallel_sizes(layers.values()),
-        row_order=conversion.row_order if conversion else None,
-        flashinfer=conversion.flashinfer if conversion else None,
+        tensor_parallel=tensor_parallel_sizes(layers.values()),
+        row_order=layout.row_order if layout else None,
+        flashinfer=layout.flashinfer if layout else None,
     )
-
-
-def _quantization(section: Any) -> str:
-    """A few words: method, algorithm, group size."""
-    source = section.get("source") if isinstance(section.get("source"), dict) else section
-    nested = source.get("quantization")
-    settings = nested if isinstance(nested, dict) else source
-    algorithm = settings.get("quant_algo") or source.get("format")
-    method = section.get("quant_method")
-    return " ".join(str(word) for word in (method, algorithm) if word) or "none"

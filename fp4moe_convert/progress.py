@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a run."""
+    """How far one phase of a run has come."""
 
     phase: str
     """"checking" (finished shards of an earlier run), "converting" or "verifying"."""
-    tensor: str
-    """The output tensor in work."""
+    item: str
+    """What is being worked on: an expert layer, a tensor or a shard."""
     done: int
     """Bytes, of ``total``."""
     total: int
@@ -23,20 +23,20 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 """Called from any thread, one call at a time."""
 
-OnMove = Callable[[str, int], None]
-"""Told the tensor and the number of bytes after each move, from any thread."""
+OnBytes = Callable[[str, int], None]
+"""Told an item and how many of its bytes have been done, from any thread."""
 
 
-def track(phase: str, total: int, on_progress: OnProgress | None) -> OnMove:
-    """Adds moves up and passes them on as `Progress`."""
+def track(phase: str, total: int, on_progress: OnProgress | None) -> OnBytes:
+    """Sum up bytes and report them as `Progress`."""
     done = 0
     lock = threading.Lock()
 
-    def on_move(tensor: str, nbytes: int) -> None:
+    def on_bytes(item: str, nbytes: int) -> None:
         nonlocal done
         with lock:
             done += nbytes
             if on_progress is not None:
-                on_progress(Progress(phase, tensor, done, total))
+                on_progress(Progress(phase, item, done, total))
 
-    return on_move
+    return on_bytes

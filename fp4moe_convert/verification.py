@@ -1,9 +1,9 @@
 """Reads a converted checkpoint back, every byte of it.
 
-Alone, it holds the bytes against the manifest's checksums. With the source, it also undoes each
-layout and compares what comes out with the source's bytes. Both find what a disk, a network or a
-hand has changed since; that the layout itself is right is FlashInfer's word (`row_order`) and the
-tests', because a wrong permutation has a matching wrong inverse.
+Alone, it compares the bytes with the manifest's checksums. With the source, it also undoes each
+arrangement and compares what comes out with the source's bytes. Both find what a disk, a network
+or a person has changed since. That the layout itself is right is FlashInfer's word
+(`layouts.fingerprints`) and the tests', because a wrong permutation has a matching wrong inverse.
 """
 
 from __future__ import annotations
@@ -11,36 +11,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from . import defaults
-from .blockio import read_buffer
-from .checkpoint import (
-    FOREIGN_FILES,
-    Checkpoint,
-    FileRecord,
-    Shard,
-    files_below,
-    open_checkpoint,
-)
-from .contract import JOURNAL_NAME, MANIFEST_NAME
-from .crew import Checksum, Crew
 from .errors import CheckpointError, ConvertError, VerifyError, naming
-from .headers import read_header
-from .layouts import Bytes, Layout, undo
-from .manifest import (
-    Manifest,
-    ShardRecord,
-    read_manifest,
-    record_file,
-    source_difference,
-)
-from .plan import MOVE_NBYTES, Move, source_moves
-from .progress import OnMove, OnProgress, track
-from .scatter import Opener, file_opener
+from .execution.checksum import Checksum
+from .execution.crew import Crew
+from .execution.surroundings import read_manifest
+from .format.contract import ConvertedSection
+from .format.files import CONFIG_NAME, FOREIGN_FILES, JOURNAL_NAME, MANIFEST_NAME
+from .format.manifest import FileRecord, Manifest, ShardRecord
+from .format.untrusted import decode_object
+from .layouts import layout_of
+from .layouts.base import MOVE_NBYTES, Layout, Move
+from .plan import source_moves
+from .progress import OnBytes, OnProgress, track
+from .source.checkpoint import MAX_CONFIG_NBYTES, Checkpoint, open_checkpoint
+from .source.identity import source_difference
+from .storage.buffers import Bytes, block_buffer
+from .storage.copying import record_of
+from .storage.header import Header, read_header
+from .storage.local import LocalFolder, LocalReader, files_below
+from .storage.reader import Opener, keep_open, read_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +90,20 @@ def verify(
         _check_file(out_dir / name, name, record)
     checkpoint = None if source is None else _open_source(source, manifest)
     shards = [_check_shard(out_dir / name, record) for name, record in manifest.shards.items()]
-    moves = _whole_tensors(shards) if checkpoint is None else source_moves(checkpoint)
+    moves = _whole_tensors(shards)
+    open_source = None
     if checkpoint is not None:
+        moves = source_moves(checkpoint, _layout_in(out_dir))
         _check_covered(moves, shards)
+        open_source = keep_open(partial(checkpoint.store.open, direct=direct_io))
     digests = _read_all(
         shards,
         moves,
-        compare=checkpoint is not None,
+        out_dir,
+        open_source=open_source,
         direct_io=direct_io,
         threads=threads,
-        on_move=track("verifying", sum(move.nbytes for move in moves), on_progress),
+        on_bytes=track("verifying", sum(move.nbytes for move in moves), on_progress),
     )
     for shard in shards:
         _check_checksums(shard.name, manifest.shards[shard.name], digests)
@@ -124,24 +125,32 @@ def damaged_shards(
     threads: int = defaults.THREADS,
     on_progress: OnProgress | None = None,
 ) -> dict[str, str]:
-    """Read every byte of some shards and hold it against their records.
+    """Read every byte of some shards and compare it with their records.
+
+    Args:
+        out_dir: where they lie.
+        records: of these shards.
+        direct_io: bypass the page cache where the file systems allow.
+        threads: number of readers.
+        on_progress: as for `verify`.
 
     Returns:
-        What is wrong, by shard; nothing of those that are as they should be.
+        What is wrong, by shard; shards that are as they should be are absent.
     """
     damaged: dict[str, str] = {}
-    on_move = track("checking", sum(record.nbytes for record in records.values()), on_progress)
+    on_bytes = track("checking", sum(record.nbytes for record in records.values()), on_progress)
     for name, record in records.items():
         try:
             shard = _check_shard(out_dir / name, record)
-            on_move(name, shard.header.nbytes)
+            on_bytes(name, shard.header.nbytes)
             digests = _read_all(
                 [shard],
                 _whole_tensors([shard]),
-                compare=False,
+                out_dir,
+                open_source=None,
                 direct_io=direct_io,
                 threads=threads,
-                on_move=on_move,
+                on_bytes=on_bytes,
             )
             _check_checksums(name, record, digests)
         except ConvertError as error:
@@ -149,30 +158,41 @@ def damaged_shards(
     return damaged
 
 
+@dataclass(frozen=True, slots=True)
+class _OutputShard:
+    """A shard of the output, found to have the size and the header on record."""
+
+    name: str
+    header: Header
+
+
 def _read_all(
-    shards: Sequence[Shard],
+    shards: Sequence[_OutputShard],
     moves: Sequence[Move],
+    out_dir: Path,
     *,
-    compare: bool,
+    open_source: Opener | None,
     direct_io: bool,
     threads: int,
-    on_move: OnMove,
+    on_bytes: OnBytes,
 ) -> dict[str, str]:
     """Read all tensors of these shards.
 
     Args:
         shards: of the output.
         moves: cover their tensors.
-        compare: with the sources of the moves, too.
+        out_dir: where they lie.
+        open_source: opens a source file by name, to compare with the sources of the moves; None
+            to compare nothing.
         direct_io: bypass the page cache where the file systems allow.
         threads: number of readers.
-        on_move: told of each move.
+        on_bytes: told of each move, by tensor.
 
     Returns:
         XXH3-128 of each tensor's bytes.
 
     Raises:
-        VerifyError: ``compare`` found a difference.
+        VerifyError: a tensor differs from its source.
         CheckpointError: a file cannot be read.
     """
     crew = Crew(threads)
@@ -183,21 +203,21 @@ def _read_all(
         for tensor in shard.header.tensors
     }
     checksums = {name: Checksum(crew) for name in home}
-    open_file = file_opener(direct=direct_io)
+    open_output = keep_open(lambda name: LocalReader(out_dir / name, direct=direct_io))
     largest = max((move.nbytes for move in moves), default=0)
 
     def make_worker() -> Callable[[Move], None]:
-        buffer = read_buffer(largest)
-        comparison = _Comparison(largest, open_file) if compare else None
+        buffer = block_buffer(largest)
+        comparison = None if open_source is None else _Comparison(largest, open_source)
 
         def work(move: Move) -> None:
             shard = home[move.tensor]
             offset = starts[move.tensor] + move.offset
-            data = open_file(shard.path).read(buffer, offset, move.nbytes)
+            data = open_output(shard.name).read(buffer, offset, move.nbytes)
             if comparison is not None:
-                comparison.check(move, data, shard)
+                comparison.check(move, data, shard.name)
             checksums[move.tensor].update(move.offset, data)
-            on_move(move.tensor, move.nbytes)
+            on_bytes(move.tensor, move.nbytes)
 
         return work
 
@@ -205,15 +225,27 @@ def _read_all(
     return {name: checksum.hexdigest() for name, checksum in checksums.items()}
 
 
+def _layout_in(out_dir: Path) -> Layout:
+    """The layout of a converted folder whose config.json is as the manifest records it."""
+    text = read_all(LocalReader(out_dir / CONFIG_NAME), MAX_CONFIG_NBYTES)
+    try:
+        section = decode_object(text).get("quantization_config")
+    except ValueError as error:
+        raise VerifyError(f"{CONFIG_NAME}: {error}") from None
+    if not isinstance(section, dict):
+        raise VerifyError(f"{CONFIG_NAME}: has no quantization_config")
+    return layout_of(ConvertedSection.from_json(section).layout)
+
+
 def _check_names(out_dir: Path, manifest: Manifest) -> None:
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
     # A run that is verifying still holds its journal.
     others = FOREIGN_FILES | {JOURNAL_NAME}
     found = set(files_below(out_dir, VerifyError)) - (others - expected)
-    for name in sorted(expected - found):
-        raise VerifyError(f"{name}: is missing, the manifest lists it")
-    for name in sorted(found - expected):
-        raise VerifyError(f"{name}: is not in the manifest")
+    if missing := min(expected - found, default=None):
+        raise VerifyError(f"{missing}: is missing, the manifest lists it")
+    if added := min(found - expected, default=None):
+        raise VerifyError(f"{added}: is not in the manifest")
 
 
 def _check_file(path: Path, name: str, record: FileRecord) -> None:
@@ -221,19 +253,18 @@ def _check_file(path: Path, name: str, record: FileRecord) -> None:
         nbytes = path.stat().st_size
     if nbytes != record.nbytes:
         raise VerifyError(f"{name}: has {nbytes} bytes, expected {record.nbytes}")
-    if (found := record_file(path)) != record:
+    if (found := record_of(LocalReader(path))) != record:
         raise VerifyError(f"{name}: has checksum {found.checksum}, expected {record.checksum}")
 
 
-def _check_shard(path: Path, record: ShardRecord) -> Shard:
+def _check_shard(path: Path, record: ShardRecord) -> _OutputShard:
     name = path.name
     with naming(name, VerifyError):
-        status = path.stat()
-    nbytes = status.st_size
+        nbytes = path.stat().st_size
     if nbytes != record.nbytes:
         raise VerifyError(f"{name}: has {nbytes} bytes, expected {record.nbytes}")
     try:
-        header = read_header(path)
+        header = read_header(LocalReader(path))
     except CheckpointError as error:
         raise VerifyError(str(error)) from error
     if header.digest != record.header:
@@ -242,7 +273,20 @@ def _check_shard(path: Path, record: ShardRecord) -> Shard:
         )
     if {tensor.name for tensor in header.tensors} != set(record.tensors):
         raise VerifyError(f"{name}: holds other tensors than the manifest lists")
-    return Shard(name, path, header, status.st_mtime_ns)
+    _check_with_library(path, header)
+    return _OutputShard(name, header)
+
+
+def _check_with_library(path: Path, header: Header) -> None:
+    """The safetensors library, which engines read with, must see the tensors that we see."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            theirs = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise VerifyError(f"{path.name}: the safetensors library refuses it: {error}") from None
+    if theirs != {tensor.name: (tensor.dtype, tensor.shape) for tensor in header.tensors}:
+        raise VerifyError(f"{path.name}: the safetensors library sees other tensors in it")
 
 
 def _check_checksums(file: str, record: ShardRecord, digests: Mapping[str, str]) -> None:
@@ -252,16 +296,16 @@ def _check_checksums(file: str, record: ShardRecord, digests: Mapping[str, str])
 
 
 def _open_source(source: Path, manifest: Manifest) -> Checkpoint:
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(LocalFolder(source))
     if (difference := source_difference(checkpoint, manifest)) is not None:
         raise VerifyError(
             f"{source}: is not the checkpoint that was converted: {difference} "
-            f"(converted from {manifest.source['path']})"
+            f"(converted from {manifest.source.path})"
         )
     return checkpoint
 
 
-def _check_covered(moves: tuple[Move, ...], shards: list[Shard]) -> None:
+def _check_covered(moves: Sequence[Move], shards: Sequence[_OutputShard]) -> None:
     """The source's moves must fill exactly the tensors of the output."""
     planned: dict[str, int] = {}
     for move in moves:
@@ -272,11 +316,11 @@ def _check_covered(moves: tuple[Move, ...], shards: list[Shard]) -> None:
                 raise VerifyError(
                     f"{shard.name}: {tensor.name!r} is not what the source is converted to"
                 )
-    for name in planned:
-        raise VerifyError(f"{name!r} is in no shard, the source has it")
+    if missing := min(planned, default=None):
+        raise VerifyError(f"{missing!r} is in no shard, the source has it")
 
 
-def _whole_tensors(shards: list[Shard]) -> tuple[Move, ...]:
+def _whole_tensors(shards: Sequence[_OutputShard]) -> tuple[Move, ...]:
     """Reads that cover every tensor; nothing to compare them with but a checksum."""
 
     def pieces() -> Iterator[Move]:
@@ -290,33 +334,27 @@ def _whole_tensors(shards: list[Shard]) -> tuple[Move, ...]:
 
 
 class _Comparison:
-    """One worker's memory for undoing layouts and reading sources."""
+    """One worker's memory for undoing arrangements and reading sources."""
 
-    def __init__(self, largest: int, open_file: Opener) -> None:
-        self._buffer = read_buffer(largest)
+    def __init__(self, largest: int, open_source: Opener) -> None:
+        self._buffer = block_buffer(largest)
         self._undone = np.empty(largest, np.uint8)
-        self._open_file = open_file
+        self._open_source = open_source
 
-    def check(self, move: Move, data: Bytes, shard: Shard) -> None:
+    def check(self, move: Move, data: Bytes, shard: str) -> None:
         """Compare output bytes with the source bytes they came from."""
-        if move.layout is None:
+        if move.arrangement is None:
             ends = np.cumsum([source.nbytes for source in move.sources])
             parts = np.split(data, ends[:-1])
         else:
-            parts = self._undo(move.layout, data, move.tensor, shard)
+            try:
+                parts = move.arrangement.undo(data, self._undone)
+            except ValueError as error:
+                raise VerifyError(f"{shard}: {move.tensor!r} {error}") from None
         for source, part in zip(move.sources, parts, strict=True):
-            original = self._open_file(source.path).read(self._buffer, source.offset, source.nbytes)
+            reader = self._open_source(source.file)
+            original = reader.read(self._buffer, source.offset, source.nbytes)
             if not np.array_equal(original.reshape(part.shape), part):
                 raise VerifyError(
-                    f"{shard.name}: {move.tensor!r} differs from {source.tensor!r} "
-                    f"in {source.path.name}"
+                    f"{shard}: {move.tensor!r} differs from {source.tensor!r} in {source.file}"
                 )
-
-    def _undo(self, layout: Layout, data: Bytes, tensor: str, shard: Shard) -> list[Bytes]:
-        matrices = list(self._undone[: data.size].reshape(-1, layout.rows, layout.row_nbytes))
-        undo(data, matrices, layout)
-        rows, row_nbytes = layout.source_rows, layout.source_row_nbytes
-        for matrix in matrices:
-            if matrix[rows:].any() or matrix[:, row_nbytes:].any():
-                raise VerifyError(f"{shard.name}: {tensor!r} is padded with something but zeros")
-        return [matrix[:rows, :row_nbytes] for matrix in matrices]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
-import warnings
-from contextlib import suppress
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -63,10 +64,17 @@ def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
     return made[1]
 
 
-@pytest.fixture(scope="session")
-def flashinfer() -> None:
-    """FlashInfer and torch, imported once if they are there; what they warn of on the way is not
-    ours to mend."""
-    with warnings.catch_warnings(), suppress(ImportError):
-        warnings.simplefilter("ignore")
-        __import__("flashinfer")
+@pytest.fixture
+def install_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Let a release of FlashInfer seem installed, or none. Importing it fails."""
+
+    def install(release: str | None) -> None:
+        def version(_: str) -> str:
+            if release is None:
+                raise importlib.metadata.PackageNotFoundError
+            return release
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setitem(sys.modules, "flashinfer", None)
+
+    return install

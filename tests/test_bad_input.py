@@ -11,7 +11,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ from support.tensors import home_of, range_of, read_header
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
-from fp4moe_convert.cli import convert_app
+from fp4moe_convert.cli.commands import convert_app
+from fp4moe_convert.execution import output_folder
+from fp4moe_convert.layouts import fingerprints as recorded_orders
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 LAYER = "model.layers.1.mlp.experts"
@@ -188,12 +189,6 @@ def link_to_a_secret(name: str) -> Damage:
     return replace(name, make)
 
 
-def two_keys(model_dir: Path) -> None:
-    text = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    text += b"," + text[1:] + b"}"
-    (model_dir / SECOND).write_bytes(len(text).to_bytes(8, "little") + text)
-
-
 def a_million_empty_tensors(model_dir: Path) -> None:
     entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     text = b"{" + b",".join(entry % n for n in range(1_000_000)) + b"}"
@@ -280,10 +275,6 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         shift_a_tensor(-1),
         rf"{SECOND}: '.+' overlaps the tensor before it: starts at byte \d+, expected \d+",
     ),
-    "key twice in a header": (
-        two_keys,
-        rf"{SECOND}: header is not JSON: key 'a' appears twice",
-    ),
     "offset of 2^63": (
         lambda model_dir: change_entry(
             model_dir, f"{UP}.weight", data_offsets=[2**63 - 128, 2**63]
@@ -300,7 +291,7 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "header that nests": (
         overwrite(SECOND, (200).to_bytes(8, "little") + b"[" * 100 + b"]" * 100),
-        rf"{SECOND}: header is not JSON: it nests deeper than 64 levels",
+        rf"{SECOND}: header is not a JSON object",
     ),
     "config with a number of a million digits": (
         lambda model_dir: (model_dir / "config.json").write_bytes(b"1" * 10**6),
@@ -423,7 +414,6 @@ def test_the_documented_errors_are_those_that_are_tested() -> None:
     assert list(DOCUMENTED) == list(BEFORE_THE_FIRST_BYTE)
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_refuses_what_it_has_converted_itself(tiny: Path, tmp_path: Path) -> None:
     conversion.convert(tiny, tmp_path / "once")
     assert (
@@ -583,7 +573,6 @@ def out_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("value", [0x7F, 0xFF])
 @pytest.mark.parametrize(
     ("tensor", "position"),
@@ -604,7 +593,6 @@ def test_a_nan_block_scale(
     assert holds_nothing_finished(tmp_path / "out")
 
 
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("value", [0x00, 0x7E, 0x80, 0xFE])
 def test_other_extreme_block_scales_are_converted(
     model_dir: Path, tmp_path: Path, value: int
@@ -635,7 +623,6 @@ def fails_while_moving(model_dir: Path, out_dir: Path, *options: str) -> str:
     return one_error(result.stderr)
 
 
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("option", ["--direct-io", "--no-direct-io"])
 def test_a_source_truncated_while_it_is_read(
     model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, option: str
@@ -648,7 +635,6 @@ def test_a_source_truncated_while_it_is_read(
     )
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_a_source_that_vanishes(
     model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,8 +642,6 @@ def test_a_source_that_vanishes(
     assert fails_while_moving(model_dir, out_dir) == f"{SECOND}: No such file or directory"
 
 
-@pytest.mark.flashinfer
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("function", ["pwrite", "fsync", "ftruncate"])
 @pytest.mark.parametrize(
     ("number", "option"),
@@ -686,7 +670,6 @@ def test_a_call_that_fails(
     assert message == f"model-00001-of-00001.safetensors.partial: {os.strerror(number)}"
 
 
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("name", ["config.json", "fp4moe_manifest.json", INDEX, "tokenizer.json"])
 def test_a_disk_that_fills_up_at_the_end(
     tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -702,7 +685,6 @@ def test_a_disk_that_fills_up_at_the_end(
     assert fails_while_moving(tiny, out_dir) == f"{name}: No space left on device"
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_somebody_elses_file_in_out_dir_survives_a_failure(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,13 +696,13 @@ def test_somebody_elses_file_in_out_dir_survives_a_failure(
 
 
 @pytest.mark.flashinfer
-@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("function", ["shuffle_matrix_a", "reorder_rows_for_gated_act_gemm"])
-def test_a_flashinfer_with_another_order(
+def test_a_flashinfer_that_is_not_on_record_and_has_another_order(
     tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
+    monkeypatch.setattr(recorded_orders, "RECORDED", {})
     monkeypatch.setattr(f"flashinfer.{function}", lambda rows, *_: rows.flip(0))
-    message = fails_while_moving(tiny, out_dir)
+    message = fails(tiny, out_dir)
     assert re.fullmatch(
         r"flashinfer \S+: puts row \d+ of \d+ (interleaved )?rows at \d+, expected row \d+: "
         r"this release of fp4moe-convert does not know its layout",
@@ -728,27 +710,24 @@ def test_a_flashinfer_with_another_order(
     )
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_a_flashinfer_that_does_not_import(
-    tiny: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, out_dir: Path, install_flashinfer: Callable[[str | None], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "flashinfer", None)
-    message = fails_while_moving(tiny, out_dir)
+    install_flashinfer("99.0")
+    message = fails(tiny, out_dir)
     assert re.fullmatch(r"flashinfer: cannot be imported \(.*\); .* install .*", message)
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_a_result_that_does_not_verify(
     model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = conversion.finish
+    write_surroundings = output_folder.write_surroundings
 
-    def finish_and_damage(*args: Any, **kwargs: Any) -> Any:
-        manifest = finish(*args, **kwargs)
+    def write_and_damage(*args: Any, **kwargs: Any) -> None:
+        write_surroundings(*args, **kwargs)
         poke(out_dir, "lm_head.weight", 0, 0x55)
-        return manifest
 
-    monkeypatch.setattr(conversion, "finish", finish_and_damage)
+    monkeypatch.setattr(output_folder, "write_surroundings", write_and_damage)
     arguments = [str(model_dir), str(out_dir), "--quiet", "--verify"]
     result = CliRunner().invoke(convert_app, arguments)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -760,7 +739,6 @@ def test_a_result_that_does_not_verify(
 # --- not bad enough to fail -----------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_differing_gate_and_up_scales_are_kept_with_a_warning(tmp_path: Path) -> None:
     model_dir, out_dir = tmp_path / "model", tmp_path / "out"
     spec = Spec(
@@ -784,7 +762,6 @@ def test_differing_gate_and_up_scales_are_kept_with_a_warning(tmp_path: Path) ->
         assert (gate != up).all()
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_strays_are_left_out_with_a_warning(model_dir: Path, tmp_path: Path) -> None:
     shutil.copy(model_dir / THIRD, model_dir / "consolidated.safetensors")
     result = CliRunner().invoke(convert_app, [str(model_dir), str(tmp_path / "out"), "--quiet"])
@@ -795,7 +772,6 @@ def test_strays_are_left_out_with_a_warning(model_dir: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_a_folder_whose_name_is_not_utf8(tiny: Path, tmp_path: Path) -> None:
     model_dir = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xffel"))
     shutil.copytree(tiny, model_dir)
@@ -804,7 +780,6 @@ def test_a_folder_whose_name_is_not_utf8(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.exception
 
 
-@pytest.mark.usefixtures("flashinfer")
 def test_a_source_with_a_manifest_of_its_own(model_dir: Path, tmp_path: Path) -> None:
     # Left over from a conversion; the new one has to replace it.
     (model_dir / "fp4moe_manifest.json").write_text("{}")
@@ -827,7 +802,6 @@ def test_process_refuses_before_the_first_byte(model_dir: Path, tmp_path: Path) 
 
 
 def test_process_fails_while_bytes_move(model_dir: Path, tmp_path: Path) -> None:
-    # FlashInfer may still be half imported when the process ends.
     poke(model_dir, f"{LAYER}.0.gate_proj.weight_scale", 0, 0x7F)
     done = run_process(*FP4MOE_CONVERT, str(model_dir), str(tmp_path / "out"), "--quiet")
     assert (done.returncode, done.stdout) == (1, "")

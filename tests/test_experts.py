@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 
-from fp4moe_convert.checkpoint import Checkpoint, Shard
-from fp4moe_convert.contract import Geometry
+from fp4moe_convert import layouts
 from fp4moe_convert.errors import CheckpointError
-from fp4moe_convert.experts import LEAVES, PROJECTIONS, MoeLayer, PassedLayer, find_layers
-from fp4moe_convert.headers import Header, TensorInfo, spec_nbytes
+from fp4moe_convert.format.contract import Geometry
+from fp4moe_convert.source.checkpoint import Checkpoint
+from fp4moe_convert.source.experts import MoeLayer, PassedLayer, find_layers
+from fp4moe_convert.source.families import LEAVES
+from fp4moe_convert.source.spans import Shard
+from fp4moe_convert.storage.header import Header, TensorInfo, spec_nbytes
+from fp4moe_convert.storage.local import LocalFolder
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 E, H, I = 3, 256, 128  # noqa: E741 (the letters of the format)
 PREFIX = "model.layers.1.mlp.experts"
 CONFIG = {"num_hidden_layers": 3, "n_routed_experts": E}
@@ -49,10 +54,9 @@ def checkpoint(*shards: Tensors, **config: Any) -> Checkpoint:
             stop = position + spec_nbytes(dtype, shape)
             infos.append(TensorInfo(name, dtype, shape, position, stop))
             position = stop
-        path = Path(f"{number}.safetensors")
-        opened.append(Shard(path.name, path, Header(8, tuple(infos), "digest"), 0))
+        opened.append(Shard(f"{number}.safetensors", Header(8, tuple(infos), "digest"), {}))
     return Checkpoint(
-        root=Path(),
+        store=LocalFolder(Path()),
         config={key: value for key, value in (CONFIG | config).items() if value is not None},
         hf_quant_config=None,
         config_files={},
@@ -89,17 +93,18 @@ def test_a_complete_layer() -> None:
     [moe] = found(tensors)
     assert (moe.prefix, moe.number) == (PREFIX, 1)
     assert moe.geometry == Geometry(experts=E, hidden=H, intermediate=I)
-    assert {t.info.name for t in moe.tensors.values()} == set(tensors)
-    for (expert, projection, leaf), tensor in moe.tensors.items():
-        assert tensor.info.name == f"{PREFIX}.{expert}.{projection}.{leaf}"
+    assert moe.tensors == set(tensors)
+    for (expert, projection, leaf), matrix in moe.matrices.items():
+        assert matrix.tensor.name == f"{PREFIX}.{expert}.{projection}_proj.{leaf}"
+        assert matrix.shape == matrix.tensor.shape
 
 
 def test_a_layer_whose_shards_cut_an_expert_in_two() -> None:
     whole = list(layer().items())
     cut = next(n for n, (name, _) in enumerate(whole) if name.endswith("1.up_proj.weight"))
     [moe] = found(dict(whole[:cut]), dict(whole[cut:]))
-    assert moe.tensors[1, "gate_proj", "weight"].shard.name == "1.safetensors"
-    assert moe.tensors[1, "up_proj", "weight"].shard.name == "2.safetensors"
+    assert moe.matrices[1, "gate", "weight"].shard.name == "1.safetensors"
+    assert moe.matrices[1, "up", "weight"].shard.name == "2.safetensors"
 
 
 def test_names_may_come_in_any_order() -> None:
@@ -321,9 +326,20 @@ def test_refuses_an_unknown_leaf(rest: str) -> None:
 
 @pytest.mark.parametrize("hidden", [64, 192, 2880])
 def test_refuses_a_hidden_size_that_tiles_do_not_divide(hidden: int) -> None:
+    [moe] = found(layer(hidden=hidden))
+    message = (
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives hidden size H = {hidden}, "
+        "which is not a multiple of 128"
+    )
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        layouts.DEFAULT.check(moe)
+
+
+@pytest.mark.parametrize("hidden", [8, 24, 100])
+def test_refuses_a_hidden_size_that_blocks_do_not_divide(hidden: int) -> None:
     refuses(
         f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives hidden size H = {hidden}, "
-        "which is not a multiple of 128",
+        "which is not a multiple of 16",
         layer(hidden=hidden),
     )
 
@@ -342,10 +358,8 @@ def test_refuses_an_intermediate_size_that_blocks_do_not_divide(intermediate: in
     [(0, 128, "hidden size H = 0"), (256, 0, "intermediate size I = 0")],
 )
 def test_refuses_empty_experts(hidden: int, intermediate: int, said: str) -> None:
-    multiple = 16 if hidden else 128
     refuses(
-        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives {said}, "
-        f"which is not a multiple of {multiple}",
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' gives {said}, which is not a multiple of 16",
         layer(hidden=hidden, intermediate=intermediate),
     )
 

@@ -5,34 +5,33 @@ Mounting takes root; where that is not to be had, the tests that mount are skipp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.faulty_disk import Disk, mount, mounted, unmount
 from support.folders import INDEX, contents, flip_bit
-from support.processes import FP4MOE_CONVERT, child_of, finding_support, state_of, until
+from support.processes import FP4MOE_CONVERT, finding_support, state_of, until
 from support.specs import SMALL_SHARD_NBYTES
 
-from fp4moe_convert import CheckpointError, OutputError, conversion, convert, journal
+from fp4moe_convert import CheckpointError, ConversionReport, OutputError, convert
+from fp4moe_convert.execution.output_folder import Writing
 
 MIB = 2**20
 
-pytestmark = pytest.mark.usefixtures("flashinfer")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
 
 
-def run(source: Path, out: Path) -> conversion.Report:
+def run(source: Path, out: Path) -> ConversionReport:
     # One thread, so that nobody writes while a fault is being arranged.
     return convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES, threads=1)
 
@@ -48,23 +47,15 @@ def after_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[],
     """Do something once a number of shards has been finished."""
 
     def install(count: int, act: Callable[[], object]) -> None:
-        seal, left = conversion.Workspace.seal, [count]
+        finish_shard, left = Writing.finish_shard, [count]
 
-        def sealing(*args: Any) -> Any:
-            record = seal(*args)
+        def counting(*args: Any) -> None:
+            finish_shard(*args)
             left[0] -= 1
             if left[0] == 0:
                 act()
-            return record
 
-        monkeypatch.setattr(conversion.Workspace, "seal", sealing)
-        # FlashInfer's answer is there before the first byte: so shards are finished one by one.
-        monkeypatch.setattr(conversion, "_in_background", at_once)
-
-    def at_once(function: Callable[[Any], Any], argument: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(argument))
-        return future
+        monkeypatch.setattr(Writing, "finish_shard", counting)
 
     return install
 
@@ -178,9 +169,10 @@ def test_a_disk_that_half_written_files_have_filled(
     out = small / "out"
     program = f"""
 import os, signal
-from fp4moe_convert import conversion
-conversion.Workspace.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-conversion.convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
+from fp4moe_convert import convert
+from fp4moe_convert.execution.output_folder import Writing
+Writing.finish_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -209,7 +201,7 @@ def test_a_disk_that_fails(
     monkeypatch.undo()
     disk.restart()
     assert not (out / INDEX).exists()
-    assert run(source, out).shards_kept == 2
+    assert run(source, out).shards_kept == 3
     assert contents(out) == expected
 
 
@@ -223,26 +215,12 @@ def waits_for_a_disk(pid: int) -> bool:
     return all(time.sleep(0.05) or "D" in thread_states(pid) for _ in range(6))
 
 
-def worker_of(process: subprocess.Popen[str]) -> int:
-    """The child that does the work, once it waits for a disk."""
-    worker = child_of(process.pid)
-    until(lambda: waits_for_a_disk(worker))
-    return worker
-
-
-def terminate(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    started = time.monotonic()
-    assert process.wait(timeout=60) == 143
-    assert time.monotonic() - started < 2
-
-
 @needs_root
 @pytest.mark.parametrize("frozen_from", ["the start", "the first progress"])
 def test_a_disk_that_does_not_answer(
     source: Path, expected: dict[str, bytes], disk: Disk, frozen_from: str
 ) -> None:
-    """No process can end while it waits for such a disk, but the command does."""
+    """No process can end while it waits for such a disk, but Ctrl-C is answered."""
     out = disk.where / "out"
     command = [*FP4MOE_CONVERT, source, out, f"--max-shard-size={SMALL_SHARD_NBYTES}"]
     if frozen_from == "the start":
@@ -253,73 +231,17 @@ def test_a_disk_that_does_not_answer(
             if frozen_from == "the first progress":
                 assert process.stderr.readline().startswith("converting")
                 disk.freeze()
-            worker = worker_of(process)
-            terminate(process)
-            assert waits_for_a_disk(worker)
+            until(lambda: waits_for_a_disk(process.pid))
+            process.terminate()
+            started = time.monotonic()
+            answer = process.stderr.readline()
+            assert answer == "error: interrupted; run the same command again to resume\n"
+            assert time.monotonic() - started < 1
+            assert waits_for_a_disk(process.pid)
         finally:
             disk.thaw()
-        last_words = process.stderr.read().splitlines()
-    why = f"process {worker} has not ended yet and seems to wait for a disk"
-    restart = "error: interrupted; run the same command again"
-    # The child can speak for itself if only its threads wait.
-    assert last_words in ([f"{restart} ({why})"], [f"{restart} to resume", f"note: {why}"])
+        assert process.wait(timeout=60) == 143
     run(source, out)
-    assert contents(out) == expected
-
-
-@needs_root
-def test_a_log_on_a_disk_that_does_not_answer(source: Path, disk: Disk) -> None:
-    with (disk.where / "log").open("w") as log:
-        disk.freeze()
-        command = [*FP4MOE_CONVERT, source, disk.where / "out"]
-        with subprocess.Popen(command, stderr=log, text=True) as process:
-            try:
-                worker_of(process)
-                terminate(process)
-            finally:
-                disk.thaw()
-    until(lambda: "error: interrupted" in (disk.where / "log").read_text())
-
-
-@needs_root
-@pytest.mark.parametrize("waiting", ["touch()", "Thread(target=touch).start(); Event().wait()"])
-def test_a_killed_run_that_still_waits_for_a_disk_is_waited_for(
-    source: Path,
-    expected: dict[str, bytes],
-    disk: Disk,
-    tmp_path: Path,
-    waiting: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It holds the folder until the disk answers."""
-    out = tmp_path / "out"
-    program = f"""
-from pathlib import Path
-from threading import Event, Thread
-from fp4moe_convert.journal import Journal
-journal = Journal(Path({str(out)!r}))
-touch = Path({str(disk.where / "file")!r}).touch
-{waiting}
-"""
-    out.mkdir()
-    disk.freeze()
-    with subprocess.Popen([sys.executable, "-c", program]) as holder:
-        try:
-            until(lambda: waits_for_a_disk(holder.pid))
-            in_use = f"out: is in use by process {holder.pid} on .*, at work since .*"
-            with pytest.raises(OutputError, match=f"{in_use} [+-][0-9]{{4}}$"):
-                run(source, out)
-            holder.kill()
-            with monkeypatch.context() as impatient:
-                impatient.setattr(journal, "ENDING_SECONDS", 0.5)
-                with pytest.raises(OutputError, match=f"{in_use}; it has been killed, but still"):
-                    run(source, out)
-            thaw = threading.Timer(1, disk.thaw)
-            thaw.start()
-            run(source, out)
-            thaw.join()
-        finally:
-            disk.thaw()
     assert contents(out) == expected
 
 
@@ -425,23 +347,29 @@ def test_a_source_that_changes_while_it_is_read(
 
 AS_NOBODY = """
 import contextlib, io, os, sys
-from fp4moe_convert import __main__, cli, conversion
-if "--first=import flashinfer" in sys.argv:
-    sys.argv.pop(3)
-    with contextlib.suppress(ImportError):
-        import flashinfer
+from fp4moe_convert import __main__, conversion
+from fp4moe_convert.cli import commands, display
 with contextlib.redirect_stdout(io.StringIO()):
-    cli.convert_app([sys.argv[1], sys.argv[2], "--dry-run"], standalone_mode=False)
+    commands.convert_app([sys.argv[1], sys.argv[2], "--dry-run"], standalone_mode=False)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.argv = ["fp4moe-convert", *sys.argv[1:], "--quiet"]
 __main__.main_convert()
 """
 
 
+def public_place() -> Path:
+    """A folder for temporary files that everybody may reach; TMPDIR may lie in a home."""
+    for place in map(Path, (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+        with contextlib.suppress(OSError):
+            if all(folder.stat().st_mode & 0o001 for folder in (place, *place.parents)):
+                return place
+    pytest.fail("there is no folder for temporary files that everybody may reach")
+
+
 @pytest.fixture
 def public(source: Path) -> Iterator[Path]:
     """A folder that everybody may enter, with a source that everybody may read."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=public_place()) as name:
         folder = Path(name)
         folder.chmod(0o755)
         shutil.copytree(source, folder / "source")
@@ -490,18 +418,17 @@ def test_an_output_folder_that_is_shut_meanwhile(source: Path, tmp_path: Path) -
     """Tidying up is not possible either; what is told is what came first."""
     out = tmp_path / "out"
     program = f"""
-import contextlib, os
-from fp4moe_convert import ConvertError, conversion
-seal = conversion.Workspace.seal
+import os
+from fp4moe_convert import ConvertError, convert
+from fp4moe_convert.execution.output_folder import Writing
+finish_shard = Writing.finish_shard
 def shutting(*args):
     os.chmod({str(out)!r}, 0)
     os.setuid(65534)
-    return seal(*args)
-with contextlib.suppress(ImportError):
-    import flashinfer
-conversion.Workspace.seal = shutting
+    finish_shard(*args)
+Writing.finish_shard = shutting
 try:
-    conversion.convert({str(source)!r}, {str(out)!r}, threads=1)
+    convert({str(source)!r}, {str(out)!r}, threads=1)
 except ConvertError as error:
     print(error)
 """
@@ -516,7 +443,7 @@ except ConvertError as error:
 def test_a_folder_above_may_be_unreadable(public: Path, expected: dict[str, bytes]) -> None:
     """One can make files in it all the same."""
     (public / "home").chmod(0o333)
-    done = as_nobody(public / "source", public / "home" / "out", "--first=import flashinfer")
+    done = as_nobody(public / "source", public / "home" / "out")
     assert done.returncode == 0, done.stderr
     assert len(contents(public / "home" / "out")) < len(expected)  # larger shards
     assert (public / "home" / "out" / INDEX).stat().st_uid == 65534

@@ -18,8 +18,9 @@ from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import read_tensors
 
 from fp4moe_convert import convert
-from fp4moe_convert.contract import Geometry, round_up, tensor_parallel_sizes
-from fp4moe_convert.layouts import Bytes
+from fp4moe_convert.format.contract import Geometry, round_up
+from fp4moe_convert.serving.engines import tensor_parallel_sizes
+from fp4moe_convert.storage.buffers import Bytes
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 RECORD = json.loads((GOLDEN / "digests.json").read_text())
@@ -91,7 +92,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
     name, spec, tensors = case
-    served = tensor_parallel_sizes(geometry_of(spec))[engine]
+    served = tensor_parallel_sizes([geometry_of(spec)])[engine]
     checked = 0
     for run in RECORD["runs"]:
         if (run["case"], run["engine"]) != (name, engine):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 from safetensors.numpy import save
 from support.strategies import json_values
 
-from fp4moe_convert.contract import TensorSpec
-from fp4moe_convert.errors import HeaderError
-from fp4moe_convert.headers import (
+from fp4moe_convert.errors import CheckpointError, HeaderError
+from fp4moe_convert.format.contract import TensorSpec
+from fp4moe_convert.storage.header import (
     DTYPE_BITS,
     MAX_HEADER_NBYTES,
     Header,
@@ -27,6 +27,7 @@ from fp4moe_convert.headers import (
     parse_header,
     read_header,
 )
+from fp4moe_convert.storage.local import LocalReader
 
 ReadBytes = Callable[[bytes], Header]
 
@@ -55,7 +56,7 @@ def read(tmp_path: Path) -> ReadBytes:
     def read_bytes(content: bytes) -> Header:
         path = tmp_path / "x.safetensors"
         path.write_bytes(content)
-        return read_header(path)
+        return read_header(LocalReader(path))
 
     return read_bytes
 
@@ -153,7 +154,7 @@ def test_length_over_the_limit(read: ReadBytes, length: int) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b" " * 16, b'{"a":', b"{}x", b"{}\0\0", b"{'a': 1}", b"[" * 100_000],
+    [b"", b" " * 16, b'{"a":', b"{}x", b"{}\0\0", b"{'a': 1}", b'{"a":' * 100_000],
     ids=["empty", "blank", "cut", "rest", "nul padding", "quotes", "deep"],
 )
 def test_not_json(read: ReadBytes, raw: bytes) -> None:
@@ -170,9 +171,17 @@ def test_not_an_object(read: ReadBytes, raw: bytes) -> None:
     rejects(read, encode(raw), "header is not a JSON object")
 
 
-def test_duplicate_key(read: ReadBytes) -> None:
-    text = json.dumps(entry(0, 1))
-    rejects(read, encode(f'{{"a":{text},"a":{text}}}'.encode(), b"x"), "key 'a' appears twice")
+def test_of_a_duplicate_key_the_last_counts_as_in_the_library(read: ReadBytes) -> None:
+    first, last = json.dumps(entry(0, 1)), json.dumps(entry(0, 1, "I8"))
+    content = encode(f'{{"a":{first},"a":{last}}}'.encode(), b"x")
+    assert read(content).tensors == (TensorInfo("a", "I8", (1,), 0, 1),)
+    [(name, tensor)] = deserialize(content)
+    assert (name, tensor["dtype"]) == ("a", "I8")
+
+
+def test_a_duplicate_key_hides_no_bytes(read: ReadBytes) -> None:
+    first, last = json.dumps(entry(0, 1)), json.dumps(entry(1, 2))
+    rejects(read, encode(f'{{"a":{first},"a":{last}}}'.encode(), b"xy"), "leaves a hole")
 
 
 @pytest.mark.parametrize("metadata", [None, [], "pt", {"format": 1}, {"format": None}])
@@ -281,8 +290,8 @@ def test_half_of_a_surrogate_pair(read: ReadBytes, where: str) -> None:
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(HeaderError, match=r"^gone\.safetensors: No such file or directory$"):
-        read_header(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match=r"^gone\.safetensors: No such file or directory$"):
+        read_header(LocalReader(tmp_path / "gone.safetensors"))
 
 
 # --- what is allowed ------------------------------------------------------------------------------
@@ -427,4 +436,4 @@ def test_files_of_anything_never_raise_anything_else(
     path = tmp_path_factory.getbasetemp() / "anything.safetensors"
     path.write_bytes(content)
     with suppress(HeaderError):
-        assert read_header(path).file_nbytes == len(content)
+        assert read_header(LocalReader(path)).file_nbytes == len(content)

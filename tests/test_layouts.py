@@ -5,14 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4moe_convert import row_order
-from fp4moe_convert.contract import Geometry
-from fp4moe_convert.errors import RowOrderError
-from fp4moe_convert.layouts import Bytes, Layout, arrange, holds_nan, undo
+from fp4moe_convert import layouts
+from fp4moe_convert.errors import FormatError
+from fp4moe_convert.format.contract import LayoutRecord
+from fp4moe_convert.layouts.base import BadSourceError
+from fp4moe_convert.layouts.trtllm_nvfp4 import ShuffledRows, holds_nan
+from fp4moe_convert.storage.buffers import Bytes
 
 
 def random_bytes(*shape: int, seed: int = 0) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    """None of them is NaN as a block scale."""
+    return np.random.default_rng(seed).integers(0, 0x7F, shape, np.uint8)
 
 
 def flashinfer_rows(sources: list[Bytes]) -> Bytes:
@@ -39,8 +42,8 @@ def tiled(scales: Bytes) -> Bytes:
 def arranged(sources: list[Bytes], *, tiles: bool) -> Bytes:
     rows, row_nbytes = sources[0].shape
     out = np.empty(sum(source.size for source in sources), np.uint8)
-    layout = Layout(rows, row_nbytes, rows, row_nbytes, tiled=tiles)
-    arrange([source.reshape(-1) for source in sources], out, layout)
+    arrangement = ShuffledRows(rows, row_nbytes, rows, row_nbytes, tiled=tiles)
+    arrangement.arrange([source.reshape(-1) for source in sources], out)
     return out
 
 
@@ -89,19 +92,41 @@ def test_padding_is_zero_and_undo_gives_the_source_back(
 ) -> None:
     rows, row_nbytes = blocks * 128 // count, 4 * (width + missing_words)
     source_rows, source_row_nbytes = rows - 16 * missing_blocks, 4 * width
-    layout = Layout(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
+    arrangement = ShuffledRows(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
     sources = [random_bytes(source_rows * source_row_nbytes, seed=n) for n in range(count)]
-    out = np.full(count * layout.nbytes, 0xA5, np.uint8)
-    arrange(sources, out, layout)
+    out = np.full(count * arrangement.nbytes, 0xA5, np.uint8)
+    arrangement.arrange(sources, out)
 
     padded = [np.zeros((rows, row_nbytes), np.uint8) for _ in sources]
     for matrix, source in zip(padded, sources, strict=True):
         matrix[:source_rows, :source_row_nbytes] = source.reshape(source_rows, -1)
     assert np.array_equal(out, arranged(padded, tiles=tiles))
 
-    undone = [np.full((rows, row_nbytes), 0xA5, np.uint8) for _ in sources]
-    undo(out, undone, layout)
-    assert all(map(np.array_equal, undone, padded))
+    undone = arrangement.undo(out, np.full(out.size, 0xA5, np.uint8))
+    assert all(np.array_equal(u.reshape(-1), s) for u, s in zip(undone, sources, strict=True))
+    if arrangement.nbytes > sources[0].size:
+        out[int(np.flatnonzero(arranged_ones(arrangement, count) == 0)[-1])] = 1
+        with pytest.raises(ValueError, match="is padded with something but zeros"):
+            arrangement.undo(out, np.empty(out.size, np.uint8))
+
+
+def arranged_ones(arrangement: ShuffledRows, count: int) -> Bytes:
+    """Ones where a source's byte goes, zeros where padding does."""
+    out = np.empty(count * arrangement.nbytes, np.uint8)
+    ones = np.ones(arrangement.source_rows * arrangement.source_row_nbytes, np.uint8)
+    arrangement.arrange([ones] * count, out)
+    return out
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_nan_block_scale_is_refused(bad: int) -> None:
+    sources = [random_bytes(64 * 4, seed=n) for n in range(2)]
+    sources[bad][70] = 0xFF
+    out = np.empty(512, np.uint8)
+    with pytest.raises(BadSourceError, match="has a NaN block scale") as refusal:
+        ShuffledRows(64, 4, 64, 4, tiled=True).arrange(sources, out)
+    assert refusal.value.source == bad
+    ShuffledRows(64, 4, 64, 4, tiled=False).arrange(sources, out)  # weights may hold any byte
 
 
 SCALES = pytest.mark.parametrize(
@@ -124,24 +149,17 @@ def test_torch_takes_the_same_bytes_for_nan(values: list[int], expected: bool) -
     assert bool(as_torch.isnan().any()) is expected
 
 
-@pytest.mark.flashinfer
-def test_flashinfer_agrees_for_real_layers() -> None:
-    """DeepSeek-V3, Qwen3-235B, and an I that is padded."""
-    geometries = [Geometry(256, 7168, 2048), Geometry(128, 4096, 1536), Geometry(4, 256, 96)]
-    order = row_order.ask_flashinfer(geometries)
-    assert order.fingerprint == row_order.fingerprint(row_order.our_rows)
-
-
-@pytest.mark.flashinfer
-def test_another_row_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashinfer.shuffle_matrix_a", lambda matrix, _: matrix)
-    with pytest.raises(RowOrderError, match=r"puts row 1 of 256 rows at 1, expected row 4"):
-        row_order.ask_flashinfer([])
-
-
-def test_the_fingerprint_tells_orders_apart() -> None:
-    def swapped(count: int, gated: bool) -> row_order.Rows:
-        rows = row_order.our_rows(count, gated)
-        return rows if not gated else rows[::-1].copy()
-
-    assert row_order.fingerprint(swapped) != row_order.fingerprint(row_order.our_rows)
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("trtllm_nvfp4", {"epilogue_tile_m": 64}),
+        ("trtllm_nvfp4", {}),
+        ("cutlass", {"epilogue_tile_m": 128}),
+    ],
+)
+def test_an_unknown_layout_is_refused(name: str, parameters: dict[str, int]) -> None:
+    layout = layouts.DEFAULT
+    known = LayoutRecord(layout.name, layout.parameters, row_order="", flashinfer="")
+    assert layouts.layout_of(known) is layout
+    with pytest.raises(FormatError, match=f"the layout is {name}.*, this release .* knows trtllm"):
+        layouts.layout_of(LayoutRecord(name, parameters, row_order="", flashinfer=""))

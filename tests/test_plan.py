@@ -11,8 +11,9 @@ from safetensors import safe_open
 from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import prepare
-from fp4moe_convert.headers import DTYPE_BITS
-from fp4moe_convert.plan import MOVE_NBYTES, Move, Plan, PlannedShard
+from fp4moe_convert.layouts.base import MOVE_NBYTES, Move
+from fp4moe_convert.plan import Plan, PlannedShard
+from fp4moe_convert.storage.header import DTYPE_BITS
 
 WIDE = Spec(layers=2, experts=3, sparse=True, mtp=True, kv_scales=True)
 """Full width, so that moves are cut, without the data."""
@@ -58,7 +59,7 @@ def test_every_source_byte_is_read_once(wide: Path) -> None:
     for shard in plan.shards:
         for move in shard.moves:
             for source in move.sources:
-                reads[source.path.name].append((source.offset, source.offset + source.nbytes))
+                reads[source.file].append((source.offset, source.offset + source.nbytes))
     for source_shard in checkpoint.shards:
         header = source_shard.header
         ranges = [(0, header.nbytes), *reads[source_shard.name]]

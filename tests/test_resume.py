@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,21 @@ from support.tensors import range_of
 
 from fp4moe_convert import (
     CheckpointError,
+    ConversionReport,
     ConvertError,
     OutputError,
-    Report,
     VerifyError,
     conversion,
     convert,
-    manifest,
     verify,
 )
-from fp4moe_convert.contract import JOURNAL_NAME
-from fp4moe_convert.journal import ENDING_SECONDS, Journal
+from fp4moe_convert.execution import output_folder, surroundings
+from fp4moe_convert.execution.journal import Journal
+from fp4moe_convert.format.files import JOURNAL_NAME
+from fp4moe_convert.format.manifest import sign
 
 
-def run(source: Path, out: Path, **options: object) -> tuple[Report, list[str]]:
+def run(source: Path, out: Path, **options: object) -> tuple[ConversionReport, list[str]]:
     notes: list[str] = []
     arguments = {"max_shard_nbytes": SMALL_SHARD_NBYTES, **options}
     return convert(source, out, on_note=notes.append, **arguments), notes  # type: ignore[arg-type]
@@ -225,7 +225,7 @@ def test_another_release_changes_what_stands_around_the_shards(
     """A run of it that fails has left the folder unfinished, and not one shard is lost."""
     out = tmp_path / "out"
     run(source, out)
-    monkeypatch.setattr(manifest, "VERSION", "0.0.0+other")
+    monkeypatch.setattr(surroundings, "VERSION", "0.0.0+other")
     stop_after(count)
     if count < 2:  # the manifest and the index; config.json stays as it is
         with pytest.raises(OutputError, match="No space"):
@@ -233,7 +233,7 @@ def test_another_release_changes_what_stands_around_the_shards(
         assert not (out / INDEX).exists()
     else:
         run(source, out)
-        assert manifest.read_manifest(out).versions["fp4moe-convert"] == "0.0.0+other"
+        assert surroundings.read_manifest(out).versions["fp4moe-convert"] == "0.0.0+other"
     monkeypatch.undo()
     report, _ = run(source, out)
     assert report.shards_kept == report.shards
@@ -271,7 +271,7 @@ def test_names_in_a_manifest_lead_to_no_other_folder(source: Path, tmp_path: Pat
     for name in ("../precious", str(precious), "nul\0", ""):
         content["files"][name] = {"bytes": 4, "xxh3_128": ""}
     del content["manifest"]
-    (out / MANIFEST).write_bytes(manifest.encode_signed(content))
+    (out / MANIFEST).write_bytes(sign(content))
     run(source, out, overwrite=True)
     assert precious.read_text() == "mine"
     verify(out, source)
@@ -282,20 +282,19 @@ def test_names_in_a_journal_lead_to_no_other_folder(
 ) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    names = ["../precious", str(precious), "nul\0", "", 1, None]
+    names = ["../precious", str(precious), "nul\0", ""]
     with (stopped / JOURNAL_NAME).open("a") as journal:
-        journal.write(json.dumps({"run": "x", "files": names}) + "\n")
+        journal.write(json.dumps({"line": "files", "files": names}) + "\n")
     run(source, stopped, overwrite=True)
     assert precious.read_text() == "mine"
     assert contents(stopped) == expected
 
 
-MADE = ("bytes", "header", "tensors", "format_version", "row_order", "plan", "sources")
+FIELDS = ("name", "record", "format_version", "row_order", "plan", "sources", "owner", "files")
+KINDS = ("shard", "run", "files", "forget")
 lines = st.dictionaries(
-    st.sampled_from(["run", "files", "forget", "shard", *MADE]), json_values
-) | st.fixed_dictionaries(
-    {"shard": st.text(max_size=3) | json_values} | dict.fromkeys(MADE, json_values)
-)
+    st.sampled_from(["line", *FIELDS]), st.sampled_from(KINDS) | json_values
+) | st.fixed_dictionaries({"line": st.sampled_from(KINDS)} | dict.fromkeys(FIELDS, json_values))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -303,7 +302,7 @@ lines = st.dictionaries(
 def test_a_journal_of_anything_is_read(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join(lines))
     journal = Journal(tmp_path)
-    assert all(isinstance(name, str) for name in journal.files | journal.made.keys())
+    assert all(isinstance(name, str) for name in journal.files | journal.finished.keys())
     journal.close(remove=True)
 
 
@@ -340,7 +339,7 @@ def test_shards_that_were_damaged_are_done_again(
     else:  # cut short in the line on the third shard, the last that got its name
         journal = stopped / JOURNAL_NAME
         lines = [line for line in journal.read_bytes().split(b"\n") if line]
-        assert json.loads(lines[-2])["shard"].startswith("model-00003")
+        assert json.loads(lines[-2])["name"].startswith("model-00003")
         journal.write_bytes(b"\n".join([*lines[:-2], lines[-2][:-20]]))
     report, notes = run(source, stopped)
     assert report.shards_kept == 2
@@ -360,7 +359,7 @@ def test_shards_of_another_format_are_done_again(
 ) -> None:
     journal = stopped / JOURNAL_NAME
     entries = [json.loads(line) for line in journal.read_text().splitlines() if line]
-    changed = [entry | {key: value} if "shard" in entry else entry for entry in entries]
+    changed = [entry | {key: value} if entry["line"] == "shard" else entry for entry in entries]
     journal.write_text("\n".join(map(json.dumps, changed)))
     report, notes = run(source, stopped)
     assert report.shards_kept == 0
@@ -386,7 +385,10 @@ def test_a_folder_where_a_shard_will_be_is_foreign(stopped: Path, source: Path) 
 
 
 def test_overwrite_deletes_nothing_that_it_cannot_replace(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    install_flashinfer: Callable[[str | None], None],
 ) -> None:
     out = tmp_path / "out"
     run(source, out)
@@ -398,10 +400,11 @@ def test_overwrite_deletes_nothing_that_it_cannot_replace(
         with pytest.raises(ConvertError, match="of free disk"):
             run(larger, out, overwrite=True)
     assert contents(out) == before
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "flashinfer", None)
+    with monkeypatch.context():
+        install_flashinfer("99.0")
         with pytest.raises(ConvertError, match="flashinfer: cannot be imported"):
             run(source, out, overwrite=True)
+    monkeypatch.undo()
     assert contents(out) == before
     # What is deleted makes room.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10_000))
@@ -452,37 +455,54 @@ def test_foreign_files_are_never_touched(
     assert precious.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [],
-        [{"pid": 2**22}],
-        [{"pid": "x"}],
-        [{"pid": "\0"}],
-        [{"pid": -1}],
-        [{"pid_namespace": "another host's"}, {"pid": 2**22}],
-        [{"run": 1}],
-        [{"run": None}],
-    ],
-    ids=str,
-)
-def test_a_second_run_stops_and_says_who_is_there(
-    stopped: Path, source: Path, lines: list[dict[str, object]]
+@pytest.mark.parametrize("later", [{}, {"line": "run"}, {"line": "run", "owner": 1}], ids=str)
+def test_a_second_run_stops_at_once_and_says_who_is_there(
+    stopped: Path, source: Path, later: dict[str, object]
 ) -> None:
-    """At once; whatever the journal says of who was there before."""
+    """Whatever else the journal says."""
     first = Journal(stopped)
-    said = json.loads((stopped / JOURNAL_NAME).read_bytes().splitlines()[-1])
     with (stopped / JOURNAL_NAME).open("a") as journal:
-        journal.writelines(f"\n{json.dumps(said | line)}\n" for line in lines)
+        journal.write(f"\n{json.dumps(later)}\n")
     before = contents(stopped)
-    started = time.monotonic()
-    who = rf"process {os.getpid()} on {socket.gethostname()}, at work since .*"
+    who = rf"process {os.getpid()} on {socket.gethostname()}, at work since \d{{4}}-.* [+-]\d{{4}}"
     with pytest.raises(OutputError, match=rf"in use by {who}$"):
         run(source, stopped)
-    assert time.monotonic() - started < ENDING_SECONDS / 2
     assert contents(stopped) == before
     first.close(remove=False)
     run(source, stopped)
+
+
+def test_a_linked_journal_is_not_written_through(
+    stopped: Path, source: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    (stopped / JOURNAL_NAME).rename(precious)
+    (stopped / JOURNAL_NAME).symlink_to(precious)
+    before = precious.read_bytes()
+    with pytest.raises(OutputError, match=r"\.fp4moe-journal\.jsonl: Too many levels of symb"):
+        run(source, stopped)
+    assert precious.read_bytes() == before
+
+
+def test_a_journal_that_is_removed_while_it_is_locked_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last owner removes it between our opening it and its unlocking it. A lock on a file that
+    nobody else can find would keep nobody out."""
+    path, flock, calls = tmp_path / JOURNAL_NAME, fcntl.flock, [0]
+
+    def removed_meanwhile(fd: int, operation: int) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            path.unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    journal = Journal(tmp_path)
+    assert calls == [2]
+    with pytest.raises(OutputError, match="in use by process"):
+        Journal(tmp_path)
+    journal.close(remove=True)
 
 
 def test_the_lock_ends_with_its_process(source: Path, tmp_path: Path) -> None:
@@ -526,12 +546,13 @@ def test_verify_reads_finished_shards_before_they_are_kept(
 
 @pytest.mark.parametrize("kill_at", ["model.safetensors.index.json", "fp4moe_manifest.json"])
 def test_a_kill_while_a_result_is_taken_back(source: Path, tmp_path: Path, kill_at: str) -> None:
-    """Neither the journal nor the manifest goes on vouching for it."""
+    """Neither the journal nor the manifest proves anything any more."""
     program = f"""
 import os, signal
-from fp4moe_convert import conversion, workspace
+from fp4moe_convert import conversion
+from fp4moe_convert.execution import output_folder
 from support.folders import flip_bit
-finish, remove_file = conversion.finish, workspace.remove_file
+finish, remove_file = output_folder.write_surroundings, output_folder.remove_file
 def finish_and_damage(checkpoint, plan, out_dir, **rest):
     finish(checkpoint, plan, out_dir, **rest)
     flip_bit(out_dir / plan.shards[0].name)
@@ -539,7 +560,7 @@ def remove_and_die(path):
     remove_file(path)
     if path.name == {kill_at!r}:
         os.kill(os.getpid(), signal.SIGKILL)
-conversion.finish, workspace.remove_file = finish_and_damage, remove_and_die
+output_folder.write_surroundings, output_folder.remove_file = finish_and_damage, remove_and_die
 conversion.convert({str(source)!r}, {str(tmp_path / "out")!r}, verify=True)
 """
     done = subprocess.run(
@@ -555,7 +576,7 @@ def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
     stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk that is full there is no room for a line in the journal."""
-    finish = conversion.finish
+    finish = output_folder.write_surroundings
 
     def no_room(*_: object) -> None:
         raise OutputError("journal: No space left on device")
@@ -565,7 +586,7 @@ def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
         flip_bit(sorted(stopped.glob("*.safetensors"))[0])
         monkeypatch.setattr(Journal, "_append", no_room)
 
-    monkeypatch.setattr(conversion, "finish", finish_and_damage)
+    monkeypatch.setattr(output_folder, "write_surroundings", finish_and_damage)
     with pytest.raises(VerifyError, match=r"^model-.*: '"):
         run(source, stopped, verify=True)
     assert not (stopped / INDEX).exists()
@@ -576,14 +597,14 @@ def test_a_result_that_does_not_verify_is_not_built_on(
     stopped: Path, source: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = sorted(stopped.glob("*.safetensors"))[0]
-    finish = conversion.finish
+    finish = output_folder.write_surroundings
 
     def finish_and_damage(*args: Any, **kwargs: Any) -> None:
         finish(*args, **kwargs)
         flip_bit(shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "finish", finish_and_damage)
+        patch.setattr(output_folder, "write_surroundings", finish_and_damage)
         with pytest.raises(VerifyError, match=rf"^{shard.name}: "):
             run(source, stopped, verify=True)
     assert not (stopped / INDEX).exists()

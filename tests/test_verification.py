@@ -13,7 +13,14 @@ from support.folders import MANIFEST, flip_bit
 from support.make_checkpoint import Spec, make_checkpoint
 
 from fp4moe_convert import VerifyError, convert, verify
-from fp4moe_convert.headers import read_header
+from fp4moe_convert.storage import header as storage_header
+from fp4moe_convert.storage.header import Header
+from fp4moe_convert.storage.local import LocalReader
+
+
+def read_header(path: Path) -> Header:
+    return storage_header.read_header(LocalReader(path))
+
 
 SPEC = Spec(
     layers=1, experts=2, hidden=128, intermediate=80, dense_layers=0, vocab_size=16, shards=2

@@ -1,5 +1,6 @@
-"""Plugins with which SGLang and vLLM load converted checkpoints.
+"""Plugins with which engines load converted checkpoints.
 
-``slices`` cuts a rank's share out of the file and knows no engine; ``sglang`` and ``vllm`` hold
-each engine's hooks and nothing else.
+`engines` lists the engines, with what can be said of one where it is not installed: its
+tensor-parallel rule and its serve command. A sub-package each holds that and its hooks. What
+engines have in common knows none of them: `checks`, `converted_layer` and `slices`.
 """

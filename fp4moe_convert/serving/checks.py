@@ -1,7 +1,7 @@
 """What must hold before an engine may load a converted checkpoint, the same for every engine.
 
-Mis-laid weights do not crash, they answer nonsense: whatever is not known to be right is refused,
-in one message that names the reason and the way out.
+Weights that are laid out wrongly do not crash, they answer nonsense. Whatever is not known to be
+right is refused, in one message with the reason and with what to do instead.
 """
 
 from __future__ import annotations
@@ -13,44 +13,53 @@ from typing import Any
 
 import torch
 
-from ..contract import Conversion, read_quantization_section
-from ..errors import ConvertError
-from ..row_order import flashinfer_row_order
+from ..errors import ConvertError, ServingError
+from ..format.contract import ConvertedSection
+from ..layouts import fingerprints, layout_of
 
 logger = logging.getLogger(__name__)
 
 WAY_OUT = "serve the original checkpoint instead"
 
 
-class ServingError(ConvertError, ValueError):
-    """A converted checkpoint cannot be served like this."""
+def refusal(reason: str, remedy: str | None = None) -> ServingError:
+    """The error that stops an engine.
 
-
-def check_section(section: Mapping[str, Any], *, engine: str) -> Conversion:
-    """Read a checkpoint's section and hold its row order against the engine's own FlashInfer.
-
-    Raises:
-        ServingError: unknown format, or another row order.
+    Args:
+        reason: what is wrong.
+        remedy: what to do, where there is more than serving the original.
     """
-    conversion = read_section(section)
-    check_row_order(conversion, engine=engine)
-    return conversion
+    return ServingError(f"fp4moe: {reason}; {f'{remedy}, or ' if remedy else ''}{WAY_OUT}")
 
 
-def read_section(section: Mapping[str, Any]) -> Conversion:
-    """The first half of `check_section`, for a process that had better not import FlashInfer.
+def check_section(section: Mapping[str, Any], *, engine: str) -> ConvertedSection:
+    """Read a checkpoint's section and compare its row order with the engine's own FlashInfer.
 
     Raises:
-        ServingError: unknown format.
+        ServingError: unknown format or layout, or another row order.
+    """
+    converted = read_section(section)
+    check_row_order(converted, engine=engine)
+    return converted
+
+
+def read_section(section: Mapping[str, Any]) -> ConvertedSection:
+    """Read a checkpoint's section, in a process that had better not import FlashInfer.
+
+    Raises:
+        ServingError: unknown format or layout.
     """
     try:
-        return read_quantization_section(section)
+        converted = ConvertedSection.from_json(section)
+        layout_of(converted.layout)
     except ConvertError as error:
-        raise ServingError(f"fp4moe: {error}; {WAY_OUT}") from error
+        raise refusal(str(error)) from error
+    return converted
 
 
-def check_row_order(conversion: Conversion, *, engine: str) -> None:
-    """The second half, which imports FlashInfer, and that initializes CUDA.
+def check_row_order(converted: ConvertedSection, *, engine: str) -> None:
+    """Compare a checkpoint's row order with FlashInfer's. Imports FlashInfer, which initializes
+    CUDA.
 
     Raises:
         ServingError: another row order, or FlashInfer cannot be asked.
@@ -58,14 +67,16 @@ def check_row_order(conversion: Conversion, *, engine: str) -> None:
     try:
         # FlashInfer mixes our device with the default one, which engines set while they build.
         with torch.device("cpu"):
-            order = flashinfer_row_order()
+            order = fingerprints.ask()
     except ConvertError as error:
-        raise ServingError(f"fp4moe: {error}; {WAY_OUT}") from error
-    if order.fingerprint != conversion.row_order:
-        raise ServingError(
-            f"fp4moe: the checkpoint was laid out for the row order {conversion.row_order} of "
-            f"flashinfer {conversion.flashinfer}, this {engine} has flashinfer "
-            f"{order.flashinfer} with {order.fingerprint}; convert again with it, or {WAY_OUT}"
+        raise refusal(str(error)) from error
+    layout = converted.layout
+    if order.fingerprint != layout.row_order:
+        raise refusal(
+            f"the checkpoint was laid out for the row order {layout.row_order} of "
+            f"flashinfer {layout.flashinfer}, this {engine} has flashinfer "
+            f"{order.flashinfer} with {order.fingerprint}",
+            "convert again with it",
         )
 
 

@@ -667,7 +667,7 @@ class Run:
         import sglang
         from sglang.srt.plugins.hook_registry import HookRegistry
 
-        from fp4moe_convert.serving.sglang import HOOKS, register
+        from fp4moe_convert.serving.sglang.hooks import HOOKS, register
 
         case = "loading again into the same model"
         folder = self.folder("qwen3", "converted", case)

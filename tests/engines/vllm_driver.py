@@ -517,7 +517,7 @@ class Bench:
 
 
 def is_ours(experts: Any) -> bool:
-    return type(experts.quant_method).__module__ == "fp4moe_convert.serving.vllm"
+    return type(experts.quant_method).__module__ == "fp4moe_convert.serving.vllm.hooks"
 
 
 @contextlib.contextmanager

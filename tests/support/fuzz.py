@@ -111,27 +111,28 @@ def source_folder(quantization: str = "config") -> tuple[bytes, ...]:
 
 def converted_folder() -> tuple[bytes, ...]:
     """What the converter makes of such a layer."""
-    from fp4moe_convert import contract, headers, manifest
+    from fp4moe_convert import layouts
+    from fp4moe_convert.format import contract, manifest
+    from fp4moe_convert.storage.header import spec_nbytes
 
     prefix, geometry = "layers.0.mlp.experts", contract.Geometry(2, 128, 16)
-    specs = contract.layer_tensors(prefix, geometry)
+    layout = layouts.DEFAULT
     tensors = {
-        spec.name: (spec.dtype, spec.shape, headers.spec_nbytes(spec.dtype, spec.shape))
-        for spec in specs
+        spec.name: (spec.dtype, spec.shape, spec_nbytes(spec.dtype, spec.shape))
+        for spec in layout.tensors(prefix, geometry)
     }
-    section = contract.quantization_section(
-        {prefix: geometry},
-        row_order="1234",
-        flashinfer="0.7.2",
+    section = contract.ConvertedSection(
+        layout=contract.LayoutRecord(layout.name, layout.parameters, "1234", "0.7.2"),
+        layers={prefix: geometry},
         source={"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
-    )
+    ).as_json()
     record = manifest.ShardRecord(1, "00", dict.fromkeys(tensors, "00"))
     content = manifest.Manifest(
-        source={
-            "path": "x",
-            "shards": {SHARDS[0]: {"bytes": 1, "header": "00", "modified_ns": 1}},
-            "files": {CONFIG: {"bytes": 1, "xxh3_128": "00"}},
-        },
+        source=manifest.SourceRecord(
+            path="x",
+            shards={SHARDS[0]: {"bytes": 1, "header": "00", "modified_ns": 1}},
+            files={CONFIG: manifest.FileRecord(1, "00")},
+        ),
         versions={"fp4moe-convert": "0.1.0", "flashinfer": "0.7.2"},
         row_order="1234",
         max_shard_nbytes=1,
@@ -178,19 +179,19 @@ def described_nbytes(header: bytes) -> int:
 
 def with_own_checksum(manifest: bytes) -> bytes:
     """Inputs that are refused for their checksum alone lead nowhere."""
-    from fp4moe_convert.manifest import encode_signed
+    from fp4moe_convert.format.manifest import sign
 
     with suppress(ValueError, RecursionError):
         content = json.loads(manifest)
         if isinstance(content, dict) and "manifest" in content:
             del content["manifest"]
-            return encode_signed(content)
+            return sign(content)
     return manifest
 
 
 def with_own_offsets(header: bytes) -> bytes:
     """Tensors one after the other, as long as they say; shapes are what a folder is fuzzed for."""
-    from fp4moe_convert.headers import spec_nbytes
+    from fp4moe_convert.storage.header import spec_nbytes
 
     with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
         content = json.loads(header)
@@ -207,7 +208,7 @@ def with_own_offsets(header: bytes) -> bytes:
 
 def check_header(text: bytes) -> None:
     from fp4moe_convert.errors import HeaderError
-    from fp4moe_convert.headers import parse_header
+    from fp4moe_convert.storage.header import parse_header
 
     raw = len(text).to_bytes(8, "little") + text
     file_nbytes = len(raw) + described_nbytes(text)
@@ -251,14 +252,17 @@ class Folder:
 
     def read(self) -> None:
         """Whatever reads a folder before it reads weights."""
-        from fp4moe_convert.checkpoint import open_checkpoint
         from fp4moe_convert.conversion import prepare
         from fp4moe_convert.errors import ConvertError
+        from fp4moe_convert.execution.surroundings import read_manifest
         from fp4moe_convert.inspection import inspect
-        from fp4moe_convert.manifest import describe_source, read_manifest, source_difference
+        from fp4moe_convert.source.checkpoint import open_checkpoint
+        from fp4moe_convert.source.identity import describe_source, source_difference
+        from fp4moe_convert.storage.local import LocalFolder
 
+        store = LocalFolder(self.root)
         with suppress(ConvertError):
-            describe_source(open_checkpoint(self.root))
+            describe_source(open_checkpoint(store))
         with suppress(ConvertError):
             _, plan = prepare(self.root, max_shard_nbytes=20_000)
             dump(plan.as_json())
@@ -267,7 +271,7 @@ class Folder:
         with suppress(ConvertError):
             read_manifest(self.root).encode()
         with suppress(ConvertError):
-            source_difference(open_checkpoint(self.root), read_manifest(self.root), same_files=True)
+            source_difference(open_checkpoint(store), read_manifest(self.root), same_files=True)
 
 
 def make_check(target: str, root: Path) -> Check:
@@ -447,8 +451,7 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["fp4moe_convert"]):
         import fp4moe_convert.conversion
-        import fp4moe_convert.inspection
-        import fp4moe_convert.manifest  # noqa: F401
+        import fp4moe_convert.inspection  # noqa: F401
 
     def custom_mutator(data: bytes, max_nbytes: int, seed: int) -> bytes:
         return mutate(data, max_nbytes, seed, atheris.Mutate)

@@ -1,0 +1,1 @@
+"""The command line: `commands` parses and calls, `display` shows, `process` is the process."""

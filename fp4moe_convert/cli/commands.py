@@ -1,0 +1,235 @@
+"""The commands: parse, call the library, print the result.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a known failure, 2 wrong
+usage, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from .. import defaults
+from ..errors import ConvertError, printable
+from .process import when_interrupted
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# The library is imported inside the commands: --help does not need it, and numpy would double its
+# time.
+
+Params = ParamSpec("Params")
+
+app = typer.Typer(
+    name="fp4moe",
+    help="Lay NVFP4 mixture-of-experts checkpoints out for FlashInfer's TRT-LLM kernels, offline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(
+    name="fp4moe-convert", add_completion=False, pretty_exceptions_enable=False
+)
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "5GB", "500 MiB" or "1000000"; units of a thousand unless they say "i"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not 1 <= (nbytes := float(match[1]) * unit) < 2**63:
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MiB")
+    return round(nbytes)
+
+
+def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
+    """Known failures become one line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConvertError as error:
+            _say(f"error: {error}", style="red")
+            raise typer.Exit(1) from None
+        except _StdoutError as error:
+            # The interpreter would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error.__cause__, BrokenPipeError):  # its reader left on purpose
+                _say(f"error: stdout: {error}", style="red")
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+class _StdoutError(Exception):
+    """The result could not be printed."""
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """One line on stderr, whatever its length: logs are read by line."""
+    from rich.console import Console
+
+    line = printable(text).replace("\n", "\\n")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(line, style=style, markup=False, emoji=False)
+
+
+def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+    """The result, on stdout: JSON values as one object, or tables."""
+    if isinstance(result, dict):
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        Console(highlight=False).print(*result, sep="\n")
+        return
+    # In a pipe or a file a line is as long as it needs to be, and no longer.
+    console = Console(highlight=False, width=1000)
+    with console.capture() as captured:
+        console.print(*result, sep="\n")
+    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
+
+
+def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+    try:
+        _render(result)
+        sys.stdout.flush()
+    except OSError as error:
+        raise _StdoutError(error.strerror) from error
+
+
+# readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
+_argument = functools.partial(typer.Argument, show_default=False, readable=False)
+ModelDir = Annotated[Path, _argument(help="A local ModelOpt NVFP4 model folder.")]
+OutDir = Annotated[
+    Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DirectIo = Annotated[
+    bool,
+    typer.Option(
+        "--direct-io/--no-direct-io",
+        help="Read and write past the page cache where the file system allows.",
+    ),
+]
+Threads = Annotated[
+    int, typer.Option(min=1, max=256, help="Workers; each takes about 17 MB of memory.")
+]
+
+
+@app.command("convert")
+@convert_app.command()
+@_fails_plainly
+def convert_command(
+    model_dir: ModelDir,
+    out_dir: OutDir,
+    max_shard_size: Annotated[
+        int,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
+    ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read finished shards before they are kept, then all of the result, and compare "
+            "it with the source.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+) -> None:
+    """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels."""
+    if dry_run:
+        from ..conversion import prepare
+        from .display import plan_tables
+
+        _, plan = prepare(model_dir, max_shard_nbytes=max_shard_size)
+        _print(plan.as_json() if as_json else plan_tables(plan))
+        return
+    from ..conversion import convert
+    from .display import progress_on, report_table
+
+    when_interrupted(advice="; run the same command again to resume")
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = convert(
+            model_dir,
+            out_dir,
+            max_shard_nbytes=max_shard_size,
+            direct_io=direct_io,
+            threads=threads,
+            verify=verify,
+            overwrite=overwrite,
+            on_progress=on_progress,
+            on_note=None if quiet else _say,
+        )
+    for warning in report.warnings:
+        _say(f"warning: {warning}", style="yellow")
+    _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("verify")
+@_fails_plainly
+def verify_command(
+    out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL_DIR",
+            readable=False,
+            help="The checkpoint it was converted from: undo each layout and compare.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+) -> None:
+    """Read every byte of a converted checkpoint and compare it with its manifest, or its source."""
+    from ..verification import verify
+    from .display import progress_on, verified_table
+
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        verified = verify(
+            out_dir, source, direct_io=direct_io, threads=threads, on_progress=on_progress
+        )
+    _print(verified.as_json() if as_json else [verified_table(verified)])
+
+
+@app.command("inspect")
+@_fails_plainly
+def inspect_command(
+    folder: Annotated[Path, _argument(help="A model folder, source or converted.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model folder holds, and what a conversion would do or did."""
+    from ..inspection import inspect
+    from .display import inspection_tables
+
+    inspection = inspect(folder)
+    _print(inspection.as_json() if as_json else inspection_tables(inspection))

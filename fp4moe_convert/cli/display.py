@@ -1,0 +1,237 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from ..conversion import ConversionReport
+from ..errors import printable
+from ..format.contract import Geometry
+from ..inspection import Inspection
+from ..plan import Plan
+from ..progress import OnProgress, Progress
+from ..serving.engines import tensor_parallel_sizes
+from ..verification import Verified
+from .process import when_interrupted
+
+LOG_INTERVAL = 10.0
+"""Seconds between two lines of a log."""
+
+
+@contextmanager
+def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[OnProgress | None]:
+    """Show progress on ``stream``: a bar on a terminal, a plain line now and then in a log."""
+    console = Console(file=stream, highlight=False, emoji=False)
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        line = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+        # Drawing takes the interpreter's lock from the workers: a few times a second is enough.
+        live = Live(Group(bar, line), console=console, refresh_per_second=4, transient=True)
+        with live:
+            when_interrupted(clean_up=live.stop)
+            yield _bar_updater(bar, line)
+    else:
+        yield log_writer(console)
+
+
+def _bar_updater(bar: Bar, line: Text) -> OnProgress:
+    tasks: dict[str, TaskID] = {}
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase not in tasks:
+            for task in tasks.values():
+                bar.remove_task(task)
+            tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
+        bar.update(tasks[progress.phase], completed=progress.done)
+        line.plain = printable(progress.item)
+
+    return on_progress
+
+
+def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) -> OnProgress:
+    """Writes a line at the start and the end of each phase and every `LOG_INTERVAL` between."""
+    started: dict[str, float] = {}
+    last_line = 0.0
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal last_line
+        now = clock()
+        first = progress.phase not in started
+        seconds = now - started.setdefault(progress.phase, now)
+        left = progress.total - progress.done
+        if not first and left and now - last_line < LOG_INTERVAL:
+            return
+        last_line = now
+        words = [
+            f"{progress.phase} {progress.done / progress.total:4.0%}",
+            f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB",
+        ]
+        if seconds > 0:
+            rate = progress.done / seconds
+            words.append(f"{rate / 1e9:.2f} GB/s")
+            words.append(f"{left / rate:.0f} s left" if left else f"{seconds:.1f} s")
+        words.append(progress.item)
+        console.print(printable(", ".join(words)), markup=False, soft_wrap=True)
+
+    return on_progress
+
+
+def report_table(report: ConversionReport) -> Table:
+    """What a conversion did, and what to do with it."""
+    rows = {
+        "converted": _layers(report.layers),
+        "passed through": _passed(report.passed_layers),
+        "tensors": f"{report.tensors_in:,} -> {report.tensors_out:,}",
+        "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
+        "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
+        if report.shards_kept
+        else "",
+        "time": f"{report.seconds:.1f} s, {report.bytes_per_second / 1e9:.2f} GB/s",
+        "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
+        "verified": ""
+        if report.verify_seconds is None
+        else f"every byte against the source, {report.verify_seconds:.1f} s",
+        "row order": f"{report.row_order} ({_release(report)})",
+        "tensor parallel": _tensor_parallel(report.tensor_parallel),
+        "serve": "\n".join(
+            ["with this package installed beside the engine:", *report.serve.values()]
+        ),
+    }
+    return _table(rows)
+
+
+def _release(report: ConversionReport) -> str:
+    note = "" if report.flashinfer_installed else ", the newest on record; none is installed"
+    return f"flashinfer {report.flashinfer}{note}"
+
+
+def verified_table(verified: Verified) -> Table:
+    """What was compared."""
+    rate = verified.nbytes / verified.seconds / 1e9
+    against = "the manifest's checksums"
+    if verified.source is not None:
+        against += f", and every byte with {verified.source}"
+    return _table(
+        {
+            "verified": against,
+            "files": f"{verified.files:,}",
+            "tensors": f"{verified.tensors:,}",
+            "bytes": f"{verified.nbytes:,}",
+            "time": f"{verified.seconds:.1f} s, {rate:.2f} GB/s",
+        }
+    )
+
+
+def plan_tables(plan: Plan) -> Iterator[Table]:
+    """What a conversion would do."""
+    yield _table(
+        {
+            "would convert": _layers(len(plan.layers)),
+            "pass through": _passed(plan.passed_reasons),
+            "tensors": f"{plan.tensors_in:,} -> {plan.tensors_out:,}",
+            "bytes": f"{plan.bytes_in:,} -> {plan.bytes_out:,}",
+            "tensor parallel": _tensor_parallel(tensor_parallel_sizes(plan.geometries.values())),
+        }
+    )
+    yield _geometry_table(plan.geometries)
+    shards = Table("shard", box=box.SIMPLE_HEAD)
+    shards.add_column("bytes", justify="right")
+    shards.add_column("tensors", justify="right")
+    shards.add_column("expert layers")
+    for shard in plan.shards:
+        prefixes = {plan.layer_of.get(name) for name in shard.tensors}
+        held = [prefix for prefix in plan.geometries if prefix in prefixes]
+        shards.add_row(
+            _cell(shard.name), f"{shard.nbytes:,}", str(len(shard.tensors)), _cell("\n".join(held))
+        )
+    yield shards
+
+
+def inspection_tables(inspection: Inspection) -> Iterator[Table]:
+    """What a folder holds."""
+    state = inspection.state + (f": {inspection.reason}" if inspection.reason else "")
+    fingerprint = f"{inspection.row_order} (flashinfer {inspection.flashinfer})"
+    yield _table(
+        {
+            "folder": inspection.folder,
+            "state": state,
+            "quantization": inspection.quantization,
+            "shards": f"{inspection.shards:,}",
+            "tensors": f"{inspection.tensors:,}",
+            "bytes": f"{inspection.nbytes:,}",
+            "by dtype": ", ".join(f"{k} {v:,}" for k, v in inspection.dtypes.items()),
+            "converted" if inspection.state == "converted" else "to convert": _layers(
+                len(inspection.layers)
+            ),
+            "passed through": _passed(inspection.passed_layers),
+            "tensor parallel": _tensor_parallel(inspection.tensor_parallel),
+            "row order": fingerprint if inspection.row_order else "",
+        }
+    )
+    if inspection.layers:
+        yield _geometry_table(inspection.layers)
+
+
+def _table(rows: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows.items():
+        if value:
+            table.add_row(label, _cell(value))
+    return table
+
+
+def _cell(value: str) -> Text:
+    """A Text is not read as markup."""
+    return Text(printable(value))
+
+
+def _geometry_table(layers: Mapping[str, Geometry]) -> Table:
+    table = Table("layer", box=box.SIMPLE_HEAD)
+    for title in ("experts", "hidden", "intermediate"):
+        table.add_column(title, justify="right")
+    for prefix, geometry in layers.items():
+        sizes = (geometry.experts, geometry.hidden, geometry.intermediate)
+        table.add_row(_cell(prefix), *map(str, sizes))
+    return table
+
+
+def _layers(count: int) -> str:
+    return f"{count} MoE layer{'' if count == 1 else 's'}"
+
+
+def _passed(layers: Mapping[str, str]) -> str:
+    return "\n".join(f"{prefix}: {reason}" for prefix, reason in layers.items())
+
+
+def _tensor_parallel(sizes: Mapping[str, list[int]]) -> str:
+    return "; ".join(f"{engine} {', '.join(map(str, s))}" for engine, s in sizes.items())

@@ -1,0 +1,411 @@
+"""The output folder of a conversion: whose it is, what in it is kept, what has to go.
+
+A folder is ours if it is empty, or holds nothing but what conversions left there, as their journal
+or their manifest records. Nothing else in it is ever deleted, or written beside.
+
+A run takes the folder through states, each a type that offers only what is allowed in it:
+
+    Opened    locked, and found to be ours
+    Planned   compared with a plan: which finished shards stay, which are written again
+    Writing   stale files are gone; shards are written, and each gets its name when it is finished
+    Done      everything is there, the index too
+    Rejected  verification failed: the index and the manifest are gone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import OutputError, VerifyError, naming
+from ..format.files import (
+    FOREIGN_FILES,
+    GENERATED,
+    INDEX_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+)
+from ..format.manifest import Manifest, ShardRecord
+from ..layouts.base import RowOrder
+from ..plan import PlannedShard
+from ..storage.durable import WriteFile, make_folder, publish, remove_file, sync_folder
+from ..storage.local import files_below
+from .journal import FinishedShard, Journal
+from .stock import Work, take_stock
+from .surroundings import read_manifest, write_surroundings
+
+
+class OutputFolder:
+    """An output folder, locked for as long as the ``with`` block lasts."""
+
+    def __init__(self, path: Path, *, source: Path | None) -> None:
+        """Make the folder if need be, and lock it.
+
+        Args:
+            path: of the folder.
+            source: the source folder, where it is a local one; neither may lie in the other.
+
+        Raises:
+            OutputError: the folder is unfit or not ours, or another process holds it.
+        """
+        _check_place(path, source)
+        self.path = path
+        with naming(path, OutputError):
+            self._created = not path.exists()
+            make_folder(path)
+            known = (path / JOURNAL_NAME).exists() or (path / MANIFEST_NAME).exists()
+            if not known and any(path.iterdir()):
+                raise OutputError(f"{path}: is not empty")
+        self.journal = Journal(path)
+        self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
+        try:
+            self.manifest = self._read_manifest()
+            self.ours = self.journal.files | _files_of(self.manifest)
+            """Names that a conversion has left, or is about to."""
+            self._refuse_foreign()
+        except BaseException as failure:
+            self.__exit__(type(failure), failure, None)
+            raise
+
+    def __enter__(self) -> Opened:
+        assert isinstance(self._state, Opened)
+        return self._state
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave(interrupted=isinstance(failure, KeyboardInterrupt))
+        if failure is not None and self._created:
+            with contextlib.suppress(OSError):  # something is left in it
+                self.path.rmdir()
+
+    def _leave(self, *, interrupted: bool) -> None:
+        """Unlock. After a failure only what the next run can use stays: finished shards and the
+        journal.
+
+        After Ctrl-C everything stays for the next run to tidy up: deleting gigabytes has to wait
+        for a disk that is busy writing them (3 to 5 s were seen).
+        """
+        nothing_to_resume = False
+        # Where tidying up fails as well, the failure that came first is reported.
+        with contextlib.suppress(OSError, OutputError):
+            match self._state:
+                case _ if self.has_index:
+                    nothing_to_resume = True
+                case Opened() | Planned():
+                    nothing_to_resume = not self.journal.files
+                case Writing() as writing if not interrupted:
+                    self.clear(writing.keep)
+                    finished = self.journal.finished
+                    nothing_to_resume = not any((self.path / name).exists() for name in finished)
+        with contextlib.suppress(OSError):
+            self.journal.close(remove=nothing_to_resume)
+
+    def enter(self, state: Planned | Writing | Done | Rejected) -> None:
+        """Go on to the next state."""
+        self._state = state
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the folder looks finished."""
+        return (self.path / INDEX_NAME).is_file()
+
+    def _read_manifest(self) -> Manifest | None:
+        try:
+            return read_manifest(self.path)
+        except VerifyError as error:
+            if self.has_index and not self.journal.files:
+                raise OutputError(
+                    f"{self.path}: nothing tells what conversions have left there: {error}; "
+                    "choose another folder"
+                ) from None
+            return None
+
+    def _refuse_foreign(self) -> None:
+        """Links are never ours: we make none, and would write through a planted one."""
+        files = set(files_below(self.path, OutputError)) - FOREIGN_FILES - {JOURNAL_NAME}
+        self.refuse(
+            name
+            for name in files
+            if name.removesuffix(PARTIAL_SUFFIX) not in self.ours or (self.path / name).is_symlink()
+        )
+
+    def refuse_folders_named(self, names: set[str]) -> None:
+        """A folder that has the name of a file of ours is not ours."""
+        self.refuse(
+            path.name
+            for path in self.path.iterdir()
+            if path.name.removesuffix(PARTIAL_SUFFIX) in names and path.is_dir()
+        )
+
+    def refuse(self, foreign: Iterable[str]) -> None:
+        if name := min(foreign, default=None):
+            raise OutputError(f"{self.path}: holds {name!r}, which no conversion has left there")
+
+    def stale(self, keep: set[str]) -> set[str]:
+        """Files of ours, finished or not, but for ``keep``.
+
+        Only what lies in the folder is listed, so no name in a journal or a manifest can lead to a
+        file elsewhere.
+        """
+        return {
+            name
+            for name in files_below(self.path, OutputError)
+            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self.ours
+        }
+
+    def clear(self, keep: set[str]) -> None:
+        """Delete `stale` files, and folders of ours that are then empty."""
+        # The index first: without one the folder is unfinished, whatever else is still there.
+        for name in sorted(self.stale(keep), key=lambda name: name != INDEX_NAME):
+            with naming(name, OutputError):
+                if name == INDEX_NAME:
+                    remove_file(self.path / name)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
+        folders = {str(parent) for name in self.ours for parent in Path(name).parents} - {"."}
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            if os.path.relpath(folder, self.path) in folders and not os.listdir(folder):
+                os.rmdir(folder)
+
+
+@dataclass
+class Opened:
+    """Locked, and found to be ours. Nothing has been written but the journal."""
+
+    folder: OutputFolder
+
+    def plan(self, work: Work, *, overwrite: bool) -> Planned:
+        """Decide which finished shards are kept.
+
+        Args:
+            work: what is to be there.
+            overwrite: keep nothing of what earlier runs left.
+
+        Raises:
+            OutputError: the folder holds a finished conversion of something else.
+        """
+        folder = self.folder
+        folder.refuse_folders_named({shard.name for shard in work.plan.shards} | folder.ours)
+        planned = Planned(folder, work)
+        if not overwrite:
+            recorded = dict(folder.journal.finished)
+            if folder.manifest is not None and not folder.journal.forgotten:
+                recorded |= _recorded_by(folder.manifest, work, folder)
+            planned.kept, planned.to_redo = take_stock(
+                work, recorded, folder.path, was_finished=folder.has_index
+            )
+        folder.enter(planned)
+        return planned
+
+
+def _recorded_by(manifest: Manifest, work: Work, folder: OutputFolder) -> dict[str, FinishedShard]:
+    """The shards of a manifest, if it is of this very conversion."""
+    if (difference := work.difference(manifest)) is None:
+        shards = work.plan.shards
+        return {s.name: work.finished(s, manifest.shards[s.name]) for s in shards}
+    if folder.has_index:
+        raise OutputError(
+            f"{folder.path}: holds a finished conversion of another checkpoint or with "
+            f"other options: {difference}; choose another folder, or --overwrite it"
+        )
+    return {}
+
+
+@dataclass
+class Planned:
+    """Compared with a plan. Still nothing has been written or deleted."""
+
+    folder: OutputFolder
+    work: Work
+    kept: dict[str, FinishedShard] = field(default_factory=dict)
+    """Finished shards that stay."""
+    to_redo: dict[str, str] = field(default_factory=dict)
+    """Finished shards that do not, and why."""
+
+    @property
+    def records(self) -> dict[str, ShardRecord]:
+        """Of the shards that are kept."""
+        return {name: finished.record for name, finished in self.kept.items()}
+
+    @property
+    def shards_to_write(self) -> tuple[PlannedShard, ...]:
+        return tuple(shard for shard in self.work.plan.shards if shard.name not in self.kept)
+
+    def redo(self, reasons: Mapping[str, str]) -> None:
+        """Keep these shards no longer."""
+        for name in reasons:
+            del self.kept[name]
+        self.to_redo.update(reasons)
+
+    def start(self) -> Writing:
+        """Make sure that there is room for what will come, and delete what is stale.
+
+        Raises:
+            OutputError: the disk is too small, or a file cannot be deleted.
+        """
+        folder = self.folder
+        is_whole = folder.has_index and bool(self.kept) and not self.shards_to_write
+        keep = set(folder.ours) if is_whole else set(self.kept)
+        # Half-written files go first: on a disk that they have filled there is no room for a line
+        # in the journal.
+        folder.clear(folder.ours)
+        self._check_space(keep)
+        if not is_whole:
+            # Names are recorded before the files are created, so that a run after a kill
+            # recognises them as ours.
+            folder.ours |= {shard.name for shard in self.work.plan.shards}
+            folder.journal.declare(folder.ours)
+            # The manifest goes. From here on the journal has the records that only it had.
+            only_in_manifest = self.kept.keys() - folder.journal.finished.keys()
+            folder.journal.add(self.kept[name] for name in sorted(only_in_manifest))
+        writing = Writing(folder, self.work, keep, self.records, self.shards_to_write)
+        folder.enter(writing)
+        folder.clear(keep)
+        with naming(folder.path, OutputError):
+            # Old files are gone for good before the journal records new ones of these names.
+            sync_folder(folder.path)
+        return writing
+
+    def _check_space(self, keep: set[str]) -> None:
+        folder = self.folder
+        needed = sum(shard.nbytes for shard in self.shards_to_write)
+        stale = folder.stale(keep)
+        store = self.work.checkpoint.store
+        for name in self.work.checkpoint.other_files:
+            if name in stale or not (folder.path / name).exists():
+                needed += store.open(name).nbytes
+        with naming(folder.path, OutputError):
+            free = shutil.disk_usage(folder.path).free
+            free += sum(512 * (folder.path / name).stat().st_blocks for name in stale)
+        if free < needed:
+            raise OutputError(
+                f"{folder.path}: needs {needed:,} bytes of free disk, there are {free:,}"
+            )
+
+
+@dataclass
+class Writing:
+    """Shards are written. A failure deletes all but what is finished."""
+
+    folder: OutputFolder
+    work: Work
+    keep: set[str]
+    """What a failure does not delete."""
+    records: dict[str, ShardRecord]
+    """Of the finished shards."""
+    shards_to_write: tuple[PlannedShard, ...]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def finish_shard(
+        self, shard: PlannedShard, file: WriteFile, checksums: Mapping[str, str]
+    ) -> None:
+        """Take a shard whose last byte has been written; called from any thread.
+
+        A crash between any two of these steps leaves either a temporary file, or a shard that the
+        journal has on record.
+
+        Args:
+            shard: the shard.
+            file: its temporary file.
+            checksums: XXH3-128 of its tensors.
+
+        Raises:
+            CheckpointError: a source has changed since its header was read.
+            OutputError: naming the file and the system's reason.
+        """
+        record = ShardRecord.of(shard.header, shard.nbytes, checksums)
+        finished = self.work.finished(shard, record)
+
+        file.sync()
+        self.work.check_unchanged(finished.sources)
+        with self._lock:
+            self.folder.journal.add([finished])
+            self.keep.add(shard.name)
+            self.records[shard.name] = record
+        publish(file.path, self.folder.path / shard.name)
+
+    def finish(self, row_order: RowOrder) -> Done:
+        """Write what stands beside the shards, the index last.
+
+        Raises:
+            OutputError: somebody has put a file where one of ours will be, or writing failed.
+            CheckpointError: a file of the source cannot be read.
+        """
+        folder, work = self.folder, self.work
+        names = {*GENERATED, *work.checkpoint.other_files}
+        if new := names - folder.ours:
+            folder.refuse(name for name in new if os.path.lexists(folder.path / name))
+            folder.ours |= new
+            folder.journal.declare(new)
+        write_surroundings(
+            work.checkpoint,
+            work.plan,
+            folder.path,
+            row_order=row_order,
+            shards={shard.name: self.records[shard.name] for shard in work.plan.shards},
+        )
+        done = Done(folder)
+        folder.enter(done)
+        return done
+
+
+@dataclass
+class Done:
+    """The folder is finished."""
+
+    folder: OutputFolder
+
+    def reject(self) -> Rejected:
+        """The result, or the source, has proved wrong: the folder must not look finished, and no
+        later run may build on it. Its shards stay, so that one can look at what happened to them.
+
+        Raises:
+            OutputError: it still looks finished.
+        """
+        folder = self.folder
+        rejected = Rejected(folder)
+        folder.enter(rejected)
+        # On a full disk the journal takes no line. Then the missing manifest has to do.
+        with contextlib.suppress(OutputError):
+            folder.journal.declare(folder.ours)
+            folder.journal.forget()
+        for name in (INDEX_NAME, MANIFEST_NAME):
+            with naming(name, OutputError):
+                remove_file(folder.path / name)
+        return rejected
+
+
+@dataclass
+class Rejected:
+    """Verification failed. Nothing here is kept by a later run."""
+
+    folder: OutputFolder
+
+
+def _check_place(path: Path, source: Path | None) -> None:
+    if source is not None:
+        # realpath, because Path.resolve raises RuntimeError for a link to itself.
+        origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(path))
+        if target == origin or origin in target.parents or target in origin.parents:
+            relation = (
+                "is" if target == origin else "is inside" if origin in target.parents else "holds"
+            )
+            raise OutputError(f"{path}: {relation} the source folder {source}")
+    with naming(path, OutputError):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path}: is not a folder")
+
+
+def _files_of(manifest: Manifest | None) -> set[str]:
+    return {MANIFEST_NAME, *manifest.files, *manifest.shards} if manifest else set()

@@ -1,0 +1,152 @@
+"""Carries out a plan's moves: the only module that writes tensor bytes.
+
+A shard is made at its final size under a temporary name and filled in any order by a crew of
+threads. A worker owns its scratch memory for the whole run, so memory does not depend on the
+model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..layouts.base import BadSourceError, Move
+from ..plan import PlannedShard
+from ..progress import OnBytes
+from ..storage.buffers import Bytes, aligned_buffer, block_buffer, spanned_nbytes, view_at
+from ..storage.durable import WriteFile, partial_path
+from ..storage.reader import Opener
+from .checksum import Checksum
+from .crew import Crew
+
+OnFilled = Callable[[PlannedShard, WriteFile, dict[str, str]], None]
+"""Given a shard whose last byte has been written to its file, which has a temporary name and is
+not synced, and the XXH3-128 of each of its tensors."""
+
+
+class Scratch:
+    """The memory of one worker: a move's sources, side by side, and what they become."""
+
+    def __init__(self, moves: Iterable[Move]) -> None:
+        moves = list(moves)
+        self._sources = aligned_buffer(max(map(_sources_nbytes, moves), default=0))
+        self._out = block_buffer(max((move.nbytes for move in moves), default=0))
+
+    def fill(self, move: Move, open_source: Opener, offset: int) -> Bytes:
+        """Read a move's sources and arrange them.
+
+        Args:
+            move: which sources, and how.
+            open_source: opens a source file by name.
+            offset: where in its file the result will go; its memory is placed to suit.
+
+        Returns:
+            [move.nbytes] uint8, valid until the next call.
+
+        Raises:
+            CheckpointError: a source cannot be read, or holds a value that no kernel can use.
+        """
+        out = view_at(self._out, move.nbytes, offset)
+        if move.arrangement is None:
+            position = 0
+            for source in move.sources:
+                out[position : position + source.nbytes] = open_source(source.file).read(
+                    self._sources, source.offset, source.nbytes
+                )
+                position += source.nbytes
+            return out
+        parts = []
+        rest = self._sources
+        for source in move.sources:
+            parts.append(open_source(source.file).read(rest, source.offset, source.nbytes))
+            rest = rest[spanned_nbytes(source.nbytes) :]
+        try:
+            move.arrangement.arrange(parts, out)
+        except BadSourceError as error:
+            source = move.sources[error.source]
+            raise CheckpointError(f"{source.file}: {source.tensor!r} {error}") from None
+        return out
+
+
+def _sources_nbytes(move: Move) -> int:
+    """Memory for a move's sources. Gathered ones pass through it one after the other."""
+    nbytes = [spanned_nbytes(source.nbytes) for source in move.sources]
+    return max(nbytes, default=0) if move.arrangement is None else sum(nbytes)
+
+
+@dataclass
+class _OpenShard:
+    planned: PlannedShard
+    file: WriteFile
+    moves_left: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def scatter(
+    shards: Sequence[PlannedShard],
+    out_dir: Path,
+    *,
+    open_source: Opener,
+    direct: bool,
+    threads: int,
+    on_bytes: OnBytes,
+    on_filled: OnFilled,
+) -> None:
+    """Write shards into ``out_dir``.
+
+    Args:
+        shards: what to write, in this order.
+        out_dir: an existing folder without files of the plan's names.
+        open_source: opens a source file by name.
+        direct: bypass the page cache where the file system allows.
+        threads: number of workers; each takes about 17 MB.
+        on_bytes: told of progress, by output tensor.
+        on_filled: called for each shard, from any thread.
+
+    Raises:
+        CheckpointError: a source cannot be read, or holds a value that no kernel can use.
+        OutputError: a shard cannot be written.
+    """
+    crew = Crew(threads)
+    checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
+
+    def jobs() -> Iterator[tuple[_OpenShard, Move]]:
+        for planned in shards:
+            file = WriteFile(partial_path(out_dir / planned.name), planned.nbytes, direct=direct)
+            header = aligned_buffer(len(planned.header))
+            header[:] = np.frombuffer(planned.header, np.uint8)
+            file.write(header, 0)
+            shard = _OpenShard(planned, file, len(planned.moves))
+            if not planned.moves:
+                filled(shard)
+            for move in planned.moves:
+                yield shard, move
+
+    def filled(shard: _OpenShard) -> None:
+        digests = {name: checksums[name].hexdigest() for name in shard.planned.tensors}
+        on_filled(shard.planned, shard.file, digests)
+
+    def make_worker() -> Callable[[tuple[_OpenShard, Move]], None]:
+        own = Scratch(move for shard in shards for move in shard.moves)
+
+        def work(job: tuple[_OpenShard, Move]) -> None:
+            shard, move = job
+            offset = shard.planned.offsets[move.tensor] + move.offset
+            data = own.fill(move, open_source, offset)
+            shard.file.write(data, offset)
+            checksums[move.tensor].update(move.offset, data)
+            on_bytes(move.tensor, move.nbytes)
+            with shard.lock:
+                shard.moves_left -= 1
+                last = shard.moves_left == 0
+            if last:
+                filled(shard)
+
+        return work
+
+    crew.run(jobs(), make_worker)

@@ -1,0 +1,118 @@
+"""The files beside the shards: copies, the manifest, config.json and, last of all, the index."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import CheckpointError, OutputError, VerifyError, naming
+from ..format.contract import ConvertedSection, LayoutRecord
+from ..format.files import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from ..format.manifest import FileRecord, Manifest, ShardRecord, to_json
+from ..layouts.base import RowOrder
+from ..plan import Plan
+from ..source.checkpoint import Checkpoint
+from ..source.identity import describe_source
+from ..storage.copying import copy_file
+from ..storage.durable import holds, remove_file, write_file
+from ..storage.local import LocalReader
+from ..storage.reader import read_all
+
+VERSION = importlib.metadata.version("fp4moe-convert")
+
+MAX_MANIFEST_NBYTES = 100_000_000
+
+
+def read_manifest(out_dir: Path) -> Manifest:
+    """Read a converted folder's manifest.
+
+    Raises:
+        VerifyError: missing, of another format version, or changed since it was written.
+    """
+    path = out_dir / MANIFEST_NAME
+    with naming(out_dir, VerifyError):
+        if not path.is_file():
+            raise VerifyError(
+                f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"
+            )
+    try:
+        text = read_all(LocalReader(path), MAX_MANIFEST_NBYTES)
+    except CheckpointError as error:
+        raise VerifyError(str(error)) from error
+    return Manifest.decode(text)
+
+
+def write_surroundings(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out_dir: Path,
+    *,
+    row_order: RowOrder,
+    shards: Mapping[str, ShardRecord],
+) -> None:
+    """Write everything that stands beside the shards, the index last.
+
+    Args:
+        checkpoint: the source.
+        plan: the plan whose shards lie in ``out_dir``.
+        out_dir: an output folder.
+        row_order: the authority's word.
+        shards: a record of each, in order.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        OutputError: a file cannot be written.
+    """
+    files = {
+        name: copy_file(checkpoint.store.open(name), out_dir / name)
+        for name in checkpoint.other_files
+    }
+    config = to_json(_config(checkpoint, plan, row_order))
+    index = to_json(
+        {
+            "metadata": {"total_size": plan.moved_nbytes},
+            "weight_map": {
+                name: shard.name for shard in plan.shards for name in sorted(shard.tensors)
+            },
+        }
+    )
+    for name, content in ((CONFIG_NAME, config), (INDEX_NAME, index)):
+        files[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    manifest = Manifest(
+        source=describe_source(checkpoint),
+        versions={"fp4moe-convert": VERSION, "flashinfer": row_order.flashinfer},
+        row_order=row_order.fingerprint,
+        max_shard_nbytes=plan.max_shard_nbytes,
+        plan=plan.fingerprint,
+        shards=dict(shards),
+        files=dict(sorted(files.items())),
+    ).encode()
+    if not holds(out_dir / MANIFEST_NAME, manifest):
+        # The files of a finished folder are about to be rewritten one at a time, so the index
+        # goes first.
+        with naming(INDEX_NAME, OutputError):
+            remove_file(out_dir / INDEX_NAME)
+    write_file(out_dir / MANIFEST_NAME, manifest)
+    write_file(out_dir / CONFIG_NAME, config)
+    write_file(out_dir / INDEX_NAME, index)
+
+
+def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str, Any]:
+    source, hf_quant_config = checkpoint.quantization, checkpoint.hf_quant_config
+    assert source is not None
+    section = ConvertedSection(
+        layout=LayoutRecord(
+            name=plan.layout.name,
+            parameters=plan.layout.parameters,
+            row_order=row_order.fingerprint,
+            flashinfer=row_order.flashinfer,
+        ),
+        layers=plan.geometries,
+        source=source,
+        source_hf_quant_config=None if hf_quant_config == source else hf_quant_config,
+    )
+    return {**checkpoint.config, "quantization_config": section.as_json()}

@@ -1,0 +1,27 @@
+"""Names of the files in a model folder, source or converted."""
+
+from __future__ import annotations
+
+CONFIG_NAME = "config.json"
+HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
+INDEX_NAME = "model.safetensors.index.json"
+MANIFEST_NAME = "fp4moe_manifest.json"
+
+GENERATED = (MANIFEST_NAME, CONFIG_NAME, INDEX_NAME)
+"""What a conversion writes besides shards and copies, in the order in which it appears. The index
+comes last: a folder without one is unfinished."""
+
+JOURNAL_NAME = ".fp4moe-journal.jsonl"
+"""Lies beside the shards while a conversion is unfinished."""
+PARTIAL_SUFFIX = ".partial"
+"""Ends a file's name until its last byte is on the disk."""
+
+FOREIGN_FOLDERS = frozenset({".git", ".cache"})
+"""Kept by version control and by the Hub's tools."""
+FOREIGN_FILES = frozenset({".gitattributes"})
+"""Added by the Hub to every repository."""
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of output shard ``number`` (from 1) of ``count``, as the Hub spells it."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"

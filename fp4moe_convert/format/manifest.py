@@ -1,0 +1,115 @@
+"""fp4moe_manifest.json: a checksum for every byte of a converted folder, and what it was made from.
+
+The manifest's last entry is a checksum of its other entries (docs/format.md, section 5).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import xxhash
+
+from ..errors import VerifyError
+from .contract import FORMAT_VERSION
+from .files import MANIFEST_NAME
+from .untrusted import decode_object
+
+CHECKSUM = "xxh3_128"
+
+Identity = dict[str, str | int]
+"""Of a source file (`storage.reader`), as JSON values."""
+
+
+class FileRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes", "checksum": CHECKSUM}):
+    """A file that is not a shard."""
+
+    nbytes: int
+    checksum: str
+    """XXH3-128 of its bytes."""
+
+
+class ShardRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes"}):
+    """An output shard; header and tensors cover all its bytes."""
+
+    nbytes: int
+    header: str
+    """XXH3-128 of the header, length word included."""
+    tensors: dict[str, str]
+    """XXH3-128 of each tensor's bytes."""
+
+    @classmethod
+    def of(cls, header: bytes, nbytes: int, tensors: Mapping[str, str]) -> ShardRecord:
+        """The record of a shard of ``nbytes`` with this header and these checksums."""
+        return cls(nbytes, xxhash.xxh3_128_hexdigest(header), dict(tensors))
+
+
+class SourceRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which checkpoint was converted."""
+
+    path: str
+    hub_id: str | None = None
+    revision: str | None = None
+    """Hub id and commit, where the path tells."""
+    shards: dict[str, Identity]
+    files: dict[str, FileRecord]
+    """The configurations that the output's config.json is made from."""
+
+
+class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_shard_bytes"}):
+    """What a converted folder holds, and what it was made from; in the order of the file."""
+
+    versions: dict[str, str]
+    """Of fp4moe-convert, and of the FlashInfer that the row order is of."""
+    row_order: str
+    max_shard_nbytes: int
+    plan: str
+    """The plan's fingerprint."""
+    source: SourceRecord
+    files: dict[str, FileRecord]
+    """config.json, the index and the copied files: all but the shards and the manifest."""
+    shards: dict[str, ShardRecord]
+
+    def encode(self) -> bytes:
+        fields = msgspec.to_builtins(self)
+        return sign({"format_version": FORMAT_VERSION, "checksum": CHECKSUM, **fields})
+
+    @classmethod
+    def decode(cls, text: bytes) -> Manifest:
+        """The inverse of `encode`.
+
+        Raises:
+            VerifyError: of another format version, or changed since it was written.
+        """
+        try:
+            content = decode_object(text)
+        except ValueError as error:
+            raise VerifyError(f"{MANIFEST_NAME}: {error}") from None
+        if content.get("format_version") != FORMAT_VERSION:
+            raise VerifyError(
+                f"{MANIFEST_NAME}: format version {content.get('format_version')}, "
+                f"this release knows {FORMAT_VERSION}"
+            )
+        content.pop("manifest", None)
+        # The text is compared as well as the content: "\u00e9" may become "\u00E9".
+        if text != sign(content):
+            raise VerifyError(
+                f"{MANIFEST_NAME}: has been changed: it does not match its own checksum"
+            )
+        try:  # anybody can write a checksum that matches
+            return msgspec.convert(content, cls)
+        except ValueError as error:  # as msgspec's are
+            raise VerifyError(f"{MANIFEST_NAME}: is malformed: {error}") from None
+
+
+def sign(content: Mapping[str, Any]) -> bytes:
+    """JSON whose last entry is a checksum of the others."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return to_json({**content, "manifest": xxhash.xxh3_128_hexdigest(canonical.encode())})
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """JSON as this package writes it into files."""
+    return (json.dumps(content, indent=2) + "\n").encode()

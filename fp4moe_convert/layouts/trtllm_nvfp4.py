@@ -1,0 +1,301 @@
+"""The layout of FlashInfer's TRT-LLM NVFP4 MoE kernels; docs/format.md describes it in prose.
+
+Every byte order here is a permutation of axes, so one description serves both directions: a pair
+of views with equal shapes. `ShuffledRows.arrange` copies the source's view onto the output's,
+`ShuffledRows.undo` the other way round.
+
+Source: FlashInfer 0.7.2.post1, `reorder_rows_for_gated_act_gemm` (fused_moe/core.py),
+`shuffle_matrix_a` with an epilogue tile of 128 (quantization/fp4_quantization.py), and the CUDA
+kernel behind `block_scale_interleave`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CheckpointError
+from ..format.contract import GROUP_SIZE, Geometry, TensorSpec, round_up
+from ..source.experts import MoeLayer
+from ..source.families import Leaf, Projection
+from ..source.spans import Matrix
+from ..storage.buffers import Bytes
+from . import fingerprints
+from .base import MOVE_NBYTES, BadSourceError, Move, RowOrder
+
+HIDDEN_MULTIPLE = 128
+"""The kernels' tiles leave no remainder in H; other sizes are refused."""
+INTERMEDIATE_MULTIPLE = 64
+"""I is zero-padded to a multiple of this in the file: 2I rows of w13 then fill whole tiles of
+128."""
+TILE_ROWS = 128
+"""Rows of one tile of block scales. Moves are cut between tiles."""
+
+
+class LayerTensors(NamedTuple):
+    """The eight tensors that stand for one layer's experts."""
+
+    w13_weight: TensorSpec
+    w2_weight: TensorSpec
+    w13_weight_scale: TensorSpec
+    w2_weight_scale: TensorSpec
+    w13_weight_scale_2: TensorSpec
+    w2_weight_scale_2: TensorSpec
+    w13_input_scale: TensorSpec
+    w2_input_scale: TensorSpec
+
+
+def padded_intermediate(intermediate: int) -> int:
+    """I as the file holds it."""
+    return round_up(intermediate, INTERMEDIATE_MULTIPLE)
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffledRows:
+    """An `Arrangement`: how rows of one or two sources (down, or up and gate) become output bytes.
+
+    Two sources interleave: u0 g0 u1 g1 ... Rows are then shuffled within blocks of 32.
+    """
+
+    rows: int
+    """Rows of each source, padding included."""
+    row_nbytes: int
+    """Bytes of a row, padding included."""
+    source_rows: int
+    """Rows that each source has; the others are zero."""
+    source_row_nbytes: int
+    """Bytes that a source's row has; the others are zero."""
+    tiled: bool
+    """Block scales: the shuffled rows are cut into 128x4 tiles."""
+
+    @property
+    def nbytes(self) -> int:
+        """Output bytes for each source."""
+        return self.rows * self.row_nbytes
+
+    @property
+    def key(self) -> str:
+        # The spelling is that of the first release, so that its journals still fit.
+        return (
+            f"Layout(rows={self.rows}, row_nbytes={self.row_nbytes}, "
+            f"source_rows={self.source_rows}, source_row_nbytes={self.source_row_nbytes}, "
+            f"tiled={self.tiled})"
+        )
+
+    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
+        if self.tiled:
+            for n, source in enumerate(sources):
+                if holds_nan(source, out):
+                    raise BadSourceError(n, "has a NaN block scale (0x7F or 0xFF)")
+        padded = [self._pad(source) for source in sources]
+        for source_view, out_view in self._views(padded, out):
+            out_view[...] = source_view
+
+    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:
+        matrices = list(scratch[: data.size].reshape(-1, self.rows, self.row_nbytes))
+        for source_view, out_view in self._views(matrices, data):
+            source_view[...] = out_view
+        rows, row_nbytes = self.source_rows, self.source_row_nbytes
+        for matrix in matrices:
+            if matrix[rows:].any() or matrix[:, row_nbytes:].any():
+                raise ValueError("is padded with something but zeros")
+        return [matrix[:rows, :row_nbytes] for matrix in matrices]
+
+    def _views(
+        self, sources: Sequence[Bytes], out: Bytes
+    ) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
+        """Pairs of views (source, output) with equal shapes that name the same bytes.
+
+        Interleaving puts row j of source w (of n) at s = n*j + w. Shuffling then moves row s of
+        each block of 32 to (s % 4) * 8 + s // 4. With j = (L * h + l) and L = 4 / n, the row lands
+        at (l, w, h) of (L, n, 8): both steps are one transposition of h and l.
+
+        Tiling takes [128, C] scales, C bytes to a row, as [4, 32, C/4, 4] to [C/4, 32, 4, 4]: the
+        last four bytes stay together and are moved as one word.
+        """
+        n = len(sources)
+        low = 4 // n
+        for w, source in enumerate(sources):
+            rows, row_nbytes = source.shape
+            if self.tiled:
+                words = source.view(np.uint32)
+                tiles = n * rows // TILE_ROWS
+                yield (
+                    words.reshape(tiles, 4, 8, low, row_nbytes // 4).transpose(0, 4, 3, 2, 1),
+                    out.view(np.uint32).reshape(tiles, row_nbytes // 4, low, n, 8, 4)[:, :, :, w],
+                )
+            else:
+                blocks = rows // (8 * low)
+                yield (
+                    source.reshape(blocks, 8, low, row_nbytes).transpose(0, 2, 1, 3),
+                    out.reshape(blocks, low, n, 8, row_nbytes)[:, :, w],
+                )
+
+    def _pad(self, source: Bytes) -> Bytes:
+        """``source`` as [rows, row_nbytes], zeros where it falls short."""
+        matrix = source.reshape(self.source_rows, self.source_row_nbytes)
+        if matrix.shape == (self.rows, self.row_nbytes):
+            return matrix
+        padded = np.zeros((self.rows, self.row_nbytes), np.uint8)
+        padded[: self.source_rows, : self.source_row_nbytes] = matrix
+        return padded
+
+
+def holds_nan(scales: Bytes, scratch: Bytes) -> bool:
+    """Whether any E4M3 value is NaN (0x7F or 0xFF).
+
+    Args:
+        scales: uint8, any shape.
+        scratch: uint8, at least as many bytes as ``scales``; overwritten.
+    """
+    flat = scales.reshape(-1)
+    magnitudes = np.bitwise_and(flat, 0x7F, out=scratch[: flat.size])
+    return flat.size > 0 and bool(magnitudes.max() == 0x7F)
+
+
+class TrtllmNvfp4:
+    """The `Layout`."""
+
+    name = "trtllm_nvfp4"
+    parameters: Mapping[str, int] = {"epilogue_tile_m": fingerprints.EPILOGUE_TILE_M}
+
+    def check(self, layer: MoeLayer) -> None:
+        hidden = layer.geometry.hidden
+        if hidden % HIDDEN_MULTIPLE:
+            gate = layer.matrices[0, "gate", "weight"]
+            raise CheckpointError(
+                f"{gate.shard.name}: {gate.tensor.name!r} gives hidden size H = {hidden}, "
+                f"which is not a multiple of {HIDDEN_MULTIPLE}"
+            )
+
+    def tensors(self, prefix: str, geometry: Geometry) -> LayerTensors:
+        e, h, i = geometry.experts, geometry.hidden, padded_intermediate(geometry.intermediate)
+
+        def spec(leaf: str, dtype: str, *shape: int) -> TensorSpec:
+            return TensorSpec(f"{prefix}.{leaf}", dtype, shape)
+
+        return LayerTensors(
+            w13_weight=spec("w13_weight", "U8", e, 2 * i, h // 2),
+            w2_weight=spec("w2_weight", "U8", e, h, i // 2),
+            w13_weight_scale=spec("w13_weight_scale", "F8_E4M3", e, 2 * i, h // GROUP_SIZE),
+            w2_weight_scale=spec("w2_weight_scale", "F8_E4M3", e, h, i // GROUP_SIZE),
+            w13_weight_scale_2=spec("w13_weight_scale_2", "F32", e, 2),
+            w2_weight_scale_2=spec("w2_weight_scale_2", "F32", e),
+            w13_input_scale=spec("w13_input_scale", "F32", e, 2),
+            w2_input_scale=spec("w2_input_scale", "F32", e),
+        )
+
+    def moves(self, layer: MoeLayer) -> Iterator[Move]:
+        out = self.tensors(layer.prefix, layer.geometry)
+        h, i = layer.geometry.hidden, layer.geometry.intermediate
+        padded_i = padded_intermediate(i)
+        stacked: tuple[tuple[Leaf, TensorSpec, TensorSpec, int], ...] = (
+            ("weight", out.w13_weight, out.w2_weight, 2),
+            ("weight_scale", out.w13_weight_scale, out.w2_weight_scale, GROUP_SIZE),
+        )
+        # Expert by expert rather than tensor by tensor: an expert's matrices lie together in the
+        # source, and a disk reads fastest forwards.
+        for expert in range(layer.geometry.experts):
+            for leaf, w13, w2, values_per_byte in stacked:
+                up = layer.matrices[expert, "up", leaf]
+                gate = layer.matrices[expert, "gate", leaf]
+                down = layer.matrices[expert, "down", leaf]
+                tiled = leaf == "weight_scale"
+                h_nbytes, i_nbytes = h // values_per_byte, i // values_per_byte
+                w13_rows = ShuffledRows(padded_i, h_nbytes, i, h_nbytes, tiled)
+                w2_rows = ShuffledRows(h, padded_i // values_per_byte, h, i_nbytes, tiled)
+                # up before gate: FlashInfer's interleave takes w3 as the first half.
+                yield from _matrix_moves(w13, expert, (up, gate), w13_rows)
+                yield from _matrix_moves(w2, expert, (down,), w2_rows)
+        gathered: tuple[tuple[Leaf, TensorSpec, TensorSpec], ...] = (
+            ("weight_scale_2", out.w13_weight_scale_2, out.w2_weight_scale_2),
+            ("input_scale", out.w13_input_scale, out.w2_input_scale),
+        )
+        for leaf, w13, w2 in gathered:
+            yield _gather_move(w13, layer, ("gate", "up"), leaf)
+            yield _gather_move(w2, layer, ("down",), leaf)
+
+    def remarks(
+        self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
+    ) -> Iterator[str]:
+        tensors = self.tensors(prefix, geometry)
+        for tensor in (tensors.w13_weight_scale_2, tensors.w13_input_scale):
+            gate, up = read(tensor).view("<f4").reshape(-1, 2).T
+            if differing := int((gate != up).sum()):
+                leaf = tensor.name.removeprefix(f"{prefix}.w13_")
+                yield (
+                    f"{prefix}: gate and up {leaf} differ for {differing} of "
+                    f"{geometry.experts} experts; both are kept"
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprints.fingerprint(written_rows)
+
+    def authority(self, geometries: Iterable[Geometry]) -> RowOrder:
+        counts = {(2 * padded_intermediate(g.intermediate), True) for g in geometries}
+        counts |= {(g.hidden, False) for g in geometries}
+        return fingerprints.row_order(written_rows, counts)
+
+
+TRTLLM_NVFP4 = TrtllmNvfp4()
+
+
+def written_rows(count: int, gated: bool) -> fingerprints.Rows:
+    """[count] numbers of the source rows that `ShuffledRows` puts at rows 0, 1, ...
+
+    Gated: rows count from the first of up, and on from the first of gate.
+    """
+    numbers = np.arange(count, dtype="<i4").view(np.uint8)
+    out = np.empty_like(numbers)
+    sources = np.split(numbers, 2) if gated else [numbers]
+    rows = count // len(sources)
+    ShuffledRows(rows, 4, rows, 4, tiled=False).arrange(sources, out)
+    return out.view("<i4")
+
+
+def _gather_move(
+    spec: TensorSpec, layer: MoeLayer, projections: tuple[Projection, ...], leaf: Leaf
+) -> Move:
+    """One four-byte value of each expert and projection, as they are."""
+    values = tuple(
+        layer.matrices[expert, projection, leaf].span(0, 4)
+        for expert in range(layer.geometry.experts)
+        for projection in projections
+    )
+    return Move(spec.name, 0, 4 * len(values), values, None)
+
+
+def _matrix_moves(
+    spec: TensorSpec, expert: int, sources: tuple[Matrix, ...], whole: ShuffledRows
+) -> Iterator[Move]:
+    """One expert's slice of a stacked tensor, cut between tiles where it is too large."""
+    unit = TILE_ROWS // len(sources)
+    units = whole.rows // unit
+    nbytes = len(sources) * whole.nbytes
+    pieces = -(-nbytes // MOVE_NBYTES)
+    cuts = [unit * (units * piece // pieces) for piece in range(pieces + 1)]
+    offset = expert * nbytes
+    for first, last in pairwise(cuts):
+        part = dataclasses.replace(
+            whole,
+            rows=last - first,
+            source_rows=min(last, whole.source_rows) - min(first, whole.source_rows),
+        )
+        start = min(first, whole.source_rows) * whole.source_row_nbytes
+        stop = start + part.source_rows * whole.source_row_nbytes
+        yield Move(
+            tensor=spec.name,
+            offset=offset,
+            nbytes=len(sources) * part.nbytes,
+            sources=tuple(source.span(start, stop) for source in sources),
+            arrangement=part,
+        )
+        offset += len(sources) * part.nbytes

@@ -1,0 +1,112 @@
+"""One rank's parameters of one converted layer: which tensor fills which, and what is missing.
+
+The same for every engine. An engine says which parameter it holds, which experts its slots are for,
+and when loading has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ..format.contract import Geometry, TensorSpec
+from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
+from .checks import refusal
+from .slices import copy_share
+
+LEAVES = LayerTensors._fields
+"""Names of the parameters, in the file and in both engines."""
+
+CONVERT_AGAIN = "convert the checkpoint again"
+
+
+class ConvertedLayer:
+    """Fills parameters from the file's tensors; may be loaded again after `check_loaded`.
+
+    It refers to no module, so that engines may keep it wherever they keep a weight loader.
+    """
+
+    def __init__(self, prefix: str, geometry: Geometry) -> None:
+        """
+        Args:
+            prefix: the layer's name in the file, up to and including ``.experts``.
+            geometry: its sizes, as config.json has them.
+        """
+        self.prefix = prefix
+        self.geometry = geometry
+        specs = TRTLLM_NVFP4.tensors(prefix, geometry)
+        self.specs: dict[str, TensorSpec] = specs._asdict()
+        self._loaded: set[str] = set()
+
+    def leaf_of(self, holder: Any, parameter: torch.Tensor) -> str:
+        """Which of `LEAVES` a parameter of the module ``holder`` is."""
+        return next(leaf for leaf in LEAVES if getattr(holder, leaf) is parameter)
+
+    def load(
+        self,
+        leaf: str,
+        target: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        experts: Sequence[int],
+        tp_rank: int,
+    ) -> None:
+        """Fill a parameter with its share of the file's tensor.
+
+        Args:
+            leaf: one of `LEAVES`.
+            target: the parameter's slots for these experts.
+            tensor: from the file.
+            experts: for each slot, the expert it holds. The slots of ``*_input_scale`` are those
+                of all ranks: both engines serve with the maximum over all experts.
+            tp_rank: which of the shares of the target's size; 0 without tensor parallelism.
+
+        Raises:
+            ServingError: the tensor is not what config.json describes, or does not fit.
+        """
+        spec = self.specs[leaf]
+        if tuple(tensor.shape) != spec.shape:
+            raise refusal(
+                f"{spec.name} is {list(tensor.shape)}, config.json says {list(spec.shape)}, "
+                "which it should have",
+                CONVERT_AGAIN,
+            )
+        try:
+            copy_share(leaf, tensor, target, experts=experts, tp_rank=tp_rank)
+        except ValueError as error:
+            raise refusal(f"{self.prefix}.{error}") from error
+        self.note(leaf)
+
+    def note(self, what: str) -> None:
+        """Remember that something has been loaded."""
+        self._loaded.add(what)
+
+    def refuse_single_expert(self, what: str) -> None:
+        """
+        Raises:
+            ServingError: always. The checkpoint also has the tensor of a single expert.
+        """
+        raise refusal(
+            f"{self.prefix} is converted, but the checkpoint also has {what}", CONVERT_AGAIN
+        )
+
+    def check_loaded(self, also: Iterable[str] = ()) -> None:
+        """Loading has ended: check that all of `LEAVES` came, and start a new count.
+
+        Args:
+            also: what else must have been noted.
+
+        Raises:
+            ServingError: something was not loaded.
+        """
+        missing = [what for what in (*LEAVES, *also) if what not in self._loaded]
+        self._loaded.clear()
+        if missing:
+            names = ", ".join(f"{self.prefix}.{what}" for what in missing)
+            raise refusal(
+                f"{names} {'was' if len(missing) == 1 else 'were'} not loaded: missing from the "
+                "checkpoint, or passed over by the load format",
+                "verify the checkpoint with fp4moe verify",
+            )

@@ -1,0 +1,254 @@
+"""A model folder, opened: its configuration, the headers of its shards, its other files.
+
+Reads JSON and headers only. Whatever the folder claims about itself is checked here, so that later
+modules need not doubt it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import xxhash
+
+from ..errors import CheckpointError
+from ..format.contract import QUANT_METHOD
+from ..format.files import (
+    CONFIG_NAME,
+    GENERATED,
+    HF_QUANT_CONFIG_NAME,
+    INDEX_NAME,
+    JOURNAL_NAME,
+    PARTIAL_SUFFIX,
+    shard_name,
+)
+from ..format.manifest import FileRecord
+from ..format.untrusted import decode_object
+from ..storage.header import MAX_NAME_LENGTH, read_header
+from ..storage.reader import Listing, Store, read_all
+from .spans import Shard
+
+_COUNTED_NAME = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
+
+MAX_INDEX_NBYTES = 100_000_000
+"""DeepSeek-V3's has 17 MB."""
+MAX_CONFIG_NBYTES = 10_000_000
+"""DeepSeek-V3's has 6 kB."""
+
+# Of all shards together, so that no folder costs more than 2 GiB to plan. DeepSeek-V3 has 180,000
+# tensors, 21 MB of headers and 0.4 TB, and costs 0.2 GiB; a file with holes may claim any size.
+MAX_TENSORS = 500_000
+MAX_HEADERS_NBYTES = 100_000_000
+MAX_CHECKPOINT_NBYTES = 8 * 2**40
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose headers are valid and agree with its index."""
+
+    store: Store
+    config: Mapping[str, Any]
+    """config.json, parsed."""
+    hf_quant_config: Mapping[str, Any] | None
+    """hf_quant_config.json, parsed; older ModelOpt exports describe the quantization only there."""
+    config_files: Mapping[str, FileRecord]
+    """The files that these two were read from, as they were then; the second need not exist."""
+    shards: tuple[Shard, ...]
+    """In order of name."""
+    other_files: tuple[str, ...]
+    """Everything else that belongs to the model, as paths relative to the store."""
+    left_out: Mapping[str, str]
+    """What lies in the folder and is not taken for part of the model, with the reason."""
+
+    @property
+    def location(self) -> str:
+        """For messages."""
+        return self.store.location
+
+    @cached_property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The source's own description; config.json's section wins, as it does in the engines."""
+        section = self.config.get("quantization_config")
+        if section is not None and not isinstance(section, dict):
+            raise CheckpointError(f"{CONFIG_NAME}: quantization_config is not an object")
+        return section if section is not None else self.hf_quant_config
+
+    @property
+    def is_converted(self) -> bool:
+        return (self.quantization or {}).get("quant_method") == QUANT_METHOD
+
+    def text_config_value(self, *keys: str) -> int | None:
+        """The first of ``keys`` that config.json holds, multimodal models' text part included.
+
+        Raises:
+            CheckpointError: the value is not a positive integer.
+        """
+        text_config = self.config.get("text_config")
+        for section in (self.config, text_config if isinstance(text_config, dict) else {}):
+            for key in keys:
+                value = section.get(key)
+                if value is None:
+                    continue
+                if type(value) is not int or value < 1:
+                    raise CheckpointError(
+                        f"{CONFIG_NAME}: {key} is {value!r}, expected a positive integer"
+                    )
+                return value
+        return None
+
+
+def open_checkpoint(store: Store) -> Checkpoint:
+    """Open a model folder, converted or not.
+
+    Raises:
+        CheckpointError: not a model folder, or one that contradicts itself.
+        HeaderError: a shard breaks a rule of the safetensors format.
+    """
+    listing = store.listing()
+    files = set(listing.files)
+    if CONFIG_NAME not in files:
+        raise CheckpointError(f"{store.location}: not a model folder: it has no {CONFIG_NAME}")
+    configs, records = {}, {}
+    for name in (CONFIG_NAME, HF_QUANT_CONFIG_NAME):
+        if name in files:
+            text = read_all(store.open(name), MAX_CONFIG_NBYTES)
+            configs[name] = _parse_object(text, name)
+            records[name] = FileRecord(len(text), xxhash.xxh3_128_hexdigest(text))
+
+    present = {n for n in files if n.endswith(".safetensors") and os.path.basename(n) == n}
+    weight_map = _read_weight_map(store) if INDEX_NAME in files else None
+    if weight_map is None:
+        named = present
+        _check_numbering(store.location, present)
+    else:
+        named = set(weight_map.values())
+    if not named:
+        raise CheckpointError(
+            f"{store.location}: not a model folder: it has no *.safetensors files"
+        )
+    shards = _open_shards(store, sorted(named))
+    if weight_map is not None:
+        _check_weight_map(weight_map, shards)
+    _check_unique(shards)
+    left_out = dict.fromkeys(sorted(present - named), f"is not named by {INDEX_NAME}")
+    known = {*GENERATED, HF_QUANT_CONFIG_NAME, *present, *named}
+    other_files, unfinished = _other_files(store, listing, known)
+    return Checkpoint(
+        store=store,
+        config=configs[CONFIG_NAME],
+        hf_quant_config=configs.get(HF_QUANT_CONFIG_NAME),
+        config_files=records,
+        shards=shards,
+        other_files=other_files,
+        left_out={**unfinished, **left_out},
+    )
+
+
+def _parse_object(text: bytes, file: str) -> dict[str, Any]:
+    try:
+        return decode_object(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _read_weight_map(store: Store) -> dict[str, str]:
+    content = _parse_object(read_all(store.open(INDEX_NAME), MAX_INDEX_NBYTES), INDEX_NAME)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{INDEX_NAME}: has {len(weight_map)} tensors, the limit is {MAX_TENSORS}"
+        )
+    for tensor, file in weight_map.items():
+        if len(tensor) > MAX_NAME_LENGTH:
+            raise CheckpointError(
+                f"{INDEX_NAME}: a tensor's name has {len(tensor)} characters, "
+                f"the limit is {MAX_NAME_LENGTH}"
+            )
+        # A shard is a file of this folder: no separators, so no way out of it.
+        if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{INDEX_NAME}: {tensor!r} is said to be in {file!r}, "
+                "which is not a file name inside the folder"
+            )
+    return weight_map
+
+
+def _check_numbering(location: str, names: Set[str]) -> None:
+    """Without an index, only names that count shards can tell of a missing one."""
+    for count in {match[1] for name in names if (match := _COUNTED_NAME.fullmatch(name))}:
+        for number in range(1, int(count) + 1):
+            name = shard_name(number, int(count))
+            if name not in names:
+                raise CheckpointError(
+                    f"{location}: {name} is missing, and there is no {INDEX_NAME}"
+                )
+
+
+def _open_shards(store: Store, names: list[str]) -> tuple[Shard, ...]:
+    shards = []
+    totals = {"tensors": 0, "bytes of headers": 0, "bytes": 0}
+    limits = (MAX_TENSORS, MAX_HEADERS_NBYTES, MAX_CHECKPOINT_NBYTES)
+    for name in names:
+        shard = _open_shard(store, name)
+        shards.append(shard)
+        totals["tensors"] += len(shard.header.tensors)
+        totals["bytes of headers"] += shard.header.nbytes
+        totals["bytes"] += shard.header.file_nbytes
+        for (what, total), limit in zip(totals.items(), limits, strict=True):
+            if total > limit:
+                raise CheckpointError(
+                    f"{name}: with it, the shards have {total} {what}, the limit is {limit}"
+                )
+    return tuple(shards)
+
+
+def _open_shard(store: Store, name: str) -> Shard:
+    try:
+        reader = store.open(name)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing") from None
+        raise
+    return Shard(name, read_header(reader), reader.identity)
+
+
+def _check_weight_map(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> None:
+    contents = {shard.name: {tensor.name for tensor in shard.header.tensors} for shard in shards}
+    for tensor, file in weight_map.items():
+        if tensor not in contents[file]:
+            raise CheckpointError(f"{INDEX_NAME}: {tensor!r} is not in {file}")
+
+
+def _check_unique(shards: tuple[Shard, ...]) -> None:
+    home: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            if tensor.name in home:
+                raise CheckpointError(
+                    f"{shard.name}: {tensor.name!r} is in {home[tensor.name]} as well"
+                )
+            home[tensor.name] = shard.name
+
+
+def _other_files(
+    store: Store, listing: Listing, known: Set[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Files to copy as they are: tokenizer, code, licence, anything in sub-folders."""
+    found = []
+    left_out = dict(listing.left_out)
+    for name in listing.files:
+        if name in known:
+            continue
+        if name == JOURNAL_NAME or name.endswith(PARTIAL_SUFFIX):
+            # An unfinished conversion, here or in the output, has files of these names.
+            left_out[name] = "is unfinished"
+        else:
+            store.open(name)  # one that cannot be read is found now, not hours later
+            found.append(name)
+    return tuple(found), left_out

@@ -1,0 +1,234 @@
+"""Which layers of a checkpoint have experts, and which of these can be converted.
+
+Works on names, dtypes and shapes alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import CheckpointError
+from ..format.contract import GROUP_SIZE, Geometry
+from .checkpoint import Checkpoint
+from .families import (
+    EXPERT_COUNT_KEYS,
+    FAMILIES,
+    LEAVES,
+    PROJECTIONS,
+    Family,
+    Leaf,
+    Projection,
+    Role,
+)
+from .spans import Matrix, Shard
+
+MAX_SIZE = 2**20
+"""Of H and I. A move has at least 128 rows, which a worker holds in memory: 64 MiB at this limit,
+0.5 MiB for DeepSeek-V3."""
+
+_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """A layer whose experts are all NVFP4, alike and complete."""
+
+    prefix: str
+    """Up to and including ``.experts``."""
+    number: int
+    family: Family
+    geometry: Geometry
+    matrices: Mapping[Role, Matrix]
+
+    @property
+    def tensors(self) -> set[str]:
+        """Names of the source tensors that the layer is made of."""
+        return {matrix.tensor.name for matrix in self.matrices.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class PassedLayer:
+    """A layer with experts that stays as it is."""
+
+    prefix: str
+    reason: str
+
+
+class _Named(NamedTuple):
+    """A tensor that some family's pattern takes for an expert's."""
+
+    pattern: re.Pattern[str]
+    expert: int | None
+    part: str
+    matrix: Matrix
+
+
+def find_layers(
+    checkpoint: Checkpoint, families: Sequence[Family] = FAMILIES
+) -> tuple[list[MoeLayer], list[PassedLayer]]:
+    """Sort the checkpoint's expert layers into those to convert and those to pass through.
+
+    Raises:
+        CheckpointError: a layer with NVFP4 experts is incomplete or not uniform.
+    """
+    layer_count = checkpoint.text_config_value("num_hidden_layers")
+    expert_count = checkpoint.text_config_value(*EXPERT_COUNT_KEYS)
+    layers: list[MoeLayer] = []
+    passed: list[PassedLayer] = []
+    for prefix, tensors in _by_layer(checkpoint.shards, families).items():
+        number = _layer_number(prefix)
+        reason = _reason_to_pass(number, layer_count, tensors)
+        if reason is None and number is not None:
+            family = max(families, key=lambda family: _parts_known(family, tensors))
+            layers.append(_check_layer(prefix, number, family, tensors, expert_count))
+        elif reason is not None:
+            passed.append(PassedLayer(prefix, reason))
+    layers.sort(key=lambda layer: (layer.number, layer.prefix))
+    passed.sort(key=lambda layer: (_layer_number(layer.prefix) or 0, layer.prefix))
+    return layers, passed
+
+
+def _by_layer(shards: Iterable[Shard], families: Iterable[Family]) -> dict[str, list[_Named]]:
+    patterns = list(dict.fromkeys(family.tensors for family in families))
+    found: dict[str, list[_Named]] = {}
+    for shard in shards:
+        for info in shard.header.tensors:
+            for pattern in patterns:
+                if match := pattern.fullmatch(info.name):
+                    groups = match.groupdict()
+                    number = groups.get("expert")
+                    expert = None if number is None else int(number)
+                    named = _Named(pattern, expert, groups["part"], Matrix.whole(shard, info))
+                    found.setdefault(groups["prefix"], []).append(named)
+                    break
+    return found
+
+
+def _layer_number(prefix: str) -> int | None:
+    match = _LAYER_NUMBER.search(prefix)
+    return int(match[1]) if match else None
+
+
+def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
+    return len({t.part for t in tensors if t.pattern is family.tensors} & family.parts.keys())
+
+
+def _reason_to_pass(
+    number: int | None, layer_count: int | None, tensors: Iterable[_Named]
+) -> str | None:
+    if number is None:
+        return "its name has no layer number"
+    if layer_count is None:
+        raise CheckpointError("config.json: num_hidden_layers is missing")
+    if number >= layer_count:
+        return f"layer {number} is not among the {layer_count} hidden layers (MTP)"
+    dtypes = {t.matrix.tensor.dtype for t in tensors if t.part.endswith("weight")}
+    if "U8" not in dtypes:
+        return f"its experts are {' and '.join(sorted(dtypes)) or 'without weights'}, not NVFP4"
+    return None
+
+
+def _check_layer(
+    prefix: str,
+    number: int,
+    family: Family,
+    tensors: Iterable[_Named],
+    expert_count: int | None,
+) -> MoeLayer:
+    matrices = _roles(family, tensors)
+    experts = {expert for expert, _, _ in matrices}
+    count = expert_count if expert_count is not None else max(experts, default=-1) + 1
+    for expert in range(count):
+        if expert not in experts:
+            raise CheckpointError(
+                f"config.json: layer {prefix!r} should have {count} experts, "
+                f"but no shard has expert {expert}"
+                if expert_count is not None
+                else f"{prefix}.{expert}: no shard has this expert, but some have later ones"
+            )
+    for (expert, _, _), matrix in matrices.items():
+        if expert >= count:
+            raise CheckpointError(
+                f"{matrix.shard.name}: {matrix.tensor.name!r} is of expert {expert}, "
+                f"config.json allows {count}"
+            )
+    _check_complete(prefix, family, count, matrices)
+    geometry = _geometry(matrices[0, "gate", "weight"], count)
+    _check_alike(matrices, geometry)
+    return MoeLayer(prefix, number, family, geometry, matrices)
+
+
+def _roles(family: Family, tensors: Iterable[_Named]) -> dict[Role, Matrix]:
+    matrices: dict[Role, Matrix] = {}
+    for pattern, expert, part, whole in tensors:
+        name, shard = whole.tensor.name, whole.shard.name
+        if pattern is not family.tensors or part not in family.parts:
+            raise CheckpointError(
+                f"{shard}: {name!r} is not a tensor of a ModelOpt NVFP4 expert "
+                f"({', '.join(family.part_names)} with {', '.join(LEAVES)})"
+            )
+        try:
+            roles = list(family.roles(part, expert, whole))
+        except ValueError as error:
+            raise CheckpointError(f"{shard}: {name!r}: {error}") from None
+        for role, matrix in roles:
+            if role in matrices:  # "experts.1" and "experts.01"
+                raise CheckpointError(
+                    f"{shard}: {name!r} names the same expert tensor as "
+                    f"{matrices[role].tensor.name!r}"
+                )
+            matrices[role] = matrix
+    return matrices
+
+
+def _check_complete(
+    prefix: str, family: Family, count: int, matrices: Mapping[Role, Matrix]
+) -> None:
+    for expert in range(count):
+        for projection in PROJECTIONS:
+            for leaf in LEAVES:
+                if (expert, projection, leaf) not in matrices:
+                    home = next(m.shard.name for (e, _, _), m in matrices.items() if e == expert)
+                    name = family.tensor_name(prefix, (expert, projection, leaf))
+                    raise CheckpointError(f"{home}: {name!r} is missing from every shard")
+
+
+def _geometry(gate: Matrix, experts: int) -> Geometry:
+    """Sizes by the first expert's gate."""
+    name = f"{gate.shard.name}: {gate.tensor.name!r}"
+    if gate.tensor.dtype != "U8" or len(gate.shape) != 2:
+        raise CheckpointError(
+            f"{name} is {gate.tensor.dtype} {list(gate.shape)}, expected U8 [I, H/2]"
+        )
+    intermediate, hidden = gate.shape[0], 2 * gate.shape[1]
+    for letter, size in (("hidden size H", hidden), ("intermediate size I", intermediate)):
+        if size == 0 or size % GROUP_SIZE:
+            raise CheckpointError(
+                f"{name} gives {letter} = {size}, which is not a multiple of {GROUP_SIZE}"
+            )
+        if size > MAX_SIZE:
+            raise CheckpointError(f"{name} gives {letter} = {size}, the limit is {MAX_SIZE}")
+    return Geometry(experts, hidden, intermediate)
+
+
+def _check_alike(matrices: Mapping[Role, Matrix], geometry: Geometry) -> None:
+    """Each matrix has the dtype and the shape that the sizes give it."""
+    h, i = geometry.hidden, geometry.intermediate
+    sizes: dict[Projection, tuple[int, int]] = {"gate": (i, h), "up": (i, h), "down": (h, i)}
+    expected: dict[tuple[Projection, Leaf], tuple[str, tuple[tuple[int, ...], ...]]] = {}
+    for projection, (rows, cols) in sizes.items():
+        expected[projection, "weight"] = "U8", ((rows, cols // 2),)
+        expected[projection, "weight_scale"] = "F8_E4M3", ((rows, cols // GROUP_SIZE),)
+        expected[projection, "weight_scale_2"] = "F32", ((), (1,))
+        expected[projection, "input_scale"] = "F32", ((), (1,))
+    for (_, projection, leaf), matrix in matrices.items():
+        dtype, shapes = expected[projection, leaf]
+        if matrix.tensor.dtype != dtype or matrix.shape not in shapes:
+            raise CheckpointError(
+                f"{matrix.shard.name}: {matrix.tensor.name!r} is {matrix.tensor.dtype} "
+                f"{list(matrix.shape)}, expected {dtype} {list(shapes[0])} "
+                f"(H = {h}, I = {i}, as in expert 0)"
+            )

@@ -1,0 +1,84 @@
+"""Bytes of source tensors: whole shards, matrices in them, and the ranges that moves read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import CheckpointError
+from ..storage.header import Header, TensorInfo, spec_nbytes
+from ..storage.reader import Identity, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the source."""
+
+    name: str
+    header: Header
+    file_identity: Identity
+    """As of just before its header was read."""
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """Size, header digest and time of the last change, as JSON values: at least one changes
+        whenever the file's bytes do."""
+        file = dict(self.file_identity)
+        return {"bytes": file.pop("bytes"), "header": self.header.digest, **file}
+
+    def check_unchanged(self, store: Store) -> None:
+        """Make sure that what has been read since is what the header describes.
+
+        Raises:
+            CheckpointError: the file is not what it was, or has gone.
+        """
+        if store.open(self.name).identity != self.file_identity:
+            raise CheckpointError(f"{self.name}: has changed while it was read")
+
+
+class Span(NamedTuple):
+    """Contiguous bytes of one source tensor."""
+
+    file: str
+    tensor: str
+    offset: int
+    """From the start of the file, header included."""
+    nbytes: int
+
+
+class Matrix(NamedTuple):
+    """A tensor, or contiguous rows of one: what one role of an expert layer is made of."""
+
+    shard: Shard
+    tensor: TensorInfo
+    start: int
+    """From the first byte of the tensor."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shard: Shard, tensor: TensorInfo) -> Matrix:
+        return cls(shard, tensor, 0, tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return spec_nbytes(self.tensor.dtype, self.shape)
+
+    def split(self, count: int) -> list[Matrix]:
+        """``count`` equal parts of the rows.
+
+        Raises:
+            ValueError: the rows do not divide.
+        """
+        if not self.shape or self.shape[0] % count:
+            raise ValueError(f"{list(self.shape)} does not split into {count}")
+        rows = self.shape[0] // count
+        nbytes = self.nbytes // count
+        return [
+            self._replace(start=self.start + n * nbytes, shape=(rows, *self.shape[1:]))
+            for n in range(count)
+        ]
+
+    def span(self, start: int, stop: int) -> Span:
+        """Its bytes [start, stop)."""
+        offset = self.shard.header.nbytes + self.tensor.start + self.start
+        return Span(self.shard.name, self.tensor.name, offset + start, stop - start)

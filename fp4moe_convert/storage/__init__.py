@@ -1,0 +1,1 @@
+"""Bytes in and out. Nothing here knows a model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,10 +12,17 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support.folders import contents
+from support.golden import CASES
 from support.make_checkpoint import make_checkpoint
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES, TINY
 
 from fp4moe_convert import convert
+
+# The light installation has no torch. These files are about tensors of it, so that without it they
+# cannot even be imported; all that is in them is marked `flashinfer`.
+collect_ignore = (
+    [] if importlib.util.find_spec("torch") else ["test_checks.py", "test_converted_layer.py"]
+)
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("fp4moe", deadline=None)
@@ -62,6 +70,23 @@ def source(made: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
 def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
     """The output of `source`, in shards of `SMALL_SHARD_NBYTES`."""
     return made[1]
+
+
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What the checkpoint of a case in data/golden is converted to, for reading only; made when
+    first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder_of(case: str) -> Path:
+        if case not in made:
+            folder = tmp_path_factory.mktemp(case)
+            make_checkpoint(folder / "source", CASES[case])
+            made[case] = convert(folder / "source", folder / "out").out_dir
+            shutil.rmtree(folder / "source")
+        return made[case]
+
+    return folder_of
 
 
 @pytest.fixture

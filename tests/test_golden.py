@@ -3,29 +3,24 @@
 ``data/golden/`` was made by the engines' code (support/make_golden.py says how, digests.json with
 which versions): whole tensors for one tiny layer, checksums for wider ones and for every tensor-
 and expert-parallel rank. A rank must be a slice of the converted file, cut as docs/format.md says
-in section 4.
+in section 4. The slicer here is of our own; test_converted_layer.py holds the shipped one against
+the same record.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
-from support.make_checkpoint import Spec, make_checkpoint
+from support.golden import CASES, ENGINES, GOLDEN, PREFIX, runs_of
+from support.make_checkpoint import Spec
 from support.tensors import read_tensors
 
-from fp4moe_convert import convert
 from fp4moe_convert.format.contract import Geometry, round_up
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.storage.buffers import Bytes
-
-GOLDEN = Path(__file__).parent / "data" / "golden"
-RECORD = json.loads((GOLDEN / "digests.json").read_text())
-CASES: dict[str, Spec] = {name: Spec(**spec) for name, spec in RECORD["cases"].items()}
-PREFIX = f"model.layers.{RECORD['layer']}.mlp.experts."
 
 
 def geometry_of(spec: Spec) -> Geometry:
@@ -33,7 +28,7 @@ def geometry_of(spec: Spec) -> Geometry:
 
 
 def raw_tensors(path: Path, prefix: str = "") -> dict[str, Bytes]:
-    """All tensors under ``prefix``, last axis in bytes; read by the safetensors library."""
+    """All tensors whose names start so, last axis in bytes; read by the safetensors library."""
     return {
         name.removeprefix(prefix): tensor.as_bytes()
         for name, tensor in read_tensors(path).items()
@@ -80,23 +75,18 @@ def rank_slices(file: Mapping[str, Bytes], spec: Spec, run: Mapping[str, Any]) -
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def case(request: pytest.FixtureRequest, golden_folder: Callable[[str], Path]) -> Any:
     """(name, spec, the layer's tensors as the converted file has them)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    spec = CASES[request.param]
-    make_checkpoint(folder / "source", spec)
-    convert(folder / "source", folder / "out")
-    return request.param, spec, raw_tensors(folder / "out", PREFIX)
+    name = request.param
+    return name, CASES[name], raw_tensors(golden_folder(name), f"{PREFIX}.")
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
     name, spec, tensors = case
     served = tensor_parallel_sizes([geometry_of(spec)])[engine]
     checked = 0
-    for run in RECORD["runs"]:
-        if (run["case"], run["engine"]) != (name, engine):
-            continue
+    for run in runs_of(name, engine):
         if "refused" in run:
             assert run["tp_size"] not in served, run
             continue
@@ -110,11 +100,9 @@ def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
     assert checked, "no run of this engine on record"
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_a_tiny_layer_byte_for_byte(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tiny_layer_byte_for_byte(engine: str, golden_folder: Callable[[str], Path]) -> None:
     """The same, but where it fails one can see which bytes."""
-    make_checkpoint(tmp_path / "source", CASES["E4-H256-I128"])
-    convert(tmp_path / "source", tmp_path / "out")
-    ours = raw_tensors(tmp_path / "out", PREFIX)
+    ours = raw_tensors(golden_folder("E4-H256-I128"), f"{PREFIX}.")
     for name, theirs in raw_tensors(GOLDEN / f"tiny_{engine}.safetensors").items():
         np.testing.assert_array_equal(ours[name], theirs, err_msg=name)

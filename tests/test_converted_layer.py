@@ -1,0 +1,338 @@
+"""One layer's parameters on one rank, as the plugins fill them: the shipped code, and no engine.
+
+``data/golden`` says what each engine's own loader ends with. Parameters of the recorded shapes are
+created here as an engine creates them, with whatever is in memory, and must hold the same bytes
+once `ConvertedLayer` has filled them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file
+from support.golden import CASES, ENGINES, PREFIX, runs_of
+
+from fp4moe_convert.errors import ServingError
+from fp4moe_convert.format.contract import Geometry
+from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer
+from fp4moe_convert.serving.engines import tensor_parallel_sizes
+from fp4moe_convert.serving.slices import copy_share, runs
+
+pytestmark = pytest.mark.flashinfer
+
+DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+GARBAGE = 0xA5
+GEOMETRY = Geometry(experts=4, hidden=256, intermediate=128)
+
+
+def garbage(dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A new parameter, with what somebody left in its memory."""
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor.view(torch.uint8).fill_(GARBAGE)
+    return tensor
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A NaN never equals itself, its bytes do."""
+    return torch.atleast_1d(tensor).contiguous().view(torch.uint8)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(as_bytes(tensor).numpy().tobytes())
+
+
+def read_layer(folder: Path) -> dict[str, torch.Tensor]:
+    """The eight tensors of a converted folder, as an engine reads them."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return {leaf: found[f"{PREFIX}.{leaf}"] for leaf in LEAVES}
+
+
+@pytest.fixture(scope="module")
+def layer_of(
+    golden_folder: Callable[[str], Path],
+) -> Callable[[str], tuple[Geometry, dict[str, torch.Tensor]]]:
+    """Sizes and tensors of a case in data/golden."""
+    latest: dict[str, Any] = {}
+
+    def read(case: str) -> Any:
+        if case not in latest:
+            latest.clear()
+            spec = CASES[case]
+            geometry = Geometry(spec.experts, spec.hidden, spec.intermediate)
+            latest[case] = geometry, read_layer(golden_folder(case))
+        return latest[case]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def file(golden_folder: Callable[[str], Path]) -> dict[str, torch.Tensor]:
+    """The tensors of a layer of `GEOMETRY`; no two experts of it are alike."""
+    return read_layer(golden_folder("E4-H256-I128"))
+
+
+@pytest.fixture
+def layer() -> ConvertedLayer:
+    return ConvertedLayer(PREFIX, GEOMETRY)
+
+
+def refuses(reason: str, remedy: str | None = None) -> Any:
+    """One message: what is wrong, and what to do."""
+    way_out = f"{f'{remedy}, or ' if remedy else ''}serve the original checkpoint instead"
+    return pytest.raises(ServingError, match=rf"^fp4moe: {reason}; {way_out}$")
+
+
+AGAIN = "convert the checkpoint again"
+
+
+# --- every rank that was recorded -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_ends_with_the_bytes_of_its_engine(
+    layer_of: Callable[[str], Any], case: str, engine: str
+) -> None:
+    geometry, tensors = layer_of(case)
+    served = tensor_parallel_sizes([geometry])[engine]
+    checked = 0
+    for run in runs_of(case, engine):
+        if run["tp_size"] not in served:
+            continue  # refused by the engine, or by the plugin: vLLM cuts elsewhere
+        layer = ConvertedLayer(PREFIX, geometry)
+        each = geometry.experts // run["ep_size"]
+        local = range(run["ep_rank"] * each, (run["ep_rank"] + 1) * each)
+        for leaf, tensor in tensors.items():
+            # Both engines keep every expert's activation scale on every rank.
+            experts = range(geometry.experts) if leaf.endswith("_input_scale") else local
+            recorded = run["tensors"].get(leaf)
+            if recorded is None:
+                # Which of two scales SGLang keeps is a matter of chance.
+                assert (leaf, engine) == ("w13_input_scale", "sglang")
+                target = garbage(tensor.dtype, tensor.shape)
+            else:
+                target = garbage(DTYPES[recorded["dtype"]], recorded["shape"])
+            layer.load(leaf, target, tensor, experts=experts, tp_rank=run["tp_rank"])
+            if recorded is not None:
+                assert digest(target) == recorded["xxh3_128"], (leaf, run)
+                checked += 1
+        layer.check_loaded()
+    assert checked, "no run of this engine on record"
+
+
+# --- experts in any order, and shares that run past the end ---------------------------------------
+
+
+SCATTERED = [2, 0, 1, 1, 3, 0, 2, 3]
+"""With redundant experts, as an expert-parallel load balancer places them."""
+
+
+def test_runs_are_experts_that_follow_one_another() -> None:
+    assert list(runs(SCATTERED)) == [
+        (0, 2, 1),
+        (1, 0, 2),
+        (3, 1, 1),
+        (4, 3, 1),
+        (5, 0, 1),
+        (6, 2, 2),
+    ]
+    assert list(runs([])) == []
+    assert list(runs([5])) == [(0, 5, 1)]
+    assert list(runs(range(256))) == [(0, 0, 256)]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_each_slot_gets_its_expert(file: dict[str, torch.Tensor], leaf: str) -> None:
+    tensor = file[leaf]
+    assert len({digest(expert) for expert in tensor}) == 4
+    target = garbage(tensor.dtype, (len(SCATTERED), *tensor.shape[1:]))
+    copies = copy_share(leaf, tensor, target, experts=SCATTERED, tp_rank=0)
+    assert [digest(slot) for slot in target] == [digest(tensor[e]) for e in SCATTERED]
+    assert copies == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_slot_gets_its_rank_of_its_expert(file: dict[str, torch.Tensor], rank: int) -> None:
+    w13, w2 = file["w13_weight"], file["w2_weight"]
+    rows, columns = w13.shape[1] // 2, w2.shape[2] // 2
+    for leaf, expected in (
+        ("w13_weight", w13[SCATTERED][:, rank * rows : (rank + 1) * rows]),
+        ("w2_weight", w2[SCATTERED][:, :, rank * columns : (rank + 1) * columns]),
+    ):
+        target = garbage(expected.dtype, expected.shape)
+        copy_share(leaf, file[leaf], target, experts=SCATTERED, tp_rank=rank)
+        assert torch.equal(target, expected), leaf
+
+
+CUT = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
+"""What tensor parallelism cuts."""
+
+
+@pytest.mark.parametrize("leaf", CUT)
+def test_a_share_past_the_end_is_zero(file: dict[str, torch.Tensor], leaf: str) -> None:
+    """I was padded for more ranks than have something to hold."""
+    target = garbage(file[leaf].dtype, file[leaf].shape)
+    for rank in (1, 2):
+        assert copy_share(leaf, file[leaf], target, experts=range(4), tp_rank=rank) == 0
+        assert not as_bytes(target).any()
+        as_bytes(target).fill_(GARBAGE)
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf not in CUT])
+def test_every_rank_holds_all_of_what_is_not_cut(file: dict[str, torch.Tensor], leaf: str) -> None:
+    for rank in (0, 1, 7):
+        target = garbage(file[leaf].dtype, file[leaf].shape)
+        copy_share(leaf, file[leaf], target, experts=range(4), tp_rank=rank)
+        assert torch.equal(target, file[leaf])
+
+
+def test_a_share_that_runs_past_the_end_is_filled_up_with_zeros(
+    file: dict[str, torch.Tensor],
+) -> None:
+    """Along rows and columns at once: I and H are both padded."""
+    w13 = file["w13_weight"]
+    target = garbage(w13.dtype, (4, 192, w13.shape[2] + 64))
+    copy_share("w13_weight", w13, target, experts=range(4), tp_rank=1)
+    assert torch.equal(target[:, :64, : w13.shape[2]], w13[:, 192:])
+    assert not target[:, 64:].any()
+    assert not target[:, :, w13.shape[2] :].any()
+
+
+def test_a_parameter_of_no_experts_is_left_alone(file: dict[str, torch.Tensor]) -> None:
+    target = garbage(torch.uint8, (0, 256, 128))
+    assert copy_share("w13_weight", file["w13_weight"], target, experts=[], tp_rank=0) == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def load(layer: ConvertedLayer, leaf: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
+    layer.load(leaf, target, tensor, experts=range(target.shape[0]), tp_rank=0)
+
+
+def test_a_tensor_of_another_shape_is_refused(
+    layer: ConvertedLayer, file: dict[str, torch.Tensor]
+) -> None:
+    tensor = file["w2_weight"][:, :-1]
+    with refuses(
+        rf"{PREFIX}\.w2_weight is \[4, 255, 64\], config\.json says \[4, 256, 64\], "
+        "which it should have",
+        AGAIN,
+    ):
+        load(layer, "w2_weight", tensor, garbage(tensor.dtype, tensor.shape))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_parameter_of_another_dtype_is_refused(
+    layer: ConvertedLayer, file: dict[str, torch.Tensor], leaf: str
+) -> None:
+    """A copy would convert the values."""
+    tensor = file[leaf]
+    with refuses(
+        rf"{PREFIX}\.{leaf} is {tensor.dtype} in the file, the engine wants torch\.float16"
+    ):
+        load(layer, leaf, tensor, garbage(torch.float16, tensor.shape))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape", "experts", "message"),
+    [
+        ("w13_weight", (3, 256, 128), range(4), r"w13_weight has 3 slots for 4 experts"),
+        ("w13_weight", (2, 256, 128), [3, 4], r"w13_weight has 4 experts, the engine wants .*4"),
+        ("w13_weight_scale", (4, 64, 16), range(4), ".*64 x 16 are not whole tiles of 128"),
+        ("w2_weight_scale", (4, 256, 6), range(4), ".*256 x 6 are not whole tiles of 128"),
+        ("w13_input_scale", (4, 1), range(4), r"w13_input_scale is \[4, 2\], expected \[4, 1\]"),
+    ],
+)
+def test_a_parameter_that_the_file_does_not_fit_is_refused(
+    layer: ConvertedLayer,
+    file: dict[str, torch.Tensor],
+    leaf: str,
+    shape: tuple[int, ...],
+    experts: Sequence[int],
+    message: str,
+) -> None:
+    target = garbage(file[leaf].dtype, shape)
+    with refuses(rf"{PREFIX}\.{message}.*"):
+        layer.load(leaf, target, file[leaf], experts=experts, tp_rank=0)
+    assert (as_bytes(target) == GARBAGE).all()
+
+
+def test_the_tensor_of_a_single_expert_is_refused(layer: ConvertedLayer) -> None:
+    with refuses(f"{PREFIX} is converted, but the checkpoint also has something else", AGAIN):
+        layer.refuse_single_expert("something else")
+
+
+# --- what was loaded ------------------------------------------------------------------------------
+
+
+def not_loaded(*names: str) -> Any:
+    listed = ", ".join(rf"{PREFIX}\.{name}" for name in names)
+    were = "was" if len(names) == 1 else "were"
+    return refuses(
+        f"{listed} {were} not loaded: missing from the checkpoint, or passed over by the load "
+        "format",
+        "verify the checkpoint with fp4moe verify",
+    )
+
+
+def load_all(layer: ConvertedLayer, file: dict[str, torch.Tensor], *without: str) -> None:
+    for leaf in file.keys() - set(without):
+        load(layer, leaf, file[leaf], garbage(file[leaf].dtype, file[leaf].shape))
+
+
+def test_all_that_is_missing_is_named(layer: ConvertedLayer, file: dict[str, torch.Tensor]) -> None:
+    with not_loaded(*LEAVES):
+        layer.check_loaded()
+    load_all(layer, file, "w2_weight")
+    with not_loaded("w2_weight"):
+        layer.check_loaded()
+    load_all(layer, file, "w13_input_scale", "w2_weight")
+    with not_loaded("w2_weight", "w13_input_scale"):
+        layer.check_loaded()
+
+
+def test_what_was_refused_was_not_loaded(
+    layer: ConvertedLayer, file: dict[str, torch.Tensor]
+) -> None:
+    load_all(layer, file, "w2_weight")
+    with pytest.raises(ServingError):
+        load(layer, "w2_weight", file["w2_weight"], garbage(torch.int8, (4, 256, 64)))
+    with not_loaded("w2_weight"):
+        layer.check_loaded()
+
+
+def test_a_layer_may_be_loaded_again(layer: ConvertedLayer, file: dict[str, torch.Tensor]) -> None:
+    """Each time from the start: what came the last time does not count."""
+    for _ in range(2):
+        load_all(layer, file)
+        layer.check_loaded()
+    load_all(layer, file, "w2_weight")
+    with not_loaded("w2_weight"):
+        layer.check_loaded()
+    with not_loaded(*LEAVES):
+        layer.check_loaded()
+
+
+def test_an_engine_may_wait_for_more(layer: ConvertedLayer, file: dict[str, torch.Tensor]) -> None:
+    load_all(layer, file)
+    layer.note("the shared expert")
+    layer.check_loaded(also=["the shared expert"])
+    load_all(layer, file)
+    with not_loaded("the shared expert"):
+        layer.check_loaded(also=["the shared expert"])
+
+
+def test_a_parameter_is_known_by_being_the_same_object(layer: ConvertedLayer) -> None:
+    """Two may well be equal."""
+    holder = SimpleNamespace(**{leaf: torch.zeros(2) for leaf in LEAVES})
+    for leaf in LEAVES:
+        assert layer.leaf_of(holder, getattr(holder, leaf)) == leaf

@@ -402,8 +402,8 @@ def test_refused_before_the_first_byte(model_dir: Path, tmp_path: Path, case: st
 
 
 def documented_errors() -> dict[str, str]:
-    """What docs/trust.md says is printed, by input."""
-    text = (Path(__file__).parent.parent / "docs" / "trust.md").read_text()
+    """What docs/errors.md says is printed, by input."""
+    text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
     return dict(re.findall(r"^\| (.*?) \| `(error: .*)` \|$", text, re.MULTILINE))
 
 

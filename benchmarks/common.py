@@ -28,7 +28,11 @@ from pathlib import Path
 from .report import Json, say
 
 MINCORE_NBYTES = 256 * 2**20
-LIBRARIES = "flashinfer, safetensors.torch, fp4moe_convert.cli, fp4moe_convert.conversion"
+IMPORT_LIBRARIES = """
+import contextlib, fp4moe_convert.cli.display, fp4moe_convert.conversion
+with contextlib.suppress(ImportError):
+    import flashinfer, safetensors.torch
+"""
 
 
 # --- child processes ------------------------------------------------------------------------------
@@ -44,14 +48,14 @@ class Usage:
     stdout: bytes
 
 
-def run_child(*command: str | Path) -> Usage:
-    """Run to the end and measure.
+def run_child(*command: str | Path, **environment: str) -> Usage:
+    """Run to the end and measure. ``environment`` is added to this process's.
 
     Raises:
         subprocess.CalledProcessError: the child failed; it has said why on stderr.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **environment})
     assert process.stdout is not None
     try:
         with process.stdout as pipe:
@@ -100,7 +104,7 @@ def start_cold(model: Path) -> int:
     Raises:
         RuntimeError: the model does not leave the page cache.
     """
-    run_child(sys.executable, "-c", f"import {LIBRARIES}")
+    run_child(sys.executable, "-W", "ignore", "-c", IMPORT_LIBRARIES)
     os.sync()
     files = model_files(model)
     for _ in range(5):
@@ -200,10 +204,18 @@ def environment(scratch: Path, nbytes: int) -> Json:
         "kernel": platform.release().split("-")[0],
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{name: importlib.metadata.version(name) for name in packages if installed(name)},
             "cp": run_child("cp", "--version").stdout.decode().split("\n")[0],
         },
     }
+
+
+def installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def cpu_model() -> str:

@@ -1,17 +1,21 @@
-"""Compare a conversion with `cp -r` and with a naive converter: time, durability and memory.
+"""Compare a conversion with the disk's own rate, `cp -r` and a naive converter: time and memory.
 
     python -m benchmarks.convert                            # a model of 6.8 GB, ten minutes
     python -m benchmarks.convert --experts 32 --rounds 2    # 1.2 GB, one minute
     python -m benchmarks.convert --json bench.json --plot bench.png
+    python -m benchmarks.convert --before ../other          # another checkout takes part
     python -m benchmarks.convert --memory                   # our peak memory, models of 2 to 20 GB
 
-It takes an environment with the package and the dependency groups `test` and `bench`, and in
---work-dir room for the model three times over. The naive converter needs twice the size of a layer
-in memory: 13 GB at the defaults.
+It takes an environment with the package and, for --plot, the dependency group `bench`, and in
+--work-dir room for the model three times over. The naive converter needs the extra `flashinfer`,
+and twice the size of a layer in memory: 13 GB at the defaults.
 
-Three programs take turns, so that a disk that is slow for a while is slow for all of them:
+The programs take turns, so that a disk that is slow for a while is slow for all of them:
 
 - **ours**, `fp4moe-convert MODEL OUT --quiet --json`, the whole process. It syncs what it writes.
+- **before**, the same of another checkout, where --before names one.
+- **floor**, `python -m benchmarks.raw_copy MODEL OUT`: the same bytes read and written with direct
+  I/O by a few threads that do nothing else. The disk cannot do better.
 - **cp**, `cp -r MODEL OUT` and then `sync` with the name of each copied file and folder, which
   calls fsync on it; the time is that of both.
 - **naive**, `python -m benchmarks.naive MODEL OUT`, what one writes with safetensors, torch and
@@ -38,6 +42,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,6 +105,19 @@ def run_ours(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
     return usage, {"conversion": json.loads(usage.stdout)["seconds"]}
 
 
+def run_before(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    code = "from fp4moe_convert.__main__ import main_convert; main_convert()"
+    usage = run_child(
+        *(sys.executable, "-c", code, model, out, "--quiet", "--json"),
+        PYTHONPATH=os.environ[BEFORE],
+    )
+    return usage, {"conversion": json.loads(usage.stdout)["seconds"]}
+
+
+def run_floor(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    return run_module("benchmarks.raw_copy", model, out), {}
+
+
 def run_cp(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
     copy = run_child("cp", "-r", model, out)
     sync = sync_folder(out)
@@ -119,15 +137,27 @@ def run_naive(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
 
 PROGRAMS: dict[str, Callable[[Path, Path], tuple[Usage, dict[str, float]]]] = {
     "ours": run_ours,
+    "before": run_before,
+    "floor": run_floor,
     "cp": run_cp,
     "naive": run_naive,
 }
 TITLES = {
     "ours": "fp4moe-convert",
+    "before": "another checkout",
+    "floor": "raw direct copy",
     "cp": "cp -r, then sync",
     "naive": "naive converter",
 }
-COLORS = {"ours": "#1b7f5c", "cp": "#7a869a", "naive": "#c2703d"}
+COLORS = {
+    "ours": "#1b7f5c",
+    "before": "#6fb39b",
+    "floor": "#3d5a80",
+    "cp": "#7a869a",
+    "naive": "#c2703d",
+}
+BEFORE = "FP4MOE_BENCH_BEFORE"
+"""Environment variable with the other checkout's folder."""
 
 
 # --- the same bytes? ------------------------------------------------------------------------------
@@ -245,6 +275,10 @@ class Results:
 
     def ratios(self) -> list[Ratio]:
         return [
+            Ratio("wall, floor / ours", self.paired("floor", lambda run: run.wall_s, inverse=True)),
+            Ratio("wall, ours / before", self.paired("before", lambda run: run.wall_s)),
+            Ratio("CPU time, ours / before", self.paired("before", lambda run: run.cpu_s)),
+            Ratio("peak RSS, ours / before", self.paired("before", lambda r: r.peak_rss_bytes)),
             Ratio("wall, ours / cp and sync", self.paired("cp", lambda run: run.wall_s)),
             Ratio("wall, ours / naive", self.paired("naive", lambda run: run.wall_s)),
             Ratio("start-up aside, ours / naive", self.paired("naive", seconds_without_start_up)),
@@ -252,9 +286,12 @@ class Results:
             Ratio("peak RSS, ours / naive", self.paired("naive", lambda run: run.peak_rss_bytes)),
         ]
 
-    def paired(self, other: str, figure: Callable[[Run], float]) -> list[float]:
+    def paired(
+        self, other: str, figure: Callable[[Run], float], *, inverse: bool = False
+    ) -> list[float]:
         ours = {run.round: figure(run) for run in self.of("ours")}
-        return [round(ours[run.round] / figure(run), 4) for run in self.of(other)]
+        ratios = [ours[run.round] / figure(run) for run in self.of(other)]
+        return [round(1 / ratio if inverse else ratio, 4) for ratio in ratios]
 
     def as_json(self) -> Json:
         nbytes = self.environment["model_bytes"]
@@ -281,8 +318,7 @@ class Results:
 
 
 def seconds_without_start_up(run: Run) -> float:
-    """What each says of itself. Ours counts from when its own modules are loaded, and includes the
-    wait for FlashInfer, which it imports meanwhile; the naive one's imports are not included."""
+    """What each says of itself, from when its modules are loaded."""
     return run.parts_s["conversion" if run.program == "ours" else "work"]
 
 
@@ -295,7 +331,8 @@ def spread(name: str, values: Sequence[float]) -> Json:
 
 
 def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
-    check_on_tiny(scratch / "tiny")
+    if arguments.naive_rounds:
+        check_on_tiny(scratch / "tiny")
     model: Path = arguments.model or made_model(
         scratch / "model", arguments.layers, arguments.experts, arguments
     )
@@ -313,6 +350,8 @@ def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
         check = number == 1 and arguments.naive_rounds > 0
         for program in PROGRAMS:
             if program == "naive" and number > arguments.naive_rounds:
+                continue
+            if program == "before" and BEFORE not in os.environ:
                 continue
             run = bench.run(program, number)
             results.runs.append(run)
@@ -513,6 +552,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=2048, help="(2048, as DeepSeek-V3)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of ours and of cp (5)")
     parser.add_argument("--naive-rounds", type=int, default=2, help="of these with naive, too (2)")
+    parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument(
         "--memory",
         nargs="*",
@@ -531,6 +571,10 @@ def parse_arguments() -> argparse.Namespace:
     # This script's own child.
     parser.add_argument("--compare", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.before:
+        os.environ[BEFORE] = str(arguments.before.resolve())
+    if arguments.naive_rounds and not importlib.util.find_spec("flashinfer"):
+        parser.error("the naive converter needs the extra `flashinfer`; or pass --naive-rounds 0")
     if arguments.rounds < 1 or arguments.naive_rounds < 0:
         parser.error("--rounds is at least 1, --naive-rounds at least 0")
     if arguments.memory is not None:

@@ -1,4 +1,7 @@
-"""Entry points; ``python -m fp4moe_convert`` is ``fp4moe``."""
+"""Entry points; ``python -m fp4moe_convert`` is ``fp4moe``.
+
+The commands are imported once Ctrl-C can be handled: importing typer takes a tenth of a second.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,24 @@ from .cli.process import run
 
 def main() -> None:
     """Entry point ``fp4moe``."""
-    run("app")
+
+    def command() -> None:
+        from .cli.commands import app
+
+        app()
+
+    run(command)
 
 
 def main_convert() -> None:
     """Entry point ``fp4moe-convert``."""
-    run("convert_app")
+
+    def command() -> None:
+        from .cli.commands import convert_app
+
+        convert_app()
+
+    run(command)
 
 
 if __name__ == "__main__":

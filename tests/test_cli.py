@@ -506,8 +506,9 @@ def sneeze():
                 os.write(number, b"a warning in C")
         time.sleep(0.001)
 threading.Thread(target=sneeze, daemon=True).start()
+from fp4moe_convert.cli.commands import convert_app
 from fp4moe_convert.cli.process import run
-run("convert_app")
+run(convert_app)
 """
 
 

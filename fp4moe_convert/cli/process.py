@@ -8,7 +8,6 @@ as soon as the kernel lets those threads go.
 from __future__ import annotations
 
 import gc
-import importlib
 import io
 import os
 import signal
@@ -33,8 +32,8 @@ def when_interrupted(*, advice: str = "", clean_up: Callable[[], None] | None = 
     _clean_up = clean_up
 
 
-def run(command: str) -> None:
-    """Run one of the command lines in `commands` and end the process with its exit code."""
+def run(command: Callable[[], None]) -> None:
+    """Run a command line and end the process with its exit code."""
     for number in _STOP_SIGNALS:
         # A shell starts background jobs with SIGINT ignored, and that has to stay so.
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -49,8 +48,7 @@ def run(command: str) -> None:
     def work() -> None:
         nonlocal code
         try:
-            # Imported here, because importing typer takes a tenth of a second.
-            getattr(importlib.import_module(".commands", __package__), command)()
+            command()
         except SystemExit as end:
             code = end.code
         except BaseException:

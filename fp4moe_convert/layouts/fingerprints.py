@@ -21,11 +21,18 @@ from .base import RowOrder
 
 PACKAGE = "flashinfer-python"
 
-RECORDED: Mapping[str, str] = {
-    "0.7.2.post1": "xxh3_128:2e5bc60c6ed3a43fe3e0b7d32b3aab69",
-}
-"""Fingerprint by release, oldest first. Each release was compared with the order that this package
-writes for all of `RECORDED_COUNTS`, not only for the rows of the fingerprint."""
+_RELEASES = (
+    *("0.6.0", "0.6.1", "0.6.2", "0.6.3", "0.6.4", "0.6.5", "0.6.6"),
+    *("0.6.7", "0.6.7.post1", "0.6.7.post2", "0.6.7.post3", "0.6.8", "0.6.8.post1", "0.6.9"),
+    *("0.6.10", "0.6.10.post1", "0.6.11", "0.6.11.post1", "0.6.11.post2", "0.6.11.post3"),
+    *("0.6.12", "0.6.13", "0.6.14", "0.6.15", "0.6.15.post1", "0.6.16", "0.6.16.post1"),
+    *("0.6.16.post2", "0.6.16.post3", "0.6.16.post4", "0.6.17", "0.6.18", "0.6.18.post1"),
+    *("0.7.0", "0.7.0.post1", "0.7.1", "0.7.2", "0.7.2.post1"),
+)
+RECORDED: Mapping[str, str] = dict.fromkeys(_RELEASES, "xxh3_128:2e5bc60c6ed3a43fe3e0b7d32b3aab69")
+"""Fingerprint by release, oldest first; all releases so far have the same. Each was compared with
+the order that this package writes for all of `RECORDED_COUNTS`, not only for the rows of the
+fingerprint."""
 
 RECORDED_COUNTS = [(rows, gated) for rows in range(128, 8193, 128) for gated in (False, True)]
 """(number of rows, gated): H or 2I of every model so far, and more."""

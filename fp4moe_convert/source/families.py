@@ -92,6 +92,12 @@ FAMILIES: tuple[Family, ...] = (
         tensors=NUMBERED_EXPERTS,
         parts=per_expert(gate_proj="gate", up_proj="up", down_proj="down"),
     ),
+    # MiniMax-M2, Mixtral.
+    Family(
+        name="experts.N.{w1,w3,w2}",
+        tensors=NUMBERED_EXPERTS,
+        parts=per_expert(w1="gate", w3="up", w2="down"),
+    ),
 )
 
 EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")

@@ -96,7 +96,7 @@ def make_pair(folder: Path, name: str) -> None:
     """Write ``folder/original`` and ``folder/converted``."""
     from fp4moe_convert.conversion import convert
 
-    original, convertible = folder / "original", folder / "original"
+    original = folder / "original"
     make_checkpoint(original, SPECS[name])
     edit_config(original, lambda config: config.update(pad_token_id=0))
     if name in CONFIGS:
@@ -110,14 +110,13 @@ def make_pair(folder: Path, name: str) -> None:
         edit_tensors(original, lambda all_: {n: t for n, t in all_.items() if "self_attn" not in n})
     if name in BLOCK_SPARSE:
         edit_tensors(original, lambda all_: rename(all_, r"\.mlp\.", ".block_sparse_moe."))
-        convertible = Path(shutil.copytree(original, folder / "convertible"))
         edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.gate_proj", r"\1.w1"))
         edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.up_proj", r"\1.w3"))
         edit_tensors(original, lambda all_: rename(all_, r"(\.experts\.\d+)\.down_proj", r"\1.w2"))
     elif SPECS[name].differing_scales:
         tie = tie_the_largest if name == "input-scales" else tie_input_scales
         edit_tensors(original, tie)
-    convert(convertible, folder / "converted", direct_io=False)
+    convert(original, folder / "converted", direct_io=False)
 
 
 def edit_config(folder: Path, edit: Edit) -> None:

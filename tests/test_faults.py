@@ -1,6 +1,7 @@
 """Real faults, not mocks: full, failing and read-only disks, power cuts, and other people's files.
 
-Mounting takes root; where that is not to be had, the tests that mount are skipped and say so.
+Mounting takes root; where that is not to be had, the tests that mount are skipped and say so. In CI
+they fail.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faulty_disk import Disk, mount, mounted, unmount
+from support.faulty_disk import Disk, mount, mounted, needs_root, unmount
 from support.folders import INDEX, contents, flip_bit
 from support.processes import FP4MOE_CONVERT, finding_support, state_of, until
 from support.specs import SMALL_SHARD_NBYTES
@@ -27,8 +28,6 @@ from fp4moe_convert import CheckpointError, ConversionReport, OutputError, conve
 from fp4moe_convert.execution.output_folder import Writing
 
 MIB = 2**20
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
 
 
 def run(source: Path, out: Path) -> ConversionReport:

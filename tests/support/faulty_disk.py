@@ -11,6 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 and not os.environ.get("CI"), reason="mounting takes root"
+)
+"""For tests that mount, or that change who they are. In CI they fail rather than be skipped, as
+nothing else tests what a power cut leaves."""
+
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING_THE_JOURNAL = 2
 _FIFREEZE = 0xC0045877

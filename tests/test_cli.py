@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -17,13 +18,15 @@ from typing import Any
 
 import pytest
 import typer
-from support.folders import INDEX, flip_bit
+from rich.console import Console
+from support.folders import INDEX, contents, flip_bit
 from support.specs import TINY
 from typer.testing import CliRunner, Result
 
 import fp4moe_convert
-from fp4moe_convert import ConversionReport, convert
-from fp4moe_convert.cli.commands import app, convert_app, parse_size
+from fp4moe_convert import ConversionReport, Progress, convert
+from fp4moe_convert.cli.commands import app, parse_size
+from fp4moe_convert.cli.display import LOG_INTERVAL, log_writer
 
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 SIZES = {"experts": TINY.experts, "hidden": TINY.hidden, "intermediate": TINY.intermediate}
@@ -122,11 +125,16 @@ def test_entry_points(script: str, shows: list[str]) -> None:
         assert word in done.stdout
 
 
-def test_convert_is_the_same_by_both_entry_points() -> None:
-    ours = CliRunner().invoke(convert_app, ["--help"]).stdout
-    theirs = run("convert", "--help").stdout
-    options = re.compile(r"--[a-z-]+")
-    assert set(options.findall(ours)) == set(options.findall(theirs))
+def test_both_entry_points_convert_to_the_same_bytes(
+    tiny: Path, tmp_path: Path, report: ConversionReport
+) -> None:
+    scripts = Path(sysconfig.get_path("scripts"))
+    by_script = {"fp4moe": ["convert"], "fp4moe-convert": []}
+    for script, subcommand in by_script.items():
+        arguments = [scripts / script, *subcommand, tiny, tmp_path / script, "--quiet", "--json"]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
+        assert one_json(done.stdout)["out_dir"] == str(tmp_path / script)
+        assert contents(tmp_path / script) == contents(report.out_dir)
 
 
 def test_exit_code_1_for_a_known_failure(tmp_path: Path) -> None:
@@ -297,6 +305,15 @@ def test_inspect_a_converted_folder_as_json(converted: Path, report: ConversionR
     assert content["flashinfer"] == report.flashinfer
 
 
+def test_inspect_refuses_a_folder_that_is_unfinished(tiny: Path, tmp_path: Path) -> None:
+    """A run that was stopped before the index has left a config.json that says "converted"."""
+    out_dir = convert(tiny, tmp_path / "out").out_dir
+    (out_dir / INDEX).unlink()
+    result = run("inspect", out_dir)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {out_dir}: is unfinished: it has no {INDEX}\n"
+
+
 def test_inspect_says_why_a_folder_is_unsupported(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
@@ -347,6 +364,38 @@ def test_progress_in_a_log_is_plain_lines(tiny: Path, tmp_path: Path) -> None:
         assert line.isprintable()
     assert "100%" in lines[1]
     assert "100%" in lines[3]
+
+
+def test_a_log_is_never_silent_for_long() -> None:
+    """Systems that run tests take a quarter of an hour without a line for a program that hangs."""
+    stream, now = io.StringIO(), 0.0
+    write = log_writer(Console(file=stream, width=200), clock=lambda: now)
+    written_at = []
+    for second in range(901):
+        now = float(second)
+        before = stream.tell()
+        write(Progress("converting", "a layer", 10**9 * (second + 1), 901 * 10**9))
+        if stream.tell() > before:
+            written_at.append(second)
+    assert written_at == [*range(0, 900, int(LOG_INTERVAL)), 900]
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "converting   0%, 1.00 of 901.00 GB, a layer"
+    assert lines[1] == "converting   1%, 11.00 of 901.00 GB, 1.10 GB/s, 809 s left, a layer"
+    assert lines[-1] == "converting 100%, 901.00 of 901.00 GB, 1.00 GB/s, 900.0 s, a layer"
+
+
+def test_each_phase_of_a_log_has_a_first_and_a_last_line() -> None:
+    stream = io.StringIO()
+    write = log_writer(Console(file=stream, width=200), clock=lambda: 5.0)
+    for phase in ("converting", "verifying"):
+        for done in (1, 2, 3):
+            write(Progress(phase, "a layer", done, 3))
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == [
+        "converting  33%",
+        "converting 100%",
+        "verifying  33%",
+        "verifying 100%",
+    ]
 
 
 def on_a_terminal(arguments: list[str], **env: str) -> bytes:

@@ -264,6 +264,7 @@ def test_a_huge_number_of_experts_is_refused_at_once() -> None:
     ids=["layer", "expert"],
 )
 def test_a_number_of_thousands_of_digits_is_no_reason_to_crash(name: str) -> None:
+    """To be passed through is allowed, as is any refusal in words."""
     with suppress(CheckpointError):  # int() raises ValueError beyond 4300 digits
         find_layers(checkpoint(layer(), {name: ("U8", (1,))}))
 

@@ -29,6 +29,7 @@ from fp4moe_convert import (
     ConversionReport,
     ConvertError,
     OutputError,
+    Progress,
     VerifyError,
     conversion,
     convert,
@@ -99,6 +100,28 @@ def test_a_run_that_failed_is_taken_up(
     report, notes = run(source, out)
     assert report.shards_kept == len(kept) <= count
     assert bool(notes) == bool(kept)
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_ctrl_c_in_the_library_deletes_nothing(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], threads: int
+) -> None:
+    """That would have to wait for a disk that is busy. The next run tidies up."""
+    out = tmp_path / "out"
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done > progress.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, threads=threads, on_progress=interrupt)
+    kept = sorted(path.name for path in out.glob("*.safetensors"))
+    assert kept
+    assert list(out.glob("*.partial"))
+    assert (out / JOURNAL_NAME).exists()
+    report, _ = run(source, out)
+    assert report.shards_kept == len(kept)
     assert contents(out) == expected
 
 
@@ -200,6 +223,31 @@ def test_damage_to_a_finished_folder_is_mended(
     report, notes = run(source, out, **options)
     assert re.fullmatch(f"{shard.name}: done again: {reason}", notes[0])
     assert report.shards_kept == report.shards - 1
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("kill_in", ["WriteFile.__init__", "Writing.finish_shard"])
+def test_a_kill_while_damage_is_mended_costs_no_other_shard(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], kill_in: str
+) -> None:
+    """Meanwhile the folder has no manifest. What only that had on record is in the journal."""
+    out = tmp_path / "out"
+    report, _ = run(source, out)
+    sorted(out.glob("*.safetensors"))[2].unlink()
+    program = f"""
+import os, signal
+from fp4moe_convert import convert
+from fp4moe_convert.execution.output_folder import Writing
+from fp4moe_convert.execution.scatter import WriteFile
+{kill_in} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert not (out / INDEX).exists()
+    assert not (out / MANIFEST).exists()
+    resumed, _ = run(source, out)
+    assert resumed.shards_kept == report.shards - 1
     assert contents(out) == expected
 
 
@@ -514,7 +562,8 @@ from fp4moe_convert import conversion
 conversion.scatter = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 conversion.convert({str(source)!r}, {str(out)!r})
 """
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == -9
     assert (out / JOURNAL_NAME).exists()
     convert(source, out)
     verify(out, source)
@@ -542,6 +591,18 @@ def test_verify_reads_finished_shards_before_they_are_kept(
     assert report.shards_kept == 2
     assert re.fullmatch(rf"{shard.name}: done again: it is damaged \(.* checksum .*\)", notes[0])
     assert contents(stopped) == expected
+
+
+def test_the_progress_of_checking_adds_up(stopped: Path, source: Path) -> None:
+    """Headers are read as well, so that it ends with the size of the shards."""
+    seen: list[Progress] = []
+    report, _ = run(source, stopped, verify=True, on_progress=seen.append)
+    assert report.shards_kept == 3
+    checking = [progress for progress in seen if progress.phase == "checking"]
+    done = [progress.done for progress in checking]
+    assert done == sorted(done)
+    assert done[-1] == report.bytes_out - report.bytes_written
+    assert {progress.total for progress in checking} == {done[-1]}
 
 
 @pytest.mark.parametrize("kill_at", ["model.safetensors.index.json", "fp4moe_manifest.json"])

@@ -1,0 +1,130 @@
+"""Threads that fill shards together: in order, to the end, and what is told when one fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from support.folders import contents
+from support.specs import SMALL_SHARD_NBYTES
+
+from fp4moe_convert import convert
+from fp4moe_convert.execution import scatter
+from fp4moe_convert.execution.checksum import Checksum
+from fp4moe_convert.execution.crew import Crew
+
+SIZES = pytest.mark.parametrize("size", [1, 2, 7])
+
+
+@SIZES
+def test_every_job_is_done_once_and_each_thread_has_a_worker_of_its_own(size: int) -> None:
+    done: list[tuple[int, int]] = []
+    workers: list[int] = []
+
+    def make_worker() -> Callable[[int], None]:
+        workers.append(threading.get_ident())
+        return lambda job: done.append((job, threading.get_ident()))
+
+    Crew(size).run(iter(range(100)), make_worker)
+    assert sorted(job for job, _ in done) == list(range(100))
+    assert len(workers) == size
+    assert {thread for _, thread in done} <= set(workers)
+
+
+@SIZES
+def test_no_job_is_no_work(size: int) -> None:
+    def fail(_: object) -> None:
+        pytest.fail("there is no job")
+
+    Crew(size).run(iter([]), lambda: fail)
+
+
+def test_the_first_failure_is_the_one_that_is_told() -> None:
+    """Others may be its consequences."""
+    both = threading.Barrier(2)
+
+    def work(job: str) -> None:
+        both.wait()
+        if job == "first":
+            raise ValueError(job)
+        while not crew._stopped:
+            time.sleep(0.001)
+        raise ValueError(job)
+
+    for jobs in (["first", "second"], ["second", "first"]):
+        crew = Crew(2)
+        with pytest.raises(ValueError, match=r"^first$"):
+            crew.run(iter(jobs), lambda: work)
+
+
+@SIZES
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_after_a_failure_no_job_is_begun(size: int, kind: type[BaseException]) -> None:
+    begun: list[int] = []
+
+    def work(job: int) -> None:
+        begun.append(job)
+        if job == 0:
+            raise kind
+        time.sleep(0.01)
+
+    with pytest.raises(kind):
+        Crew(size).run(iter(range(10_000)), lambda: work)
+    assert len(begun) < 1000
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("crew-")]
+
+
+def test_a_job_that_waits_for_one_that_failed_waits_no_longer() -> None:
+    crew = Crew(2)
+    both = threading.Barrier(2)
+
+    def work(job: int) -> None:
+        both.wait()
+        if job == 0:
+            time.sleep(0.05)
+            raise ValueError
+        crew.wait_for(lambda: False)
+
+    with pytest.raises(ValueError, match=r"^$"):
+        crew.run(iter(range(2)), lambda: work)
+
+
+def test_a_checksum_is_of_the_pieces_in_order_whoever_has_them_first() -> None:
+    crew = Crew(4)
+    data = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+    checksum = Checksum(crew)
+
+    def work(start: int) -> None:
+        time.sleep(0.002 * (start // 10 % 4 == 0))  # every fourth piece comes late
+        checksum.update(start, data[start : start + 10])
+
+    crew.run(iter(range(0, 1000, 10)), lambda: work)
+    assert checksum.hexdigest() == xxhash.xxh3_128_hexdigest(data.tobytes())
+
+
+def test_moves_that_end_at_the_same_time_are_all_counted(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last move of a shard finishes it. Counting down takes a lock: here there is time for
+    another thread between reading the count and writing it."""
+
+    class SlowlyCounted(scatter._OpenShard):
+        @property
+        def moves_left(self) -> Any:
+            left = self._left
+            time.sleep(0.001)
+            return left
+
+        @moves_left.setter
+        def moves_left(self, left: int) -> None:
+            self._left = left
+
+    monkeypatch.setattr(scatter, "_OpenShard", SlowlyCounted)
+    convert(source, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES, threads=4)
+    assert contents(tmp_path / "out") == expected

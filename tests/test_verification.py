@@ -2,15 +2,22 @@
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import safetensors
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.folders import MANIFEST, flip_bit
 from support.make_checkpoint import Spec, make_checkpoint
+from support.tensors import read_header as raw_header
 
 from fp4moe_convert import VerifyError, convert, verify
 from fp4moe_convert.storage import header as storage_header
@@ -113,17 +120,26 @@ def test_a_folder_without_a_manifest(source: Path, out: Path) -> None:
         verify(out)
 
 
+def change_manifest(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a manifest says, and let its checksum vouch for it."""
+    content = json.loads((out / MANIFEST).read_text())
+    change(content)
+    del content["manifest"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
+    (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def rewrite_manifest(out: Path, shard: Path, tensor: str) -> None:
     """Make the manifest vouch for the tensor as it now is."""
     header = read_header(shard)
     info = next(info for info in header.tensors if info.name == tensor)
     data = shard.read_bytes()[header.nbytes + info.start : header.nbytes + info.stop]
-    content = json.loads((out / MANIFEST).read_text())
-    content["shards"][shard.name]["tensors"][tensor] = xxhash.xxh3_128_hexdigest(data)
-    del content["manifest"]
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
-    (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+    def vouch(content: dict[str, Any]) -> None:
+        content["shards"][shard.name]["tensors"][tensor] = xxhash.xxh3_128_hexdigest(data)
+
+    change_manifest(out, vouch)
 
 
 LEAVES = ["weight", "weight_scale", "weight_scale_2", "input_scale"]
@@ -146,6 +162,185 @@ def test_the_source_convicts_a_folder_whose_manifest_lies(
     verify(out)
     with pytest.raises(VerifyError, match=rf"^{shard.name}: '{tensor.name}' differs from '.*' in"):
         verify(out, source)
+
+
+def last_tensor(entries: dict[str, Any]) -> str:
+    """The one whose data ends a shard."""
+    tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+    return max(tensors, key=lambda name: tensors[name]["data_offsets"][1])
+
+
+def rename_one(entries: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    last = last_tensor(entries)
+    return {f"{n}.renamed" if n == last else n: entry for n, entry in entries.items()}, data
+
+
+def add_one(entries: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    place = [len(data), len(data) + 4]
+    added = {"added": {"dtype": "U8", "shape": [4], "data_offsets": place}}
+    return entries | added, data + b"more"
+
+
+def drop_one(entries: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    last = last_tensor(entries)
+    start, _ = entries[last]["data_offsets"]
+    return {name: entry for name, entry in entries.items() if name != last}, data[:start]
+
+
+def halve_one(entries: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    last = last_tensor(entries)
+    start, stop = entries[last]["data_offsets"]
+    shape = [entries[last]["shape"][0] // 2, *entries[last]["shape"][1:]]
+    halved = {"shape": shape, "data_offsets": [start, (start + stop) // 2]}
+    return entries | {last: entries[last] | halved}, data[: (start + stop) // 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_one, r"'.*\.renamed' is not what the source is converted to"),
+        (add_one, "'added' is not what the source is converted to"),
+        (halve_one, "'.*' is not what the source is converted to"),
+        (drop_one, "'.*' is in no shard, the source has it"),
+    ],
+)
+def test_the_source_convicts_a_shard_of_other_tensors(
+    source: Path,
+    out: Path,
+    change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]],
+    message: str,
+) -> None:
+    """Shard and manifest are made anew, and fit each other."""
+    shard = sorted(out.glob("*.safetensors"))[-1]
+    entries, start = raw_header(shard)
+    entries, data = change(entries, shard.read_bytes()[start:])
+    text = json.dumps(entries).encode()
+    header = len(text).to_bytes(8, "little") + text
+    shard.write_bytes(header + data)
+
+    def vouch(content: dict[str, Any]) -> None:
+        content["shards"][shard.name] = {
+            "bytes": len(header) + len(data),
+            "header": xxhash.xxh3_128_hexdigest(header),
+            "tensors": {
+                name: xxhash.xxh3_128_hexdigest(data[slice(*entry["data_offsets"])])
+                for name, entry in entries.items()
+                if name != "__metadata__"
+            },
+        }
+
+    change_manifest(out, vouch)
+    verify(out)
+    with pytest.raises(VerifyError, match=message):
+        verify(out, source)
+
+
+@pytest.mark.parametrize("lie", ["renamed", "added", "missing"])
+def test_a_manifest_that_lists_other_tensors_than_the_shard_has(out: Path, lie: str) -> None:
+    """Of a tensor that no manifest lists nobody would read a byte."""
+    shard = sorted(out.glob("*.safetensors"))[0]
+
+    def change(content: dict[str, Any]) -> None:
+        tensors = content["shards"][shard.name]["tensors"]
+        name = min(tensors)
+        if lie != "missing":
+            tensors[f"{name}.{lie}"] = tensors[name]
+        if lie != "added":
+            del tensors[name]
+
+    change_manifest(out, change)
+    message = f"^{shard.name}: holds other tensors than the manifest lists$"
+    with pytest.raises(VerifyError, match=message):
+        verify(out)
+
+
+Seen = dict[str, tuple[str, list[int]]]
+"""Dtype and shape by name."""
+
+
+@pytest.fixture
+def library_sees(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Seen], object]], None]:
+    """Let the safetensors library see something else in every file than is in it."""
+
+    def install(change: Callable[[Seen], object]) -> None:
+        open_file = safetensors.safe_open
+
+        @contextmanager
+        def changed(path: Path, framework: str) -> Iterator[Any]:
+            with open_file(path, framework) as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                seen = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+            change(seen)
+            views = {
+                name: SimpleNamespace(get_dtype=lambda d=dtype: d, get_shape=lambda s=shape: s)
+                for name, (dtype, shape) in seen.items()
+            }
+            yield SimpleNamespace(keys=views.keys, get_slice=views.__getitem__)
+
+        monkeypatch.setattr(safetensors, "safe_open", changed)
+
+    return install
+
+
+def with_another_dtype(seen: Seen) -> None:
+    name = min(seen)
+    seen[name] = ("I8", seen[name][1])
+
+
+def with_another_shape(seen: Seen) -> None:
+    name = min(seen)
+    seen[name] = (seen[name][0], [1, *seen[name][1]])
+
+
+def with_one_more(seen: Seen) -> None:
+    seen["more"] = ("U8", [0])
+
+
+def with_one_less(seen: Seen) -> None:
+    del seen[min(seen)]
+
+
+@pytest.mark.parametrize(
+    "change", [with_another_dtype, with_another_shape, with_one_more, with_one_less]
+)
+def test_a_shard_in_which_the_library_sees_something_else(
+    source: Path,
+    out: Path,
+    library_sees: Callable[[Callable[[Seen], object]], None],
+    change: Callable[[Seen], None],
+) -> None:
+    """Engines read with it, so what it sees counts as well."""
+    library_sees(lambda _: None)
+    verify(out, source)
+    library_sees(change)
+    shard = sorted(out.glob("*.safetensors"))[0]
+    message = f"^{shard.name}: the safetensors library sees other tensors in it$"
+    for against in (None, source):
+        with pytest.raises(VerifyError, match=message):
+            verify(out, against)
+
+
+@pytest.mark.parametrize(
+    "error", [safetensors.SafetensorError("header too odd"), OSError(5, "Input/output error")]
+)
+def test_a_shard_that_the_library_refuses(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Also where a run decides which finished shards it keeps."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    reason = re.escape(f"the safetensors library refuses it: {error}")
+    with pytest.raises(VerifyError, match=f"^{shards[0]}: {reason}$"):
+        verify(out)
+    notes: list[str] = []
+    with pytest.raises(VerifyError, match=reason):
+        convert(source, out, max_shard_nbytes=200_000, verify=True, on_note=notes.append)
+    assert len(notes) == len(shards)
+    assert all(re.fullmatch(rf".*: done again: it is damaged \(.*{reason}\)", n) for n in notes)
 
 
 def test_padding_that_is_not_zero(source: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,22 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         for file in files
         for name, info in deserialize(file.read_bytes())
     }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """A file of these tensors, in this order."""
+    entries, position = {}, 0
+    for name, tensor in tensors.items():
+        stop = position + len(tensor.data)
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(entries).encode()
+    data = b"".join(tensor.data for tensor in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -87,6 +88,34 @@ def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[case]
 
     return folder_of
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The calls that decide what a power cut leaves, with the names they are about.
+
+    The power cuts of test_faults.py take root, and are on ext4. There the next sync of any file
+    commits a rename as well, so they cannot tell whether the folder was synced.
+    """
+    calls: list[tuple[str, ...]] = []
+    fsync, rename, unlink = os.fsync, os.rename, Path.unlink
+
+    def recorded_fsync(fd: int) -> None:
+        fsync(fd)
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+
+    def recorded_rename(old: Path, new: Path) -> None:
+        rename(old, new)
+        calls.append(("rename", old.name, new.name))
+
+    def recorded_unlink(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        calls.append(("unlink", path.name))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    monkeypatch.setattr(Path, "unlink", recorded_unlink)
+    return calls
 
 
 @pytest.fixture

@@ -177,6 +177,26 @@ def test_progress_adds_up(wide: Path, tmp_path: Path) -> None:
     assert np.isclose(report.bytes_per_second, report.bytes_out / report.seconds)
 
 
+def test_each_file_is_on_the_disk_before_it_has_its_name(
+    tiny: Path, tmp_path: Path, disk_calls: list[tuple[str, ...]]
+) -> None:
+    """A shard's line in the journal as well. What comes later builds on what is there by then."""
+    journal, out = ".fp4moe-journal.jsonl", tmp_path / "out"
+    convert(tiny, out, max_shard_nbytes=10**6, threads=1)
+    renamed = [call[2] for call in disk_calls if call[0] == "rename"]
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    copied = sorted(path.name for path in tiny.glob("*token*.json"))
+    assert len(shards) > 1
+    assert renamed[: len(shards)] == shards
+    assert set(copied) < set(renamed)
+    assert renamed[-3:] == [MANIFEST, "config.json", INDEX]
+    for name in renamed:
+        place = disk_calls.index(("rename", f"{name}.partial", name))
+        before = [("sync", f"{name}.partial")] + [("sync", journal)] * (name in shards)
+        assert disk_calls[place - len(before) : place] == before
+        assert disk_calls[place + 1] == ("sync", "out")
+
+
 def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
     """Nor does it take away what it did not bring."""
     source, out = tmp_path / "source", tmp_path / "out"

@@ -188,34 +188,6 @@ def test_folders_are_made_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(synced) == 2
 
 
-@pytest.fixture
-def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The calls that decide what a power cut leaves, with the names they are about.
-
-    The power cuts of test_faults.py are on ext4. There the next sync of any file commits a rename
-    as well, so they cannot tell whether the folder was synced.
-    """
-    calls: list[tuple[str, ...]] = []
-    fsync, rename, unlink = os.fsync, os.rename, os.unlink
-
-    def recorded_fsync(fd: int) -> None:
-        fsync(fd)
-        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
-
-    def recorded_rename(old: Path, new: Path) -> None:
-        rename(old, new)
-        calls.append(("rename", old.name, new.name))
-
-    def recorded_unlink(path: Path) -> None:
-        unlink(path)
-        calls.append(("unlink", path.name))
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "rename", recorded_rename)
-    monkeypatch.setattr(os, "unlink", recorded_unlink)
-    return calls
-
-
 def write_it(path: Path, _: Path) -> None:
     write_file(path, b"content")
 

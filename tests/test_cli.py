@@ -521,7 +521,8 @@ def test_ctrl_c_while_the_command_is_still_being_imported(tiny: Path) -> None:
 def test_a_signal_that_is_ignored_stays_ignored(tiny: Path, tmp_path: Path) -> None:
     """A shell starts background jobs with SIGINT ignored."""
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    program = command(tiny, tmp_path / "out", call="main_convert", prelude=SLOW_READS + ignore)
+    slow = SLOW_READS.replace("0.1", "0.02")  # it has to run to its end
+    program = command(tiny, tmp_path / "out", call="main_convert", prelude=slow + ignore)
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("converting")

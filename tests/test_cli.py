@@ -216,7 +216,7 @@ def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
         r"time +[\d.]+ s, [\d.]+ GB/s",
         r"peak memory +\d+ MB",
         r"verified +every byte against the source",
-        r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+\)",
+        r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+(\)|, the newest on record)",
         r"tensor parallel +sglang 1, 2, .*vllm 1, 2\b",
         r"serve +with this package installed beside the engine:",
         rf" +python -m sglang\.launch_server --model-path {out_dir} --moe-runner-backend \w+$",

@@ -1,7 +1,7 @@
 """What must hold before an engine may load a converted checkpoint, the same for every engine.
 
-Weights that are laid out wrongly do not crash, they answer nonsense. Whatever is not known to be
-right is refused, in one message with the reason and with what to do instead.
+Weights that are laid out wrongly do not crash, they answer nonsense. So a checkpoint that is not
+known to be right is refused, in one message with the reason and with what to do instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from ..layouts import fingerprints, layout_of
 logger = logging.getLogger(__name__)
 
 WAY_OUT = "serve the original checkpoint instead"
+
+CONVERTED_KEY = "fp4moe"
+"""Where a plugin keeps the converted section inside the source's, which its engine gets to see."""
 
 
 def refusal(reason: str, remedy: str | None = None) -> ServingError:

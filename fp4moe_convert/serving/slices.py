@@ -1,7 +1,7 @@
 """A rank's share of a converted layer: slices and copies, no layout work (docs/format.md, 4).
 
-Knows tensors and no engine. What a rank holds follows from the shape of its parameter and its
-tensor-parallel rank; which experts, the engine says.
+The module knows tensors and no engine. The shape of a parameter and the tensor-parallel rank say
+which part of an expert a rank holds. The engine says which experts.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""SGLang serves converted checkpoints; what is hooked, in the order in which a start meets it.
+"""SGLang's hooks, in the order in which a start meets them.
 
-1. config.json is read: its ``quantization_config`` becomes the source's own again, with the
-   converted one below `MARK`. From here on SGLang sees the ModelOpt checkpoint that it knows, and
-   chooses models, backends and options as it would for the original.
-2. The quantization config is made, on each rank: the checkpoint is checked, and the config replaced
-   by one that gives converted layers an MoE method of ours, and all else what stock gives. Once the
-   model is made, no converted layer may have been passed by.
-3. That method creates stock's parameters, which have their final shapes already. Their loader
-   copies a rank's share out of the file's tensors, on whatever thread SGLang calls it.
-4. After loading it does what stock does, except the layout: nothing is padded, interleaved or
-   shuffled. A parameter that was not loaded stops the engine.
+1. SGLang reads config.json. The hook puts the source's own ``quantization_config`` back, with the
+   converted section below `CONVERTED_KEY`. From here on SGLang sees the ModelOpt checkpoint that it
+   knows, and chooses models, backends and options as it would for the original.
+2. SGLang makes the quantization config, on each rank. The hook checks the checkpoint and returns a
+   config that gives converted layers an MoE method of ours, and other layers what stock gives. A
+   further hook makes sure that the model has taken every converted layer.
+3. That method creates stock's parameters, which already have their final shapes. Their loader
+   copies a rank's share out of the file's tensors, on any thread.
+4. After loading, the method does what stock does, except for the layout: it pads, interleaves and
+   shuffles nothing. A parameter that was not loaded stops the engine.
 
-A shared expert that SGLang fuses with the routed ones (DeepSeek-V3's, where there is no expert
-parallelism) stays fused. The file holds it as the source did, so this one slot is loaded and laid
-out by SGLang's own functions.
+SGLang fuses DeepSeek-V3's shared expert with the routed ones where there is no expert parallelism.
+It stays fused here: the file holds it as the source did, so SGLang's own functions load this one
+slot and lay it out.
 
-SGLang's loader keeps one input scale for gate and up, and where they differ, which one is left to
-chance. Here both stay. It serves with the maximum over all experts, here then that of both.
+SGLang's loader keeps one input scale for gate and up. Where they differ, chance decides which one.
+Here both stay. SGLang serves with the maximum over all experts, which is then that of both.
 
-Draft models keep their stock methods: an MTP layer is never converted. SGLang logs and swallows
-what a plugin raises at its start, so that whatever must stop the engine is raised in a hook.
+Draft models keep their stock methods, because an MTP layer is never converted. SGLang logs and
+swallows what a plugin raises at its start, so the hooks raise what must stop the engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...format.contract import FORMAT_VERSION, QUANT_METHOD, ConvertedSection, Geometry
-from ..checks import check_section, read_section, refusal, warn_if_untested
+from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
 from . import SGLANG
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TESTED = ("0.5.23",)
-MARK = "fp4moe"
-"""Key of the converted section in the one that SGLang gets to see."""
 
 
 def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -64,7 +62,7 @@ def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
     # hf_quant_config.json nests what config.json has flat. SGLang reads both, but takes the first
     # for the second once it has written its own name for the method into it.
     flat = source.get("quantization", source)
-    config.quantization_config = {"quant_method": "modelopt", **flat, MARK: section}
+    config.quantization_config = {"quant_method": "modelopt", **flat, CONVERTED_KEY: section}
 
 
 def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -74,13 +72,13 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
         None, which lets the config stand, for any other checkpoint and for draft models.
     """
     section = getattr(model_config.hf_config, "quantization_config", None)
-    if not isinstance(section, dict) or MARK not in section or model_config.is_draft_model:
+    if not isinstance(section, dict) or CONVERTED_KEY not in section or model_config.is_draft_model:
         return None
     import sglang
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
     from sglang.srt.runtime_context import get_parallel
 
-    converted = check_section(section[MARK], engine="SGLang")
+    converted = check_section(section[CONVERTED_KEY], engine="SGLang")
     warn_if_untested("SGLang", sglang.__version__, TESTED)
     if type(quant_config) is not ModelOptFp4Config or quant_config.is_w4a16:
         raise refusal(

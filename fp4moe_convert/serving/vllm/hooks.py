@@ -1,13 +1,14 @@
-"""vLLM's hooks: a converted checkpoint is loaded by slices and copies, with no layout work.
+"""vLLM's hooks: they load a converted checkpoint by slices and copies, with no layout work.
 
 vLLM imports this module in every process, through the entry point group ``vllm.general_plugins``.
-Engine and classes are therefore named at module level: vLLM logs a plugin that fails to import and
-goes on without it, and it pickles its configuration, `ConvertedConfig` included, for its workers.
+If the import fails, vLLM logs that and goes on without the plugin. It pickles its configuration,
+`ConvertedConfig` included, for its workers. So the module imports vLLM at its top and defines its
+classes there.
 
-To the rest of vLLM a converted checkpoint is ``modelopt_fp4``, as its source is: the dtype of the
-KV cache and some fusions hang on that name. So the plugin takes the place of that method's config,
-hands ordinary checkpoints on to it, and rewrites a converted checkpoint's section where vLLM finds
-out the method. Line by line this follows vLLM 0.33.0.
+The rest of vLLM sees a converted checkpoint as ``modelopt_fp4``, like its source, because the dtype
+of the KV cache and some fusions depend on that name. So the plugin replaces that method's config,
+passes ordinary checkpoints on to it, and rewrites a converted checkpoint's section where vLLM looks
+for the method. The code follows vLLM 0.33.0 line by line.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from ...format.contract import (
     round_up,
 )
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
-from ..checks import check_row_order, read_section, refusal, warn_if_untested
+from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
 from ..converted_layer import CONVERT_AGAIN, LEAVES, ConvertedLayer
 from . import VLLM
 
@@ -79,7 +80,7 @@ class ConvertedConfig(ModelOptNvFp4Config):
             for section in (hf_quant_cfg, *sections):
                 if section and section.get("quant_method") == QUANT_METHOD:
                     _present_as_source(section)
-            if QUANT_METHOD in hf_quant_cfg:
+            if CONVERTED_KEY in hf_quant_cfg:
                 return METHOD
         method: str | None = super().override_quantization_method(
             hf_quant_cfg, user_quant, hf_config
@@ -88,9 +89,9 @@ class ConvertedConfig(ModelOptNvFp4Config):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelOptNvFp4Config:
-        if QUANT_METHOD not in config:
+        if CONVERTED_KEY not in config:
             return ModelOptNvFp4Config.from_config(config)
-        converted = read_section(config[QUANT_METHOD])
+        converted = read_section(config[CONVERTED_KEY])
         # vLLM adds what the user asks of activations, under a private key.
         private = {key: value for key, value in config.items() if key.startswith("_")}
         try:
@@ -232,7 +233,7 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
 
 
 def _present_as_source(section: dict[str, Any]) -> None:
-    """Let config.json's section read as the source's, with itself below `QUANT_METHOD`.
+    """Let config.json's section read as the source's, with itself below `CONVERTED_KEY`.
 
     But for ``quant_algo``: without it stock refuses the section, should a process lack the plugin.
     """
@@ -243,7 +244,7 @@ def _present_as_source(section: dict[str, Any]) -> None:
     if isinstance(inner := section.get("quantization"), dict):  # as hf_quant_config.json has it
         section["quantization"] = {k: v for k, v in inner.items() if k != "quant_algo"}
     section.pop("quant_algo", None)
-    section.update({"quant_method": METHOD, QUANT_METHOD: converted})
+    section.update({"quant_method": METHOD, CONVERTED_KEY: converted})
 
 
 def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:

@@ -100,7 +100,7 @@ def test_any_section_is_read_back_the_same(section: ConvertedSection) -> None:
     assert ConvertedSection.from_json(json.loads(json.dumps(section.as_json()))) == section
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1]])
+@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1], True, 1.0])
 def test_another_format_version_is_refused(version: object) -> None:
     """Before anything else of the section is looked at."""
     message = (

@@ -246,9 +246,11 @@ def test_a_parameter_of_another_dtype_is_refused(
     ("leaf", "shape", "experts", "message"),
     [
         ("w13_weight", (3, 256, 128), range(4), r"w13_weight has 3 slots for 4 experts"),
-        ("w13_weight", (2, 256, 128), [3, 4], r"w13_weight has 4 experts, the engine wants .*4"),
-        ("w13_weight_scale", (4, 64, 16), range(4), ".*64 x 16 are not whole tiles of 128"),
-        ("w2_weight_scale", (4, 256, 6), range(4), ".*256 x 6 are not whole tiles of 128"),
+        ("w13_weight", (2, 256, 128), [3, 4], r"w13_weight has no expert 4, it has 4 experts"),
+        ("w13_weight", (2, 256, 128), [-1, 0], r"w13_weight: -1 is not an expert"),
+        ("w2_input_scale", (4, 1), range(4), r"w2_input_scale is \[4\], the engine wants \[4, 1\]"),
+        ("w13_weight_scale", (4, 64, 16), range(4), ".*64 x 16 scales are not whole tiles of 128"),
+        ("w2_weight_scale", (4, 256, 6), range(4), ".*256 x 6 scales are not whole tiles of 128"),
         ("w13_input_scale", (4, 1), range(4), r"w13_input_scale is \[4, 2\], expected \[4, 1\]"),
     ],
 )

@@ -319,7 +319,7 @@ def test_parts_of_a_part_lie_within_it() -> None:
     assert [half.span(0, half.nbytes).offset for half in halves] == [1176, 1200]
 
 
-@pytest.mark.parametrize(("shape", "count"), [((5, 8), 2), ((), 1), ((3,), 4)])
+@pytest.mark.parametrize(("shape", "count"), [((5, 8), 2), ((), 1), ((3,), 4), ((0, 8), 0)])
 def test_rows_that_do_not_divide_are_refused(shape: tuple[int, ...], count: int) -> None:
     message = re.escape(f"{list(shape)} does not split into {count}")
     with pytest.raises(ValueError, match=message):

@@ -107,7 +107,7 @@ class ConvertedSection:
             FormatError: another format version, or not what a converter writes.
         """
         version = section.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise FormatError(
                 f"{CONFIG_NAME}: the checkpoint has format version {version!r}, "
                 f"this release of fp4moe-convert knows {FORMAT_VERSION}"

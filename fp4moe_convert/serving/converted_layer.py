@@ -42,7 +42,10 @@ class ConvertedLayer:
 
     def leaf_of(self, holder: Any, parameter: torch.Tensor) -> str:
         """Which of `LEAVES` a parameter of the module ``holder`` is."""
-        return next(leaf for leaf in LEAVES if getattr(holder, leaf) is parameter)
+        for leaf in LEAVES:
+            if getattr(holder, leaf) is parameter:
+                return leaf
+        raise LookupError(f"{self.prefix} has no such parameter")
 
     def load(
         self,

@@ -43,7 +43,11 @@ def copy_share(
     if target.shape[0] != len(experts):
         raise ValueError(f"{leaf} has {target.shape[0]} slots for {len(experts)} experts")
     if experts and max(experts) >= source.shape[0]:
-        raise ValueError(f"{leaf} has {source.shape[0]} experts, the engine wants {max(experts)}")
+        raise ValueError(f"{leaf} has no expert {max(experts)}, it has {source.shape[0]} experts")
+    if experts and min(experts) < 0:
+        raise ValueError(f"{leaf}: {min(experts)} is not an expert")
+    if source.dim() != target.dim():
+        raise ValueError(f"{leaf} is {list(source.shape)}, the engine wants {list(target.shape)}")
     file, own, starts = _aligned_views(leaf, source, target, tp_rank)
     extents = [
         max(0, min(have - start, want))
@@ -71,7 +75,7 @@ def _aligned_views(
     if leaf in ("w13_weight", "w2_weight"):
         file, own = source, target
     elif leaf in ("w13_weight_scale", "w2_weight_scale"):
-        file, own = _tiles(source), _tiles(target)
+        file, own = _tiles(leaf, source), _tiles(leaf, target)
     else:
         if source.shape[1:] != target.shape[1:]:
             raise ValueError(f"{leaf} is {list(source.shape)}, expected {list(target.shape)}")
@@ -83,11 +87,11 @@ def _aligned_views(
     return file, own, starts
 
 
-def _tiles(scales: torch.Tensor) -> torch.Tensor:
+def _tiles(leaf: str, scales: torch.Tensor) -> torch.Tensor:
     """[E, M, C] E4M3 in 128x4 tiles as bytes [E, M/128, C/4, 512]."""
     experts, rows, cols = scales.shape
     if rows % 128 or cols % 4:
-        raise ValueError(f"scales of {rows} x {cols} are not whole tiles of 128 x 4")
+        raise ValueError(f"{leaf}: {rows} x {cols} scales are not whole tiles of 128 x 4")
     return scales.view(torch.uint8).view(experts, rows // 128, cols // 4, TILE_NBYTES)
 
 

@@ -33,7 +33,8 @@ class Family:
     tensors: re.Pattern[str]
     """Matches the whole name of an expert tensor, with the groups ``prefix`` (of the layer, up to
     and including ``.experts``), ``part`` and, where each expert has tensors of its own, ``expert``.
-    Without that group the tensor's first axis counts experts."""
+    Without that group the tensor's first axis counts experts. Rows whose patterns could match the
+    same name must share one pattern, because a tensor goes to the first that matches it."""
     parts: Mapping[str, tuple[tuple[Projection, ...], Leaf]]
     """What a ``part`` is: a leaf of one projection, or of several stacked along the rows."""
 

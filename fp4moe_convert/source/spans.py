@@ -69,7 +69,7 @@ class Matrix(NamedTuple):
         Raises:
             ValueError: the rows do not divide.
         """
-        if not self.shape or self.shape[0] % count:
+        if count < 1 or not self.shape or self.shape[0] % count:
             raise ValueError(f"{list(self.shape)} does not split into {count}")
         rows = self.shape[0] // count
         nbytes = self.nbytes // count

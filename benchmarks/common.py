@@ -48,14 +48,14 @@ class Usage:
     stdout: bytes
 
 
-def run_child(*command: str | Path, **environment: str) -> Usage:
-    """Run to the end and measure. ``environment`` is added to this process's.
+def run_child(*command: str | Path, cwd: Path | None = None) -> Usage:
+    """Run to the end and measure.
 
     Raises:
         subprocess.CalledProcessError: the child failed; it has said why on stderr.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **environment})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=cwd)
     assert process.stdout is not None
     try:
         with process.stdout as pipe:

@@ -106,11 +106,9 @@ def run_ours(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
 
 
 def run_before(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
-    code = "from fp4moe_convert.__main__ import main_convert; main_convert()"
-    usage = run_child(
-        *(sys.executable, "-c", code, model, out, "--quiet", "--json"),
-        PYTHONPATH=os.environ[BEFORE],
-    )
+    # -m finds the package in the current folder, before the one that is installed.
+    command = (sys.executable, "-m", "fp4moe_convert", "convert", model, out, "--quiet", "--json")
+    usage = run_child(*command, cwd=Path(os.environ[BEFORE]))
     return usage, {"conversion": json.loads(usage.stdout)["seconds"]}
 
 
@@ -573,7 +571,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.before:
         os.environ[BEFORE] = str(arguments.before.resolve())
-    if arguments.naive_rounds and not importlib.util.find_spec("flashinfer"):
+    with_naive = arguments.naive_rounds and arguments.memory is None
+    if with_naive and not importlib.util.find_spec("flashinfer"):
         parser.error("the naive converter needs the extra `flashinfer`; or pass --naive-rounds 0")
     if arguments.rounds < 1 or arguments.naive_rounds < 0:
         parser.error("--rounds is at least 1, --naive-rounds at least 0")

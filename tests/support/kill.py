@@ -16,8 +16,8 @@ the process it is the disk that is stopped: at once, with all that is not synced
 starts again with what it has. The same happens after the last run of each folder, which has ended
 well: what it says is finished must be on the disk.
 
-The interpreter, torch and FlashInfer are loaded once and each run is a fork: a run takes half a
-second instead of four, and kills fall on our work rather than on imports.
+The interpreter is loaded once and each run is a fork, so that kills fall on our work rather than on
+imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,6 @@ from fp4moe_convert import VerifyError, convert, verify
 from .faulty_disk import Disk
 from .folders import INDEX, MANIFEST, every_file
 from .make_checkpoint import Spec, make_checkpoint
-
-with suppress(ImportError):  # before the forks, if it is there
-    import flashinfer  # noqa: F401
 
 SPEC = Spec(layers=3, experts=4, hidden=256, intermediate=128, shards=5, vocab_size=256, mtp=True)
 MAX_SHARD_NBYTES = 400_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -90,7 +91,7 @@ def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
                 textcoords="offset points",
                 ha="center",
             )
-        axis.set_xticks(range(len(panel.bars)), [bar.name for bar in panel.bars])
+        axis.set_xticks(range(len(panel.bars)), [textwrap.fill(bar.name, 10) for bar in panel.bars])
         axis.set_title(panel.title, fontsize=11)
         axis.set_ylabel(panel.unit)
         axis.margins(y=0.12)

@@ -249,7 +249,7 @@ def _tell(planned: Planned, on_note: OnNote | None) -> None:
     if on_note is None:
         return
     for name, why in planned.to_redo.items():
-        on_note(f"{name}: done again: {why}")
+        on_note(f"{name}: written again: {why}")
     if planned.kept:
         on_note(
             f"resuming: {len(planned.kept)} of {len(planned.work.plan.shards)} shards were "

@@ -73,7 +73,7 @@ def inspect(folder: str | Path) -> Inspection:
     others: list[PassedLayer] = []
     if checkpoint.is_converted:
         state = "converted"
-        if INDEX_NAME not in checkpoint.store.listing().files:
+        if not checkpoint.has_index:
             raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
         converted = ConvertedSection.from_json(section)
         layout = converted.layout

@@ -81,6 +81,7 @@ def verify(
     Raises:
         VerifyError: the first difference, naming file and tensor.
         CheckpointError: ``source`` is not a valid checkpoint.
+        FormatError: ``out_dir`` has a format version or layout that this release does not know.
     """
     started = time.perf_counter()
     out_dir, source = Path(out_dir), None if source is None else Path(source)

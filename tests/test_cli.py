@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,7 +208,8 @@ def test_max_shard_size_reaches_the_plan(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "out"
+    out_dir = tmp_path / "an out"
+    quoted = re.escape(shlex.quote(str(out_dir)))
     result = run("convert", tiny, out_dir, "--verify")
     assert result.exit_code == 0
     for words in (
@@ -219,8 +222,8 @@ def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
         r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+(\)|, the newest on record)",
         r"tensor parallel +sglang 1, 2, .*vllm 1, 2\b",
         r"serve +with this package installed beside the engine:",
-        rf" +python -m sglang\.launch_server --model-path {out_dir} --moe-runner-backend \w+$",
-        rf" +vllm serve {out_dir} --moe-backend flashinfer_trtllm$",
+        rf" +python -m sglang\.launch_server --model-path {quoted} --moe-runner-backend \w+$",
+        rf" +vllm serve {quoted} --moe-backend flashinfer_trtllm$",
     ):
         assert re.search(rf"^{words}", result.stdout, re.MULTILINE), words
     assert ESCAPE not in result.stdout
@@ -504,6 +507,25 @@ def test_ctrl_c(
     assert not (out_dir / INDEX).exists()
     assert seconds < 1
     convert(tiny, out_dir, verify=True)
+
+
+def test_ctrl_c_when_nobody_takes_what_is_printed(tiny: Path, tmp_path: Path) -> None:
+    """stderr is a pipe that is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(65536))
+    os.set_blocking(writer, True)
+    program = command(tiny, tmp_path / "out", call="main_convert", prelude=SLOW_READS)
+    with subprocess.Popen(program, stderr=writer) as process:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("out/*.partial")):
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+    os.close(reader)
+    os.close(writer)
 
 
 def test_ctrl_c_while_the_command_is_still_being_imported(tiny: Path) -> None:

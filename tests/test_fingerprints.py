@@ -39,6 +39,12 @@ def test_a_release_that_is_not_on_record_is_asked(install_flashinfer: Install) -
         TRTLLM_NVFP4.authority(GEOMETRIES)
 
 
+def test_a_matrix_larger_than_those_on_record_is_compared(install_flashinfer: Install) -> None:
+    install_flashinfer(list(RECORDED)[-1])
+    with pytest.raises(RowOrderError, match="flashinfer: cannot be imported"):
+        TRTLLM_NVFP4.authority([Geometry(8, 4096, 14336)])
+
+
 def test_a_release_with_another_order_on_record_is_refused(
     install_flashinfer: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,3 +163,10 @@ def test_an_unknown_layout_is_refused(name: str, parameters: dict[str, int]) -> 
     assert layouts.layout_of(known) is layout
     with pytest.raises(FormatError, match=f"the layout is {name}.*, this release .* knows trtllm"):
         layouts.layout_of(LayoutRecord(name, parameters, row_order="", flashinfer=""))
+
+
+def test_an_unknown_layout_is_named_briefly() -> None:
+    record = LayoutRecord("x" * 10**6, {"y" * 10**6: 1}, row_order="", flashinfer="")
+    with pytest.raises(FormatError) as refusal:
+        layouts.layout_of(record)
+    assert len(str(refusal.value)) < 1000

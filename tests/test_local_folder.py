@@ -43,11 +43,11 @@ def test_links_to_folders_are_left_out_and_said_to_be(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"), [("nothing", "does not exist"), ("config.json", "is not a folder")]
 )
-def test_what_is_no_folder_has_no_listing(folder: Path, name: str, reason: str) -> None:
+def test_what_is_no_folder_does_not_exist(folder: Path, name: str, reason: str) -> None:
     with pytest.raises(
         CheckpointError, match=f"^{folder / name}: {reason}; expected a model folder"
     ):
-        LocalFolder(folder / name).listing()
+        LocalFolder(folder / name).check_exists()
 
 
 @pytest.mark.parametrize("name", ["b/a", "link"])

@@ -221,7 +221,7 @@ def test_damage_to_a_finished_folder_is_mended(
     shard = sorted(out.glob("*.safetensors"))[2]
     damage(shard)
     report, notes = run(source, out, **options)
-    assert re.fullmatch(f"{shard.name}: done again: {reason}", notes[0])
+    assert re.fullmatch(f"{shard.name}: written again: {reason}", notes[0])
     assert report.shards_kept == report.shards - 1
     assert contents(out) == expected
 
@@ -367,7 +367,7 @@ def test_shards_of_a_changed_source_are_done_again(stopped: Path, source: Path) 
     os.utime(first)
     report, notes = run(source, stopped)
     redone = [
-        note for note in notes if note.endswith(f"done again: {first.name} has changed since")
+        note for note in notes if note.endswith(f"written again: {first.name} has changed since")
     ]
     assert redone
     assert report.shards_kept == 3 - len(redone)
@@ -391,7 +391,7 @@ def test_shards_that_were_damaged_are_done_again(
         journal.write_bytes(b"\n".join([*lines[:-2], lines[-2][:-20]]))
     report, notes = run(source, stopped)
     assert report.shards_kept == 2
-    assert "done again" in notes[0]
+    assert "written again" in notes[0]
     assert contents(stopped) == expected
 
 
@@ -411,7 +411,7 @@ def test_shards_of_another_format_are_done_again(
     journal.write_text("\n".join(map(json.dumps, changed)))
     report, notes = run(source, stopped)
     assert report.shards_kept == 0
-    assert [note.partition(": done again: ")[2] for note in notes] == [reason] * 3
+    assert [note.partition(": written again: ")[2] for note in notes] == [reason] * 3
     assert contents(stopped) == expected
 
 
@@ -520,6 +520,38 @@ def test_a_second_run_stops_at_once_and_says_who_is_there(
     run(source, stopped)
 
 
+def test_a_closed_journal_takes_no_line(tmp_path: Path) -> None:
+    """A thread that outlives its run must not write into the next file of that number."""
+    journal = Journal(tmp_path)
+    journal.close(remove=False)
+    with (tmp_path / "next").open("wb", buffering=0):
+        with pytest.raises(OutputError, match="is closed"):
+            journal.declare(["x"])
+        assert (tmp_path / "next").stat().st_size == 0
+
+
+def test_a_refused_folder_keeps_its_journal(source: Path, tmp_path: Path) -> None:
+    """Of a release whose lines this one does not know."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / JOURNAL_NAME).write_text('{"run": "process 1", "files": ["x"]}\n')
+    (out / "x").write_text("mine")
+    with pytest.raises(OutputError, match="holds 'x', which no conversion has left there"):
+        run(source, out)
+    assert (out / JOURNAL_NAME).exists()
+
+
+def test_a_planted_journal_with_a_name_that_no_file_can_have(
+    stopped: Path, source: Path, expected: dict[str, bytes]
+) -> None:
+    lines = (stopped / JOURNAL_NAME).read_text().splitlines()
+    shard = next(line for line in map(json.loads, filter(None, lines)) if line["line"] == "shard")
+    with (stopped / JOURNAL_NAME).open("a") as journal:
+        journal.write(json.dumps(shard | {"name": "n" * 300}) + "\n")
+    run(source, stopped)
+    assert contents(stopped) == expected
+
+
 def test_a_linked_journal_is_not_written_through(
     stopped: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -589,7 +621,7 @@ def test_verify_reads_finished_shards_before_they_are_kept(
     flip_bit(shard)
     report, notes = run(source, stopped, verify=True)
     assert report.shards_kept == 2
-    assert re.fullmatch(rf"{shard.name}: done again: it is damaged \(.* checksum .*\)", notes[0])
+    assert re.fullmatch(rf"{shard.name}: written again: it is damaged \(.* checksum .*\)", notes[0])
     assert contents(stopped) == expected
 
 

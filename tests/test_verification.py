@@ -340,7 +340,7 @@ def test_a_shard_that_the_library_refuses(
     with pytest.raises(VerifyError, match=reason):
         convert(source, out, max_shard_nbytes=200_000, verify=True, on_note=notes.append)
     assert len(notes) == len(shards)
-    assert all(re.fullmatch(rf".*: done again: it is damaged \(.*{reason}\)", n) for n in notes)
+    assert all(re.fullmatch(rf".*: written again: it is damaged \(.*{reason}\)", n) for n in notes)
 
 
 def test_padding_that_is_not_zero(source: Path, out: Path) -> None:

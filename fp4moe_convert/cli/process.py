@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, TextIO, cast
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_WORDS_SECONDS = 0.3
 
 _stopping = False
 _advice = ""
@@ -29,7 +30,7 @@ def when_interrupted(*, advice: str = "", clean_up: Callable[[], None] | None = 
     """Say what an interruption should print after "interrupted", and what it should call first."""
     global _advice, _clean_up
     _advice = advice or _advice
-    _clean_up = clean_up
+    _clean_up = clean_up or _clean_up
 
 
 def run(command: Callable[[], None]) -> None:
@@ -58,7 +59,20 @@ def run(command: Callable[[], None]) -> None:
 
     threading.Thread(target=work, name="fp4moe", daemon=True).start()
     ended.wait()
-    sys.exit(code)
+    _finish(code if isinstance(code, int) else int(code is not None))
+
+
+def _finish(code: int) -> None:
+    """End the process without the interpreter's shutdown, during which Ctrl-C would kill it."""
+    global _stopping
+    _stopping = True  # there is nothing left to interrupt
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"error: stdout: {error.strerror}", file=sys.stderr)
+        code = code or 1
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _stop(number: int, _frame: object) -> None:
@@ -70,11 +84,18 @@ def _stop(number: int, _frame: object) -> None:
     if _stopping:  # people press Ctrl-C more than once
         return
     _stopping = True
+    # In a thread, because a terminal or a pipe that takes nothing would keep this one waiting.
+    last_words = threading.Thread(target=_say_interrupted, daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS_SECONDS)
+    os._exit(128 + number)
+
+
+def _say_interrupted() -> None:
     with suppress(Exception):
         if _clean_up is not None:
             _clean_up()
         print(f"error: interrupted{_advice}", file=sys.stderr, flush=True)
-    os._exit(128 + number)
 
 
 class _Unfailing:

@@ -14,7 +14,7 @@ class _Stopped(Exception):  # noqa: N818 (not an error: another thread has alrea
 
 
 class Crew:
-    """Runs jobs on a few threads. The first failure, or Ctrl-C, stops them all.
+    """Runs jobs on a few threads. The first failure, or a KeyboardInterrupt, stops them all.
 
     Jobs are handed out in order, one at a time, so a job may wait for an earlier one: that one is
     done, or is in the hands of a thread that waits for nothing later.

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,8 +78,11 @@ class Journal:
         """Names that runs so far may have left in the folder."""
         self.forgotten = False
         """Whether records have been taken back; a manifest then proves nothing either."""
+        self._appending = threading.Lock()
         with naming(self._path, OutputError):
             self._fd = open_locked(self._path, lambda: _owner(self._path))
+            self.is_new = os.fstat(self._fd).st_size == 0
+            """Whether this run has created it."""
             for line in _lines(self._path):
                 self._apply(line)
         # The line tells a later run who holds the lock. A full disk is no reason to stop: running
@@ -102,11 +106,13 @@ class Journal:
 
     def close(self, *, remove: bool) -> None:
         """Unlock; ``remove`` when nothing is left to resume."""
+        with self._appending:
+            fd, self._fd = self._fd, -1
         try:
             if remove:
                 remove_file(self._path)
         finally:
-            os.close(self._fd)
+            os.close(fd)
 
     def _append(self, lines: Iterable[_Line]) -> None:
         lines = list(lines)
@@ -116,9 +122,12 @@ class Journal:
             # The leading line feed: a line that a crash cut short must not swallow the next.
             texts = (json.dumps(msgspec.to_builtins(line)) for line in lines)
             data = "".join(f"\n{text}\n" for text in texts).encode()
-            while data:
-                data = data[os.write(self._fd, data) :]
-            os.fsync(self._fd)
+            with self._appending:
+                if self._fd < 0:  # a thread that outlives its run, after a second Ctrl-C
+                    raise OutputError(f"{self._path}: is closed")
+                while data:
+                    data = data[os.write(self._fd, data) :]
+                os.fsync(self._fd)
 
     def _apply(self, line: _Line) -> None:
         match line:

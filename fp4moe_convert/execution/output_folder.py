@@ -93,8 +93,8 @@ class OutputFolder:
         """Unlock. After a failure only what the next run can use stays: finished shards and the
         journal.
 
-        After Ctrl-C everything stays for the next run to tidy up: deleting gigabytes has to wait
-        for a disk that is busy writing them (3 to 5 s were seen).
+        After a KeyboardInterrupt everything stays for the next run to tidy up: deleting gigabytes
+        has to wait for a disk that is busy writing them (3 to 5 s were seen).
         """
         nothing_to_resume = False
         # Where tidying up fails as well, the failure that came first is reported.
@@ -103,7 +103,7 @@ class OutputFolder:
                 case _ if self.has_index:
                     nothing_to_resume = True
                 case Opened() | Planned():
-                    nothing_to_resume = not self.journal.files
+                    nothing_to_resume = self.journal.is_new
                 case Writing() as writing if not interrupted:
                     self.clear(writing.keep)
                     finished = self.journal.finished
@@ -111,9 +111,12 @@ class OutputFolder:
         with contextlib.suppress(OSError):
             self.journal.close(remove=nothing_to_resume)
 
-    def enter(self, state: Planned | Writing | Done | Rejected) -> None:
-        """Go on to the next state."""
-        self._state = state
+    def enter(
+        self, before: Opened | Planned | Writing | Done, after: Planned | Writing | Done | Rejected
+    ) -> None:
+        """Go on to the next state, once."""
+        assert self._state is before
+        self._state = after
 
     @property
     def has_index(self) -> bool:
@@ -205,7 +208,7 @@ class Opened:
             planned.kept, planned.to_redo = take_stock(
                 work, recorded, folder.path, was_finished=folder.has_index
             )
-        folder.enter(planned)
+        folder.enter(self, planned)
         return planned
 
 
@@ -270,7 +273,7 @@ class Planned:
             only_in_manifest = self.kept.keys() - folder.journal.finished.keys()
             folder.journal.add(self.kept[name] for name in sorted(only_in_manifest))
         writing = Writing(folder, self.work, keep, self.records, self.shards_to_write)
-        folder.enter(writing)
+        folder.enter(self, writing)
         folder.clear(keep)
         with naming(folder.path, OutputError):
             # Old files are gone for good before the journal records new ones of these names.
@@ -356,7 +359,7 @@ class Writing:
             shards={shard.name: self.records[shard.name] for shard in work.plan.shards},
         )
         done = Done(folder)
-        folder.enter(done)
+        folder.enter(self, done)
         return done
 
 
@@ -375,7 +378,7 @@ class Done:
         """
         folder = self.folder
         rejected = Rejected(folder)
-        folder.enter(rejected)
+        folder.enter(self, rejected)
         # On a full disk the journal takes no line. Then the missing manifest has to do.
         with contextlib.suppress(OutputError):
             folder.journal.declare(folder.ours)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError, naming
 from ..format.contract import FORMAT_VERSION
 from ..format.manifest import Identity, Manifest, ShardRecord
 from ..plan import Plan, PlannedShard
@@ -84,8 +85,10 @@ def take_stock(
     """
     kept: dict[str, FinishedShard] = {}
     to_redo: dict[str, str] = {}
+    with naming(out_dir, OutputError):
+        present = set(os.listdir(out_dir))
     for shard in work.plan.shards:
-        if not (out_dir / shard.name).exists():
+        if shard.name not in present:
             if was_finished:
                 to_redo[shard.name] = "it is missing"
             continue
@@ -97,7 +100,7 @@ def take_stock(
         else:
             kept[shard.name] = finished
     for name in recorded.keys() - {shard.name for shard in work.plan.shards}:
-        if (out_dir / name).exists():
+        if name in present:
             to_redo[name] = _OTHER_PLAN
     return kept, to_redo
 

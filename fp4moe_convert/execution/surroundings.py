@@ -24,7 +24,7 @@ from ..storage.reader import read_all
 
 VERSION = importlib.metadata.version("fp4moe-convert")
 
-MAX_MANIFEST_NBYTES = 100_000_000
+MAX_MANIFEST_NBYTES = 50_000_000
 
 
 def read_manifest(out_dir: Path) -> Manifest:
@@ -60,7 +60,7 @@ def write_surroundings(
         checkpoint: the source.
         plan: the plan whose shards lie in ``out_dir``.
         out_dir: an output folder.
-        row_order: the authority's word.
+        row_order: FlashInfer's, as the layout's authority gave it.
         shards: a record of each, in order.
 
     Raises:

@@ -19,7 +19,7 @@ from .files import CONFIG_NAME
 FORMAT_VERSION = 1
 QUANT_METHOD = "fp4moe"
 """A name of its own, so that an engine without the plugin refuses the checkpoint. Under
-``modelopt`` stock vLLM would load a Qwen3-MoE with uninitialised experts."""
+``modelopt`` an engine could load a model and leave its experts uninitialised."""
 
 GROUP_SIZE = 16
 """NVFP4: values that share one block scale."""

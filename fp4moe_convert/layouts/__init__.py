@@ -18,6 +18,9 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (TRTLLM_NVFP4
 
 DEFAULT: Layout = TRTLLM_NVFP4
 
+_WORDS_LENGTH = 200
+"""Of a layout in a message; config.json may hold anything."""
+
 
 def layout_of(record: LayoutRecord) -> Layout:
     """The layout that a converted checkpoint has.
@@ -37,4 +40,4 @@ def layout_of(record: LayoutRecord) -> Layout:
 
 def _words(name: str, parameters: Mapping[str, object]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in parameters.items())
-    return f"{name} ({settings})" if settings else name
+    return (f"{name} ({settings})" if settings else name)[:_WORDS_LENGTH]

@@ -82,7 +82,7 @@ class ShuffledRows:
 
     @property
     def key(self) -> str:
-        # The spelling is that of the first release, so that its journals still fit.
+        # The spelling is that of format version 1: manifests record the plan's fingerprint.
         return (
             f"Layout(rows={self.rows}, row_nbytes={self.row_nbytes}, "
             f"source_rows={self.source_rows}, source_row_nbytes={self.source_row_nbytes}, "

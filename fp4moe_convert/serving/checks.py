@@ -47,7 +47,7 @@ def check_section(section: Mapping[str, Any], *, engine: str) -> ConvertedSectio
 
 
 def read_section(section: Mapping[str, Any]) -> ConvertedSection:
-    """Read a checkpoint's section, in a process that had better not import FlashInfer.
+    """Read a checkpoint's section, in a process that must not import FlashInfer.
 
     Raises:
         ServingError: unknown format or layout.

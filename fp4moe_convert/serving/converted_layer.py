@@ -17,7 +17,7 @@ from .checks import refusal
 from .slices import copy_share
 
 LEAVES = LayerTensors._fields
-"""Names of the parameters, in the file and in both engines."""
+"""Names of the parameters, in the file and in the engines."""
 
 CONVERT_AGAIN = "convert the checkpoint again"
 
@@ -63,7 +63,7 @@ class ConvertedLayer:
             target: the parameter's slots for these experts.
             tensor: from the file.
             experts: for each slot, the expert it holds. The slots of ``*_input_scale`` are those
-                of all ranks: both engines serve with the maximum over all experts.
+                of all ranks: engines serve with the maximum over all experts.
             tp_rank: which of the shares of the target's size; 0 without tensor parallelism.
 
         Raises:

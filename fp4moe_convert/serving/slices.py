@@ -25,7 +25,7 @@ def copy_share(
     """Fill a rank's parameter from the file's tensor.
 
     Args:
-        leaf: ``w13_weight`` and so on, as in `contract.LayerTensors`.
+        leaf: ``w13_weight`` and so on, as in `layouts.trtllm_nvfp4.LayerTensors`.
         source: the file's tensor, [E, ...].
         target: the rank's parameter, [len(experts), ...] of the same dtype, overwritten whole:
             where the file has nothing for it (padding of I or H) it becomes zero.

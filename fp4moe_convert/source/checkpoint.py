@@ -34,7 +34,7 @@ from .spans import Shard
 
 _COUNTED_NAME = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
 
-MAX_INDEX_NBYTES = 100_000_000
+MAX_INDEX_NBYTES = 50_000_000
 """DeepSeek-V3's has 17 MB."""
 MAX_CONFIG_NBYTES = 10_000_000
 """DeepSeek-V3's has 6 kB."""
@@ -63,6 +63,7 @@ class Checkpoint:
     """Everything else that belongs to the model, as paths relative to the store."""
     left_out: Mapping[str, str]
     """What lies in the folder and is not taken for part of the model, with the reason."""
+    has_index: bool = False
 
     @property
     def location(self) -> str:
@@ -108,10 +109,21 @@ def open_checkpoint(store: Store) -> Checkpoint:
         CheckpointError: not a model folder, or one that contradicts itself.
         HeaderError: a shard breaks a rule of the safetensors format.
     """
+    store.check_exists()
+    try:  # before a folder that may be anything is listed
+        store.open(CONFIG_NAME)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(
+                f"{store.location}: not a model folder: it has no {CONFIG_NAME}"
+            ) from None
+        raise
     listing = store.listing()
     files = set(listing.files)
-    if CONFIG_NAME not in files:
-        raise CheckpointError(f"{store.location}: not a model folder: it has no {CONFIG_NAME}")
+    for name in listing.folders:
+        is_shard = name.endswith(".safetensors") and INDEX_NAME not in files
+        if is_shard or name in (INDEX_NAME, HF_QUANT_CONFIG_NAME):
+            raise CheckpointError(f"{name}: is not a regular file")
     configs, records = {}, {}
     for name in (CONFIG_NAME, HF_QUANT_CONFIG_NAME):
         if name in files:
@@ -145,6 +157,7 @@ def open_checkpoint(store: Store) -> Checkpoint:
         shards=shards,
         other_files=other_files,
         left_out={**unfinished, **left_out},
+        has_index=weight_map is not None,
     )
 
 

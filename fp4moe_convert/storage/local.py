@@ -89,17 +89,22 @@ class LocalFolder:
         self.local_path = path
         self.location = os.fspath(path)
 
-    def listing(self) -> Listing:
+    def check_exists(self) -> None:
         path = self.local_path
         with naming(path):
             if not path.is_dir():
                 reason = "is not a folder" if path.exists() else "does not exist"
                 raise CheckpointError(f"{path}: {reason}; expected a model folder")
+            os.scandir(path).close()  # it may be read
+
+    def listing(self) -> Listing:
+        path = self.local_path
         # Links to folders may lead anywhere, and round in circles.
         names = sorted(files_below(path))
         links = {name for name in names if (path / name).is_dir()}
         return Listing(
             files=tuple(name for name in names if name not in links),
+            folders=tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir())),
             left_out=dict.fromkeys(sorted(links), "is a link to a folder"),
         )
 

@@ -16,8 +16,8 @@ from ..errors import CheckpointError
 from .buffers import Bytes, block_buffer
 
 Identity: TypeAlias = Mapping[str, str | int]
-"""Size (``bytes``) and whatever else changes when a file's bytes do, as JSON values; for a local
-file the time of its last change."""
+"""Size (``bytes``), and values that change when the file's bytes change, as JSON values. For a
+local file that is the time of its last change."""
 
 
 class Reader(Protocol):
@@ -57,6 +57,8 @@ class Listing:
 
     files: tuple[str, ...]
     """Sorted paths relative to the store, sub-folders included."""
+    folders: tuple[str, ...]
+    """Names of the folders at the top."""
     left_out: Mapping[str, str]
     """What is there and is no file of the model, with the reason."""
 
@@ -72,8 +74,11 @@ class Store(Protocol):
     def local_path(self) -> Path | None:
         """The folder, where the store is one on this machine."""
 
+    def check_exists(self) -> None:
+        """Raises CheckpointError: there is no such store."""
+
     def listing(self) -> Listing:
-        """Raises CheckpointError: there is no such store, or it cannot be read."""
+        """Raises CheckpointError: the store cannot be read."""
 
     def open(self, name: str, *, direct: bool = False) -> Reader:
         """Open a file of the store.

@@ -2,7 +2,8 @@
 
 ConvertError            the command line prints it as one line and exits with 1
 ├── CheckpointError     the source cannot be converted
-│   └── HeaderError     a safetensors file breaks a rule of its own format
+│   ├── HeaderError     a safetensors file breaks a rule of its own format
+│   └── MissingFileError    the source has no file of that name
 ├── FormatError         a converted checkpoint has a version, layout or form unknown to this release
 ├── OutputError         the output folder cannot be used, or writing to it failed
 ├── RowOrderError       FlashInfer orders rows differently, or cannot be asked
@@ -30,6 +31,10 @@ class CheckpointError(ConvertError):
 
 class HeaderError(CheckpointError):
     """A safetensors file breaks a rule of its own format."""
+
+
+class MissingFileError(CheckpointError):
+    """The source has no file of that name."""
 
 
 class FormatError(ConvertError):

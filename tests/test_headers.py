@@ -161,7 +161,15 @@ def test_not_json(read: ReadBytes, raw: bytes) -> None:
     rejects(read, encode(raw), "header is not JSON")
 
 
-@pytest.mark.parametrize("raw", [b'{"\xff": 1}', '{"a":1}'.encode("utf-16")])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"\xff": 1}',
+        '{"a":1}'.encode("utf-16"),
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":"\xff"}}',
+    ],
+    ids=["name", "UTF-16", "a field that nobody reads"],
+)
 def test_not_utf8(read: ReadBytes, raw: bytes) -> None:
     rejects(read, encode(raw), "header is not JSON")
 

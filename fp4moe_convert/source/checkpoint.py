@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MissingFileError
 from ..format.contract import QUANT_METHOD
 from ..format.files import (
     CONFIG_NAME,
@@ -112,12 +112,10 @@ def open_checkpoint(store: Store) -> Checkpoint:
     store.check_exists()
     try:  # before a folder that may be anything is listed
         store.open(CONFIG_NAME)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CheckpointError(
-                f"{store.location}: not a model folder: it has no {CONFIG_NAME}"
-            ) from None
-        raise
+    except MissingFileError:
+        raise CheckpointError(
+            f"{store.location}: not a model folder: it has no {CONFIG_NAME}"
+        ) from None
     listing = store.listing()
     files = set(listing.files)
     for name in listing.folders:
@@ -224,10 +222,8 @@ def _open_shards(store: Store, names: list[str]) -> tuple[Shard, ...]:
 def _open_shard(store: Store, name: str) -> Shard:
     try:
         reader = store.open(name)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing") from None
-        raise
+    except MissingFileError:
+        raise CheckpointError(f"{INDEX_NAME}: names {name}, which is missing") from None
     return Shard(name, read_header(reader), reader.identity)
 
 

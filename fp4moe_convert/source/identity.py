@@ -10,6 +10,7 @@ import msgspec
 from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..format.manifest import Manifest, SourceRecord
 from ..storage.copying import record_of
+from ..storage.reader import DIFFERS_IN_COPIES
 from .checkpoint import Checkpoint
 
 
@@ -54,9 +55,10 @@ def source_difference(
             if name not in before or name not in now:
                 return f"{name} is {'missing' if name in before else 'new'}"
             keys = before[name].keys() | now[name].keys()
-            if any(before[name].get(key) != now[name].get(key) for key in keys - {"modified_ns"}):
+            differing = {key for key in keys if before[name].get(key) != now[name].get(key)}
+            if differing - DIFFERS_IN_COPIES:
                 return f"{name} differs"
-            if same_files and before[name].get("modified_ns") != now[name].get("modified_ns"):
+            if differing and same_files:
                 return f"{name} has been written again since"
     return None
 

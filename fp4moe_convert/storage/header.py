@@ -149,6 +149,8 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     text = raw[8:]
     try:
         check_count(text)
+        if not text.isascii():
+            text.decode()  # msgspec does not look at strings in fields that it passes over
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
         raise HeaderError(f"{file}: header is not a JSON object") from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import CheckpointError, ConvertError, naming
+from ..errors import CheckpointError, ConvertError, MissingFileError, naming
 from ..format.contract import round_up
 from ..format.files import FOREIGN_FOLDERS
 from .buffers import BLOCK, Bytes
@@ -115,9 +115,9 @@ class LocalFolder:
                 is_regular = stat.S_ISREG(path.stat().st_mode)
             except (OSError, ValueError) as error:
                 # ValueError: a NUL in the name. No file can have one, or a name that is too long.
-                if getattr(error, "errno", errno.ENAMETOOLONG) != errno.ENAMETOOLONG:
+                if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.ENAMETOOLONG):
                     raise
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+                raise MissingFileError(f"{name}: {os.strerror(errno.ENOENT)}") from None
             if not is_regular:  # opening a device may do something to it
                 raise OSError(errno.EINVAL, "is not a regular file")
         target = os.path.realpath(path)

@@ -20,6 +20,10 @@ Identity: TypeAlias = Mapping[str, str | int]
 local file that is the time of its last change."""
 
 
+DIFFERS_IN_COPIES = frozenset({"modified_ns"})
+"""Values of an identity that a copy of the same bytes need not have."""
+
+
 class Reader(Protocol):
     """One file, open for reading by any number of threads."""
 
@@ -88,8 +92,8 @@ class Store(Protocol):
             direct: bypass the page cache where that is possible.
 
         Raises:
-            CheckpointError: it cannot be read, or is not a file of the store's own. Its cause is
-                a FileNotFoundError where there is no such file.
+            MissingFileError: there is no such file.
+            CheckpointError: it cannot be read, or is not a file of the store's own.
         """
 
     def provenance(self) -> Mapping[str, str]:

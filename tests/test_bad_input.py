@@ -220,6 +220,20 @@ def narrow_the_experts(model_dir: Path) -> None:
 GROUPS_OF_32 = quantization_section(TINY)
 GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
 
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 4999999999\n"
+)
+
+
+def count_with_six_digits(model_dir: Path) -> None:
+    (model_dir / INDEX).unlink()
+    (model_dir / FIRST).rename(model_dir / "model-000001-of-000003.safetensors")
+    (model_dir / THIRD).rename(model_dir / "model-000003-of-000003.safetensors")
+    (model_dir / SECOND).unlink()
+
+
 UP = f"{EXPERT}.up_proj"
 BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     "not a model folder": (
@@ -246,6 +260,30 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     "shard empty": (
         lambda model_dir: os.truncate(model_dir / SECOND, 0),
         rf"{SECOND}: 0 bytes is too short for a header length",
+    ),
+    "git-lfs pointer in place of a shard": (
+        overwrite(SECOND, LFS_POINTER),
+        rf"{SECOND}: is a git-lfs pointer, not the file itself; run git lfs pull .*",
+    ),
+    "git-lfs pointer in place of a tokenizer": (
+        overwrite("tokenizer.json", LFS_POINTER),
+        r"tokenizer\.json: is a git-lfs pointer, not the file itself; run git lfs pull .*",
+    ),
+    "web page in place of a shard": (
+        overwrite(SECOND, b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"),
+        rf"{SECOND}: is a web page, not the file itself; download it again",
+    ),
+    "web page in place of the config": (
+        overwrite("config.json", b"\n<html><body>404</body></html>"),
+        r"config\.json: is a web page, not the file itself; download it again",
+    ),
+    "note of an unfinished download": (
+        lambda model_dir: (model_dir / f"{SECOND}.aria2").touch(),
+        rf"{SECOND}: its download is unfinished: {SECOND}\.aria2 lies beside it; finish .*",
+    ),
+    "one of shards counted with six digits missing": (
+        count_with_six_digits,
+        r"{model_dir}: model-000002-of-000003\.safetensors is missing, and there is no .*",
     ),
     "shard truncated": (
         truncate(SECOND, -1),

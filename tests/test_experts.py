@@ -135,7 +135,9 @@ def test_tensors_that_are_no_experts_do_not_matter() -> None:
     assert len(found(others, layer())) == 1
 
 
-@pytest.mark.parametrize("key", ["n_routed_experts", "num_experts", "num_local_experts"])
+@pytest.mark.parametrize(
+    "key", ["n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"]
+)
 def test_the_number_of_experts_goes_by_many_names(key: str) -> None:
     [moe] = found(layer(), **{"n_routed_experts": None, key: E})
     assert moe.geometry.experts == E
@@ -187,9 +189,23 @@ def test_experts_without_weights_pass_through() -> None:
 
 
 def test_experts_outside_the_layers_pass_through() -> None:
-    assert passed(layer("model.mtp.experts")) == {
-        "model.mtp.experts": "its name has no layer number"
-    }
+    prefix = "model.extra.experts"
+    assert passed(layer(prefix)) == {prefix: "its name has no layer number"}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "mtp.layers.0.mlp.experts",
+        "model.mtp.layers.0.mlp.experts",
+        "model.mtp_layers.layers.1.experts",
+        "model.mtp.experts",
+        "nextn.layers.2.mlp.experts",
+    ],
+)
+def test_multi_token_prediction_passes_through_whatever_its_number(prefix: str) -> None:
+    reason = "it is a layer of multi-token prediction (MTP), not of the decoder"
+    assert passed(layer(prefix)) == {prefix: reason}
 
 
 def test_passed_layers_come_in_order_and_beside_converted_ones() -> None:

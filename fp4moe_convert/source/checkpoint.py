@@ -24,15 +24,20 @@ from ..format.files import (
     INDEX_NAME,
     JOURNAL_NAME,
     PARTIAL_SUFFIX,
-    shard_name,
 )
 from ..format.manifest import FileRecord
 from ..format.untrusted import decode_object
 from ..storage.header import MAX_NAME_LENGTH, read_header
-from ..storage.reader import Listing, Store, read_all
+from ..storage.reader import Listing, Store, read_all, read_bytes
+from ..storage.stand_in import START_NBYTES, stand_in_for
 from .spans import Shard
 
-_COUNTED_NAME = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
+_COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
+MAX_SHARDS = 100_000
+"""That names count; the largest models have a few hundred."""
+
+_PAGE_SUFFIXES = (".html", ".htm", ".xml", ".svg")
+"""Of files that are web pages by right."""
 
 MAX_INDEX_NBYTES = 50_000_000
 """DeepSeek-V3's has 17 MB."""
@@ -140,6 +145,7 @@ def open_checkpoint(store: Store) -> Checkpoint:
         raise CheckpointError(
             f"{store.location}: not a model folder: it has no *.safetensors files"
         )
+    _check_downloads(files, named)
     shards = _open_shards(store, sorted(named))
     if weight_map is not None:
         _check_weight_map(weight_map, shards)
@@ -160,6 +166,8 @@ def open_checkpoint(store: Store) -> Checkpoint:
 
 
 def _parse_object(text: bytes, file: str) -> dict[str, Any]:
+    if what := stand_in_for(text):
+        raise CheckpointError(f"{file}: {what}")
     try:
         return decode_object(text)
     except ValueError as error:
@@ -192,13 +200,27 @@ def _read_weight_map(store: Store) -> dict[str, str]:
 
 def _check_numbering(location: str, names: Set[str]) -> None:
     """Without an index, only names that count shards can tell of a missing one."""
-    for count in {match[1] for name in names if (match := _COUNTED_NAME.fullmatch(name))}:
-        for number in range(1, int(count) + 1):
-            name = shard_name(number, int(count))
+    matches = filter(None, map(_COUNTED_NAME.fullmatch, sorted(names)))
+    for stem, digits, count in {(match[1], len(match[2]), match[3]) for match in matches}:
+        for number in range(1, min(int(count[:18]), MAX_SHARDS) + 1):
+            name = f"{stem}{number:0{digits}d}-of-{count}.safetensors"
             if name not in names:
                 raise CheckpointError(
                     f"{location}: {name} is missing, and there is no {INDEX_NAME}"
                 )
+
+
+def _check_downloads(files: Set[str], shards: Set[str]) -> None:
+    """A file whose name begins with a shard's and goes on is a downloader's note that the shard is
+    unfinished (``.aria2``, ``.part``, ``.incomplete`` and so on). By then the shard may have its
+    full length."""
+    for name in sorted(files):
+        stem, suffix, rest = name.partition(".safetensors")
+        if rest not in ("", ".index.json") and stem + suffix in shards:
+            raise CheckpointError(
+                f"{stem}{suffix}: its download is unfinished: {name} lies beside it; "
+                "finish the download, or delete that file if it is left over"
+            )
 
 
 def _open_shards(store: Store, names: list[str]) -> tuple[Shard, ...]:
@@ -258,6 +280,10 @@ def _other_files(
             # An unfinished conversion, here or in the output, has files of these names.
             left_out[name] = "is unfinished"
         else:
-            store.open(name)  # one that cannot be read is found now, not hours later
+            # One that cannot be read, or is not there in truth, is found now, not hours later.
+            reader = store.open(name)
+            what = stand_in_for(read_bytes(reader, 0, min(reader.nbytes, START_NBYTES)))
+            if what and not name.endswith(_PAGE_SUFFIXES):
+                raise CheckpointError(f"{name}: {what}")
             found.append(name)
     return tuple(found), left_out

@@ -30,6 +30,8 @@ MAX_SIZE = 2**20
 0.5 MiB for DeepSeek-V3."""
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
+_MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
+"""Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def find_layers(
     passed: list[PassedLayer] = []
     for prefix, tensors in _by_layer(checkpoint.shards, families).items():
         number = _layer_number(prefix)
-        reason = _reason_to_pass(number, layer_count, tensors)
+        reason = _reason_to_pass(prefix, number, layer_count, tensors)
         if reason is None and number is not None:
             family = max(families, key=lambda family: _parts_known(family, tensors))
             layers.append(_check_layer(prefix, number, family, tensors, expert_count))
@@ -117,8 +119,10 @@ def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
 
 
 def _reason_to_pass(
-    number: int | None, layer_count: int | None, tensors: Iterable[_Named]
+    prefix: str, number: int | None, layer_count: int | None, tensors: Iterable[_Named]
 ) -> str | None:
+    if _MTP.search(prefix):
+        return "it is a layer of multi-token prediction (MTP), not of the decoder"
     if number is None:
         return "its name has no layer number"
     if layer_count is None:

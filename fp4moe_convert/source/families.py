@@ -101,5 +101,5 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
-"""How config.json spells E: DeepSeek and GLM, Qwen, Mixtral and MiniMax."""
+EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+"""How config.json spells E: DeepSeek and GLM, Qwen, Mixtral and MiniMax, ERNIE and Step."""

@@ -19,6 +19,7 @@ from ..errors import HeaderError
 from ..format.contract import TensorSpec, round_up
 from ..format.untrusted import check_count
 from .reader import Reader, read_bytes
+from .stand_in import stand_in_for
 
 MAX_HEADER_NBYTES = 100_000_000
 """The safetensors library has the same limit."""
@@ -120,6 +121,8 @@ def read_header(reader: Reader) -> Header:
     if reader.nbytes < 8:
         raise HeaderError(f"{reader.name}: {reader.nbytes} bytes is too short for a header length")
     raw = read_bytes(reader, 0, min(reader.nbytes, _FIRST_READ_NBYTES))
+    if what := stand_in_for(raw):
+        raise HeaderError(f"{reader.name}: {what}")
     json_nbytes = int.from_bytes(raw[:8], "little")
     if json_nbytes > MAX_HEADER_NBYTES:
         raise HeaderError(

@@ -534,8 +534,19 @@ def test_refuses_an_out_dir_that_is_not_empty(tiny: Path, tmp_path: Path, name: 
     else:
         (out_dir / name).write_text("mine")
     before = fingerprints(out_dir)
-    assert fails(tiny, out_dir) == f"{out_dir}: is not empty"
+    held = name.rstrip("/")
+    assert fails(tiny, out_dir) == f"{out_dir}: is not empty: it holds {held!r}"
     assert fingerprints(out_dir) == before
+
+
+def test_the_top_of_a_file_system_will_do(model_dir: Path, tmp_path: Path) -> None:
+    """ext4 has a lost+found there, which only root may read."""
+    for folder in (model_dir, tmp_path / "out"):
+        (folder / "lost+found").mkdir(parents=True)
+        (folder / "lost+found" / "x").touch()
+    conversion.convert(model_dir, tmp_path / "out", verify=True)
+    assert conversion.convert(model_dir, tmp_path / "out").bytes_written == 0
+    assert (tmp_path / "out" / "lost+found" / "x").exists()
 
 
 def test_refuses_an_out_dir_that_is_a_file(tiny: Path, tmp_path: Path) -> None:
@@ -798,6 +809,41 @@ def test_differing_gate_and_up_scales_are_kept_with_a_warning(tmp_path: Path) ->
         )
         gate, up = np.frombuffer(kept, "<f4").reshape(2, 2).T
         assert (gate != up).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(("leaf", "both"), [("input_scale", True), ("weight_scale_2", False)])
+def test_scales_that_no_engine_can_divide_by_are_named(
+    model_dir: Path, tmp_path: Path, value: float, leaf: str, both: bool
+) -> None:
+    """Calibration never reached such an expert. The bytes stay as they are."""
+    projections = ("gate_proj", "up_proj") if both else ("down_proj",)
+    for projection in projections:
+        name = f"{LAYER}.2.{projection}.{leaf}"
+        for position, byte in enumerate(np.float32(value).tobytes()):
+            poke(model_dir, name, position, byte)
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        f"warning: {LAYER}: {projection.removesuffix('_proj')} {leaf} is not a positive number "
+        f"for 1 of 4 experts (expert 2: {value}); engines divide by it"
+        for projection in projections
+    ]
+
+
+def test_other_weights_are_left_out_with_a_warning(model_dir: Path, tmp_path: Path) -> None:
+    strays = ("model.gguf", "original/consolidated.00.pth", "pytorch_model-00001-of-00002.bin")
+    for name in (*strays, "original/params.json", "vocab.bin"):
+        (model_dir / name).parent.mkdir(exist_ok=True)
+        (model_dir / name).write_bytes(b"12345")
+    result = CliRunner().invoke(convert_app, [str(model_dir), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        f"warning: {name}: holds 5 bytes of other weights, left out" for name in strays
+    ]
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert {"original/params.json", "vocab.bin"} <= found
+    assert not found & set(strays)
 
 
 def test_strays_are_left_out_with_a_warning(model_dir: Path, tmp_path: Path) -> None:

@@ -106,13 +106,13 @@ def test_strays_are_neither_shards_nor_other_files(model_dir: Path) -> None:
 
 
 def test_other_files_in_sub_folders(model_dir: Path) -> None:
-    for name in ("inference/model.py", "figures/deep/a b.png", "original/x.safetensors"):
+    for name in ("inference/model.py", "figures/deep/a b.png", "original/x.json"):
         (model_dir / name).parent.mkdir(parents=True)
         (model_dir / name).write_bytes(b"x")
     for name in (".git/HEAD", ".cache/huggingface/x.lock", "inference/.git/HEAD"):
         (model_dir / name).parent.mkdir(parents=True)
         (model_dir / name).write_bytes(b"x")
-    added = ("inference/model.py", "figures/deep/a b.png", "original/x.safetensors")
+    added = ("inference/model.py", "figures/deep/a b.png", "original/x.json")
     assert open_checkpoint(model_dir).other_files == tuple(sorted((*OTHER_FILES, *added)))
 
 
@@ -143,7 +143,8 @@ def test_links_inside_the_folder_are_followed(model_dir: Path) -> None:
         (model_dir / name).symlink_to(f"store/{name}")
     checkpoint = open_checkpoint(model_dir)
     assert checkpoint.shards == expected.shards
-    assert set(checkpoint.other_files) == {*OTHER_FILES, "store/tokenizer.json", f"store/{SECOND}"}
+    assert set(checkpoint.other_files) == {*OTHER_FILES, "store/tokenizer.json"}
+    assert list(checkpoint.left_out) == [f"store/{SECOND}"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", INDEX, SECOND, "sub/x"])

@@ -26,6 +26,7 @@ from types import TracebackType
 from ..errors import OutputError, VerifyError, naming
 from ..format.files import (
     FOREIGN_FILES,
+    FOREIGN_FOLDERS,
     GENERATED,
     INDEX_NAME,
     JOURNAL_NAME,
@@ -61,8 +62,9 @@ class OutputFolder:
             self._created = not path.exists()
             make_folder(path)
             known = (path / JOURNAL_NAME).exists() or (path / MANIFEST_NAME).exists()
-            if not known and any(path.iterdir()):
-                raise OutputError(f"{path}: is not empty")
+            foreign = {entry.name for entry in path.iterdir()} - FOREIGN_FOLDERS - FOREIGN_FILES
+            if foreign and not known:
+                raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}")
         self.journal = Journal(path)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:

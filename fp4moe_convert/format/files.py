@@ -16,8 +16,8 @@ JOURNAL_NAME = ".fp4moe-journal.jsonl"
 PARTIAL_SUFFIX = ".partial"
 """Ends a file's name until its last byte is on the disk."""
 
-FOREIGN_FOLDERS = frozenset({".git", ".cache"})
-"""Kept by version control and by the Hub's tools."""
+FOREIGN_FOLDERS = frozenset({".git", ".cache", "lost+found"})
+"""Kept by version control, by the Hub's tools, and by file systems at their top."""
 FOREIGN_FILES = frozenset({".gitattributes"})
 """Added by the Hub to every repository."""
 

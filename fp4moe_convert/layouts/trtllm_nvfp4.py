@@ -214,26 +214,38 @@ class TrtllmNvfp4:
                 # up before gate: FlashInfer's interleave takes w3 as the first half.
                 yield from _matrix_moves(w13, expert, (up, gate), w13_rows)
                 yield from _matrix_moves(w2, expert, (down,), w2_rows)
-        gathered: tuple[tuple[Leaf, TensorSpec, TensorSpec], ...] = (
-            ("weight_scale_2", out.w13_weight_scale_2, out.w2_weight_scale_2),
-            ("input_scale", out.w13_input_scale, out.w2_input_scale),
-        )
-        for leaf, w13, w2 in gathered:
+        for leaf, w13, w2 in self._gathered(out):
             yield _gather_move(w13, layer, ("gate", "up"), leaf)
             yield _gather_move(w2, layer, ("down",), leaf)
 
     def remarks(
         self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
     ) -> Iterator[str]:
-        tensors = self.tensors(prefix, geometry)
-        for tensor in (tensors.w13_weight_scale_2, tensors.w13_input_scale):
-            gate, up = read(tensor).view("<f4").reshape(-1, 2).T
-            if differing := int((gate != up).sum()):
-                leaf = tensor.name.removeprefix(f"{prefix}.w13_")
+        for leaf, w13, w2 in self._gathered(self.tensors(prefix, geometry)):
+            gate, up = read(w13).view("<f4").reshape(-1, 2).T
+            down = read(w2).view("<f4")
+            # By bits, so that a NaN equals itself.
+            if differing := int((gate.view("<u4") != up.view("<u4")).sum()):
                 yield (
                     f"{prefix}: gate and up {leaf} differ for {differing} of "
                     f"{geometry.experts} experts; both are kept"
                 )
+            for projection, scales in (("gate", gate), ("up", up), ("down", down)):
+                unusable = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
+                if unusable.size:
+                    yield (
+                        f"{prefix}: {projection} {leaf} is not a positive number for "
+                        f"{unusable.size} of {geometry.experts} experts (expert {unusable[0]}: "
+                        f"{scales[unusable[0]]}); engines divide by it"
+                    )
+
+    @staticmethod
+    def _gathered(tensors: LayerTensors) -> tuple[tuple[Leaf, TensorSpec, TensorSpec], ...]:
+        """The scalars of a layer, with the tensors of gate and up and of down."""
+        return (
+            ("weight_scale_2", tensors.w13_weight_scale_2, tensors.w2_weight_scale_2),
+            ("input_scale", tensors.w13_input_scale, tensors.w2_input_scale),
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -36,6 +36,12 @@ _COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
 MAX_SHARDS = 100_000
 """That names count; the largest models have a few hundred."""
 
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(safetensors|gguf|pt|pth|ckpt|h5)|(.*/)?(pytorch_|adapter_|consolidated|model)[^/]*\.bin",
+    re.DOTALL,
+)
+"""The same model in another form, or another model, beside the shards."""
+
 _PAGE_SUFFIXES = (".html", ".htm", ".xml", ".svg")
 """Of files that are web pages by right."""
 
@@ -285,5 +291,8 @@ def _other_files(
             what = stand_in_for(read_bytes(reader, 0, min(reader.nbytes, START_NBYTES)))
             if what and not name.endswith(_PAGE_SUFFIXES):
                 raise CheckpointError(f"{name}: {what}")
-            found.append(name)
+            if _OTHER_WEIGHTS.fullmatch(name):
+                left_out[name] = f"holds {reader.nbytes:,} bytes of other weights"
+            else:
+                found.append(name)
     return tuple(found), left_out

@@ -523,7 +523,10 @@ def test_ctrl_c_when_nobody_takes_what_is_printed(tiny: Path, tmp_path: Path) ->
         while not list(tmp_path.glob("out/*.partial")):
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 143
+        try:
+            assert process.wait(timeout=20) == 143
+        finally:
+            process.kill()
     os.close(reader)
     os.close(writer)
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_SECONDS = 0.3
+_STEP_SECONDS = 0.1
 
 _stopping = False
 _advice = ""
@@ -58,7 +59,10 @@ def run(command: Callable[[], None]) -> None:
             ended.set()
 
     threading.Thread(target=work, name="fp4moe", daemon=True).start()
-    ended.wait()
+    # In steps: the kernel may hand a signal to another thread, which does not wake this one. Python
+    # runs the handler here, the next time that this thread runs.
+    while not ended.wait(_STEP_SECONDS):
+        pass
     _finish(code if isinstance(code, int) else int(code is not None))
 
 

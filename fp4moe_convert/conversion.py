@@ -162,10 +162,6 @@ def convert(
     """
     started = time.perf_counter()
     model_dir, out_dir = Path(model_dir), Path(out_dir)
-    read_back = partial(
-        verify_folder, out_dir, model_dir, direct_io=direct_io, threads=threads,
-        on_progress=on_progress,
-    )  # fmt: skip
 
     checkpoint, plan = prepare(model_dir, max_shard_nbytes=max_shard_nbytes)
     store = checkpoint.store
@@ -207,7 +203,10 @@ def convert(
         verified = None
         if verify:
             try:
-                verified = read_back()
+                verified = verify_folder(
+                    out_dir, model_dir, direct_io=direct_io, threads=threads,
+                    on_progress=on_progress,
+                )  # fmt: skip
             except VerifyError:
                 with suppress(OutputError):  # the difference is what has to be reported
                     done.reject()

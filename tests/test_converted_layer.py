@@ -20,7 +20,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer
+from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer, single_expert_refusal
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.serving.slices import copy_share, runs
 
@@ -270,7 +270,7 @@ def test_a_parameter_that_the_file_does_not_fit_is_refused(
 
 def test_the_tensor_of_a_single_expert_is_refused(layer: ConvertedLayer) -> None:
     with refuses(f"{PREFIX} is converted, but the checkpoint also has something else", AGAIN):
-        layer.refuse_single_expert("something else")
+        raise single_expert_refusal(layer.prefix, "something else")
 
 
 # --- what was loaded ------------------------------------------------------------------------------

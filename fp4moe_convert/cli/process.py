@@ -82,7 +82,7 @@ def _finish(code: int) -> None:
 def _stop(number: int, _frame: object) -> None:
     """End the process, whatever its other threads are doing, and delete nothing.
 
-    This is as good as a kill, after which the same command resumes.
+    It leaves what a kill leaves, and the same command resumes.
     """
     global _stopping
     if _stopping:  # people press Ctrl-C more than once

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ServingError
 from ..format.contract import Geometry, TensorSpec
 from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
 from .checks import refusal
@@ -20,6 +21,11 @@ LEAVES = LayerTensors._fields
 """Names of the parameters, in the file and in the engines."""
 
 CONVERT_AGAIN = "convert the checkpoint again"
+
+
+def single_expert_refusal(layer: str, what: str) -> ServingError:
+    """The error for a checkpoint that has a converted layer and tensors of its single experts."""
+    return refusal(f"{layer} is converted, but the checkpoint also has {what}", CONVERT_AGAIN)
 
 
 class ConvertedLayer:
@@ -85,15 +91,6 @@ class ConvertedLayer:
     def note(self, what: str) -> None:
         """Remember that something has been loaded."""
         self._loaded.add(what)
-
-    def refuse_single_expert(self, what: str) -> None:
-        """
-        Raises:
-            ServingError: always. The checkpoint also has the tensor of a single expert.
-        """
-        raise refusal(
-            f"{self.prefix} is converted, but the checkpoint also has {what}", CONVERT_AGAIN
-        )
 
     def check_loaded(self, also: Iterable[str] = ()) -> None:
         """Loading has ended: check that all of `LEAVES` came, and start a new count.

@@ -1,7 +1,7 @@
 """A model folder, opened: its configuration, the headers of its shards, its other files.
 
-Reads JSON and headers only. Whatever the folder claims about itself is checked here, so that later
-modules need not doubt it.
+It reads JSON and headers only. Everything that the folder says of itself is checked here, so that
+later modules can rely on it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .spans import Shard
 
 _COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
 MAX_SHARDS = 100_000
-"""That names count; the largest models have a few hundred."""
+"""How far names are counted; the largest models have a few hundred."""
 
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|gguf|pt|pth|ckpt|h5)|(.*/)?(pytorch_|adapter_|consolidated|model)[^/]*\.bin",
@@ -43,7 +43,7 @@ _OTHER_WEIGHTS = re.compile(
 """The same model in another form, or another model, beside the shards."""
 
 _PAGE_SUFFIXES = (".html", ".htm", ".xml", ".svg")
-"""Of files that are web pages by right."""
+"""Files with these endings may be web pages."""
 
 MAX_INDEX_NBYTES = 50_000_000
 """DeepSeek-V3's has 17 MB."""
@@ -75,6 +75,7 @@ class Checkpoint:
     left_out: Mapping[str, str]
     """What lies in the folder and is not taken for part of the model, with the reason."""
     has_index: bool = False
+    """Whether an index names the shards."""
 
     @property
     def location(self) -> str:
@@ -121,8 +122,8 @@ def open_checkpoint(store: Store) -> Checkpoint:
         HeaderError: a shard breaks a rule of the safetensors format.
     """
     store.check_exists()
-    try:  # before a folder that may be anything is listed
-        store.open(CONFIG_NAME)
+    try:  # before the listing: a folder that is no model's may hold millions of files
+        config, config_record = _read_config(store, CONFIG_NAME)
     except MissingFileError:
         raise CheckpointError(
             f"{store.location}: not a model folder: it has no {CONFIG_NAME}"
@@ -133,12 +134,12 @@ def open_checkpoint(store: Store) -> Checkpoint:
         is_shard = name.endswith(".safetensors") and INDEX_NAME not in files
         if is_shard or name in (INDEX_NAME, HF_QUANT_CONFIG_NAME):
             raise CheckpointError(f"{name}: is not a regular file")
-    configs, records = {}, {}
-    for name in (CONFIG_NAME, HF_QUANT_CONFIG_NAME):
-        if name in files:
-            text = read_all(store.open(name), MAX_CONFIG_NBYTES)
-            configs[name] = _parse_object(text, name)
-            records[name] = FileRecord(len(text), xxhash.xxh3_128_hexdigest(text))
+    config_files = {CONFIG_NAME: config_record}
+    hf_quant_config = None
+    if HF_QUANT_CONFIG_NAME in files:
+        hf_quant_config, config_files[HF_QUANT_CONFIG_NAME] = _read_config(
+            store, HF_QUANT_CONFIG_NAME
+        )
 
     present = {n for n in files if n.endswith(".safetensors") and os.path.basename(n) == n}
     weight_map = _read_weight_map(store) if INDEX_NAME in files else None
@@ -161,14 +162,19 @@ def open_checkpoint(store: Store) -> Checkpoint:
     other_files, unfinished = _other_files(store, listing, known)
     return Checkpoint(
         store=store,
-        config=configs[CONFIG_NAME],
-        hf_quant_config=configs.get(HF_QUANT_CONFIG_NAME),
-        config_files=records,
+        config=config,
+        hf_quant_config=hf_quant_config,
+        config_files=config_files,
         shards=shards,
         other_files=other_files,
         left_out={**unfinished, **left_out},
         has_index=weight_map is not None,
     )
+
+
+def _read_config(store: Store, name: str) -> tuple[dict[str, Any], FileRecord]:
+    text = read_all(store.open(name), MAX_CONFIG_NBYTES)
+    return _parse_object(text, name), FileRecord(len(text), xxhash.xxh3_128_hexdigest(text))
 
 
 def _parse_object(text: bytes, file: str) -> dict[str, Any]:

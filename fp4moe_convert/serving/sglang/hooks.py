@@ -165,6 +165,8 @@ class ExpertLoader:
         shard_id: str | None = None,
         expert_id: int | None = None,
     ) -> None:
+        from ..converted_layer import single_expert_refusal  # imports torch
+
         leaf = self.own.leaf_of(self.layer, param)
         if expert_id is None:
             experts = self._experts(every_rank=leaf.endswith("_input_scale"))
@@ -172,7 +174,9 @@ class ExpertLoader:
             slots = param.data[: len(experts)]
             self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
         elif expert_id < self.own.geometry.experts or not self.layer.num_fused_shared_experts:
-            self.own.refuse_single_expert(f"a tensor of its expert {expert_id} alone ({leaf})")
+            raise single_expert_refusal(
+                self.own.prefix, f"a tensor of its expert {expert_id} alone ({leaf})"
+            )
         else:
             self.stock(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id)
             self.own.note(_of_shared_expert(leaf, shard_id))

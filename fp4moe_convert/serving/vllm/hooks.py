@@ -45,7 +45,7 @@ from ...format.contract import (
 )
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
-from ..converted_layer import CONVERT_AGAIN, LEAVES, ConvertedLayer
+from ..converted_layer import LEAVES, ConvertedLayer, single_expert_refusal
 from . import VLLM
 
 TESTED = ("0.33.*",)
@@ -235,7 +235,7 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
 def _present_as_source(section: dict[str, Any]) -> None:
     """Let config.json's section read as the source's, with itself below `CONVERTED_KEY`.
 
-    But for ``quant_algo``: without it stock refuses the section, should a process lack the plugin.
+    ``quant_algo`` is left out: a process without the plugin then refuses the section.
     """
     converted = dict(section)
     source = read_section(converted).source
@@ -263,7 +263,7 @@ def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
     ) -> None:
         leaf = own.leaf_of(layer, param)
         if per_expert or details:
-            own.refuse_single_expert(f"tensors of single experts ({leaf})")
+            raise single_expert_refusal(own.prefix, f"tensors of single experts ({leaf})")
         everywhere, here = _experts_held(layer)
         own.load(
             leaf,
@@ -298,10 +298,7 @@ def _load_converted(
     for name, tensor in weights:
         leaf = name.removeprefix("routed_experts.")
         if leaf not in LEAVES:
-            raise refusal(
-                f"{layer.layer_name} is converted, but the checkpoint also has its {name!r}",
-                CONVERT_AGAIN,
-            )
+            raise single_expert_refusal(layer.layer_name, f"its {name!r}")
         param = getattr(layer, leaf)
         param.weight_loader(param, tensor)
         yield leaf

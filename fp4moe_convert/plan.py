@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from . import defaults
 from .errors import CheckpointError
-from .format.contract import FORMAT_VERSION, Geometry, TensorSpec
+from .format.contract import FORMAT_VERSION, MARKER_NAME, Geometry, Marker, TensorSpec
 from .format.files import shard_name
 from .layouts.base import MOVE_NBYTES, Layout, Move
 from .source.checkpoint import Checkpoint
 from .source.experts import MoeLayer, PassedLayer, find_layers
 from .source.spans import Matrix
+from .storage.buffers import Bytes
 from .storage.header import DTYPE_BITS, encode_header, spec_nbytes
 
 DATA_ALIGNMENT = 4096
@@ -210,7 +212,9 @@ def source_moves(checkpoint: Checkpoint, layout: Layout) -> tuple[Move, ...]:
 
 
 def _groups(checkpoint: Checkpoint, layers: Sequence[MoeLayer], layout: Layout) -> Iterator[_Group]:
-    """The output's tensors in source order, each layer where its first expert tensor was."""
+    """The output's tensors: the marker, then the others in source order, each layer where its first
+    expert tensor was."""
+    yield _marker(layout)
     layer_of = {name: layer for layer in layers for name in layer.tensors}
     done: set[str] = set()
     for shard in checkpoint.shards:
@@ -223,6 +227,31 @@ def _groups(checkpoint: Checkpoint, layers: Sequence[MoeLayer], layout: Layout) 
                 done.add(layer.prefix)
                 tensors = layout.tensors(layer.prefix, layer.geometry)
                 yield _Group(tensors, tuple(layout.moves(layer)))
+
+
+def _marker(layout: Layout) -> _Group:
+    data = Marker(FORMAT_VERSION, layout.name, layout.parameters, layout.fingerprint).encode()
+    spec = TensorSpec(MARKER_NAME, "U8", (len(data),))
+    return _Group((spec,), (Move(spec.name, 0, len(data), (), _Constant(data)),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Constant:
+    """An `Arrangement` of no sources."""
+
+    data: bytes
+
+    @property
+    def key(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.data)
+
+    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
+        out[:] = np.frombuffer(self.data, np.uint8)
+
+    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:
+        if data.tobytes() != self.data:
+            raise ValueError("is not what this release writes there")
+        return []
 
 
 def _copy_moves(tensor: Matrix) -> Iterator[Move]:
@@ -282,12 +311,14 @@ def _nbytes_in_file(tensor: TensorSpec) -> int:
 
 
 def _shard(name: str, tensors: Sequence[TensorSpec], moves: Sequence[Move]) -> PlannedShard:
-    # Whole blocks first, so that they all start on one; then wide elements before narrow ones, so
-    # that each tensor is aligned to its dtype, which readers that map the file rely on.
+    # The marker first, so that readers meet it before what it is about. Whole blocks next, so that
+    # they all start on one; then wide elements before narrow ones, so that each tensor is aligned
+    # to its dtype, which readers that map the file rely on.
     nbytes = {tensor.name: spec_nbytes(tensor.dtype, tensor.shape) for tensor in tensors}
     ordered = sorted(
         tensors,
         key=lambda tensor: (
+            tensor.name != MARKER_NAME,
             nbytes[tensor.name] % DATA_ALIGNMENT != 0,
             -DTYPE_BITS[tensor.dtype],
         ),

@@ -1,4 +1,4 @@
-"""The section of config.json that marks a converted checkpoint: written, read back, refused."""
+"""What marks a converted checkpoint, in config.json and as a tensor: written, read back, refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fp4moe_convert.format.contract import (
     ConvertedSection,
     Geometry,
     LayoutRecord,
+    Marker,
     round_up,
 )
 
@@ -25,7 +26,7 @@ SIZES = {"experts": 256, "hidden": 7168, "intermediate": 2048, "gated": True}
 
 WRITTEN = {
     "quant_method": "fp4moe",
-    "format_version": 1,
+    "format_version": 2,
     "layout": {
         "name": "trtllm_nvfp4",
         "epilogue_tile_m": 128,
@@ -61,7 +62,7 @@ def without(path: str) -> dict[str, Any]:
 def test_what_is_written_is_what_the_format_says() -> None:
     assert section().as_json() == WRITTEN
     assert list(section().as_json()) == list(WRITTEN)
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
 
 
 @pytest.mark.parametrize("hf_quant_config", [None, {"quantization": {"quant_algo": "NVFP4"}}])
@@ -100,16 +101,61 @@ def test_any_section_is_read_back_the_same(section: ConvertedSection) -> None:
     assert ConvertedSection.from_json(json.loads(json.dumps(section.as_json()))) == section
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1], True, 1.0])
-def test_another_format_version_is_refused(version: object) -> None:
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        *((version, "convert again") for version in (1, 0, "2", None, 1.5, [2], True, 2.0)),
+        (3, "install a newer fp4moe-convert, or convert again with this one"),
+    ],
+)
+def test_another_format_version_is_refused(version: object, remedy: str) -> None:
     """Before anything else of the section is looked at."""
-    message = (
-        f"config.json: the checkpoint has format version {version!r}, "
-        "this release of fp4moe-convert knows 1"
-    )
+    rule = f"format version is {version!r}, this release of fp4moe-convert knows 2; {remedy}"
     for content in (WRITTEN | {"format_version": version}, {"format_version": version}):
-        with pytest.raises(FormatError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(FormatError, match=f"^{re.escape(f'config.json: {rule}')}$"):
             ConvertedSection.from_json(content)
+        with pytest.raises(FormatError, match=f"^{re.escape(f'fp4moe.layout: {rule}')}$"):
+            Marker.decode(json.dumps(content).encode())
+
+
+MARKER = {
+    "format_version": 2,
+    "layout": {"name": "trtllm_nvfp4", "epilogue_tile_m": 128, "row_order": "xxh3_128:00"},
+}
+"""As docs/format.md shows it in section 5."""
+
+
+def test_the_marker_is_what_the_format_says() -> None:
+    data = section().layout.marker.encode()
+    assert json.loads(data) == MARKER
+    assert len(data) == 4096
+    assert data.rstrip(b" ")[-1:] == b"}"
+
+
+@given(st.text(), values, st.text())
+def test_any_marker_is_read_back_the_same(
+    name: str, parameters: dict[str, Any], row_order: str
+) -> None:
+    own = {key: value for key, value in parameters.items() if key not in ("name", "row_order")}
+    marker = Marker(FORMAT_VERSION, name, own, row_order)
+    data = marker.encode()
+    assert Marker.decode(data) == marker
+    assert len(data) % 4096 == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not JSON: "),
+        (b"\xff" * 4096, "not JSON: "),
+        (b"[]", "not a JSON object"),
+        (json.dumps({"format_version": 2}).encode(), "is malformed: "),
+        (json.dumps({**MARKER, "layout": {"name": "x"}}).encode(), "is malformed: .*`row_order`"),
+    ],
+)
+def test_a_marker_of_another_form_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(FormatError, match=rf"^fp4moe\.layout: {reason}"):
+        Marker.decode(data)
 
 
 @pytest.mark.parametrize(

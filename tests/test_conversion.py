@@ -85,7 +85,7 @@ def test_config_is_changed_only_where_the_format_says(source: Path, tmp_path: Pa
     layers = section.pop("layers")
     assert len(layers) == 2
     assert all(layer == {**sizes, "intermediate": intermediate} for layer in layers.values())
-    assert section == {"quant_method": "fp4moe", "format_version": 1}
+    assert section == {"quant_method": "fp4moe", "format_version": 2}
 
 
 def test_other_files_are_copied(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """Plans, from headers alone: every output byte is written once, every source byte read once."""
 
+import json
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from support.make_checkpoint import Spec, make_checkpoint
 
-from fp4moe_convert import prepare
+from fp4moe_convert import convert, prepare
 from fp4moe_convert.layouts.base import MOVE_NBYTES, Move
 from fp4moe_convert.plan import Plan, PlannedShard
 from fp4moe_convert.storage.header import DTYPE_BITS
@@ -119,7 +121,7 @@ def test_tensors_are_aligned_to_their_dtype(wide: Path) -> None:
 
 def test_other_tensors_keep_name_dtype_and_shape(wide: Path) -> None:
     checkpoint, plan = prepare(wide)
-    converted = tuple(f"{layer.prefix}." for layer in plan.layers)
+    converted = ("fp4moe.layout", *(f"{layer.prefix}." for layer in plan.layers))
     expected = {
         tensor.name: (tensor.dtype, tensor.shape)
         for shard in checkpoint.shards
@@ -134,6 +136,25 @@ def test_other_tensors_keep_name_dtype_and_shape(wide: Path) -> None:
     }
     assert found == expected
     assert any(".experts." in name for name in found), "the MTP layer's experts pass through"
+
+
+@pytest.mark.parametrize("max_shard_nbytes", [10**6, 5 * 10**9])
+def test_readers_meet_the_marker_first(tmp_path: Path, max_shard_nbytes: int) -> None:
+    """By the order of names as by that of the data, and in the first file."""
+    make_checkpoint(tmp_path / "model", Spec(layers=1, experts=2, hidden=256, intermediate=128))
+    convert(tmp_path / "model", tmp_path / "out", max_shard_nbytes=max_shard_nbytes)
+    first, *others = sorted((tmp_path / "out").glob("*.safetensors"))
+    with safe_open(first, "np") as shard:
+        assert next(iter(shard.keys())) == "fp4moe.layout"
+        assert shard.offset_keys()[0] == "fp4moe.layout"
+        marker = shard.get_tensor("fp4moe.layout")
+    for other in others:
+        with safe_open(other, "np") as shard:
+            assert "fp4moe.layout" not in shard.keys()  # noqa: SIM118 - a handle, not a mapping
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    layout = {key: value for key, value in section["layout"].items() if key != "flashinfer"}
+    assert marker.dtype == np.uint8
+    assert json.loads(marker.tobytes()) == {"format_version": 2, "layout": layout}
 
 
 def test_planning_reads_no_data(tmp_path: Path) -> None:
@@ -167,7 +188,7 @@ from fp4moe_convert import prepare
 _, plan = prepare(Path({str(tmp_path / "v3")!r}))
 assert len(plan.layers) == 58 and plan.tensors_in > 180_000
 converted = sum(len(s.tensors) for s in plan.shards) - (plan.tensors_in - 178_176)
-assert converted == 464, converted
+assert converted == 464 + 1, converted  # with the marker
 assert not {{"torch", "flashinfer"}} & set(sys.modules)
 from fp4moe_convert.conversion import peak_rss
 print(peak_rss())

@@ -399,7 +399,7 @@ def test_shards_that_were_damaged_are_done_again(
     ("key", "value", "reason"),
     [
         ("row_order", "xxh3_128:00", "it was written for another row order"),
-        ("format_version", 0, "it has format version 0, not 1"),
+        ("format_version", 0, "it has format version 0, not 2"),
     ],
 )
 def test_shards_of_another_format_are_done_again(

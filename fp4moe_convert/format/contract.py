@@ -1,4 +1,5 @@
-"""The ``quantization_config`` of a converted checkpoint, and the sizes of its layers.
+"""What marks a converted checkpoint: its ``quantization_config``, and a tensor that says the same
+of the bytes beside it.
 
 Letters: **E** experts, **H** hidden size, **I** MoE intermediate size of one expert (not doubled),
 **T** tensor-parallel size. The converter, the verifier and the serving plugins all import this
@@ -7,6 +8,7 @@ module, so it does no I/O and needs no tensor library.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,14 +17,23 @@ import msgspec
 
 from ..errors import FormatError
 from .files import CONFIG_NAME
+from .untrusted import decode_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "fp4moe"
 """A name of its own, so that an engine without the plugin refuses the checkpoint. Under
 ``modelopt`` an engine could load a model and leave its experts uninitialised."""
 
 GROUP_SIZE = 16
 """NVFP4: values that share one block scale."""
+
+MARKER_NAME = "fp4moe.layout"
+"""A tensor of every converted checkpoint, U8, that holds what an engine must know to judge the
+others. config.json may come from elsewhere; this cannot. No model has a tensor of this name, so an
+engine without the plugin stops at it."""
+MARKER_MULTIPLE = 4096
+"""The marker is padded with spaces to a multiple of this, so that it can be the first tensor of a
+shard and leave the others where direct I/O can write them."""
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -74,6 +85,69 @@ class LayoutRecord:
             "flashinfer": self.flashinfer,
         }
 
+    @property
+    def marker(self) -> Marker:
+        """What the marker of a checkpoint with this layout says."""
+        return Marker(FORMAT_VERSION, self.name, self.parameters, self.row_order)
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What the tensor `MARKER_NAME` says. The release of FlashInfer is not part of it: releases
+    with the same row order make the same bytes."""
+
+    format_version: int
+    layout: str
+    parameters: Mapping[str, Any]
+    row_order: str
+
+    def encode(self) -> bytes:
+        """The tensor's bytes."""
+        layout = {"name": self.layout, **self.parameters, "row_order": self.row_order}
+        text = json.dumps({"format_version": self.format_version, "layout": layout}).encode()
+        return text.ljust(round_up(len(text), MARKER_MULTIPLE))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Marker:
+        """The inverse of `encode`.
+
+        Raises:
+            FormatError: another format version, or not what a converter writes.
+        """
+        try:
+            content = decode_object(data)
+        except ValueError as error:
+            raise FormatError(f"{MARKER_NAME}: {error}") from None
+        check_format_version(MARKER_NAME, content)
+        try:
+            form = msgspec.convert(content.get("layout"), _MarkedLayoutForm)
+        except ValueError as error:
+            raise FormatError(f"{MARKER_NAME}: is malformed: {error}") from None
+        parameters = _parameters(content["layout"], _MarkedLayoutForm)
+        return cls(FORMAT_VERSION, form.name, parameters, form.row_order)
+
+
+def check_format_version(where: str, content: Mapping[str, Any]) -> None:
+    """Make sure that a converted checkpoint has this release's format version.
+
+    Args:
+        where: the file or tensor that says so, for the message.
+        content: its JSON.
+
+    Raises:
+        FormatError: it has not.
+    """
+    version = content.get("format_version")
+    if type(version) is int and version == FORMAT_VERSION:
+        return
+    remedy = "convert again"
+    if type(version) is int and version > FORMAT_VERSION:
+        remedy = "install a newer fp4moe-convert, or convert again with this one"
+    raise FormatError(
+        f"{where}: format version is {version!r}, this release of fp4moe-convert knows "
+        f"{FORMAT_VERSION}; {remedy}"
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertedSection:
@@ -106,12 +180,7 @@ class ConvertedSection:
         Raises:
             FormatError: another format version, or not what a converter writes.
         """
-        version = section.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise FormatError(
-                f"{CONFIG_NAME}: the checkpoint has format version {version!r}, "
-                f"this release of fp4moe-convert knows {FORMAT_VERSION}"
-            )
+        check_format_version(CONFIG_NAME, section)
         try:
             form = msgspec.convert(section, _SectionForm)
             layout = msgspec.convert(form.layout, _LayoutForm)
@@ -120,11 +189,7 @@ class ConvertedSection:
         return cls(
             layout=LayoutRecord(
                 name=layout.name,
-                parameters={
-                    key: value
-                    for key, value in form.layout.items()
-                    if key not in _LayoutForm.__struct_fields__
-                },
+                parameters=_parameters(form.layout, _LayoutForm),
                 row_order=layout.row_order,
                 flashinfer=layout.flashinfer,
             ),
@@ -134,12 +199,20 @@ class ConvertedSection:
         )
 
 
-class _LayoutForm(msgspec.Struct):
+class _MarkedLayoutForm(msgspec.Struct):
     """What every layout records, whatever else it does."""
 
     name: str
     row_order: str
+
+
+class _LayoutForm(_MarkedLayoutForm):
     flashinfer: str
+
+
+def _parameters(layout: Mapping[str, Any], form: type[msgspec.Struct]) -> dict[str, Any]:
+    """The layout's own settings: what ``form`` does not name."""
+    return {key: value for key, value in layout.items() if key not in form.__struct_fields__}
 
 
 class _SectionForm(msgspec.Struct):

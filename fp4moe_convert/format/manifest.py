@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import xxhash
 
-from ..errors import VerifyError
-from .contract import FORMAT_VERSION
+from ..errors import FormatError, VerifyError
+from .contract import FORMAT_VERSION, check_format_version
 from .files import MANIFEST_NAME
 from .untrusted import decode_object
 
@@ -87,11 +87,10 @@ class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_sha
             content = decode_object(text)
         except ValueError as error:
             raise VerifyError(f"{MANIFEST_NAME}: {error}") from None
-        if content.get("format_version") != FORMAT_VERSION:
-            raise VerifyError(
-                f"{MANIFEST_NAME}: format version {content.get('format_version')}, "
-                f"this release knows {FORMAT_VERSION}"
-            )
+        try:
+            check_format_version(MANIFEST_NAME, content)
+        except FormatError as error:
+            raise VerifyError(str(error)) from None
         content.pop("manifest", None)
         # The text is compared as well as the content: "\u00e9" may become "\u00E9".
         if text != sign(content):

@@ -19,6 +19,7 @@ from ..layouts.base import RowOrder
 from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import describe_source
+from ..source.text_config import without_sections
 from ..storage.copying import copy_file, record_of
 from ..storage.durable import holds, remove_file, write_file
 from ..storage.local import LocalReader
@@ -135,4 +136,4 @@ def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str
         source=source,
         source_hf_quant_config=None if hf_quant_config == source else hf_quant_config,
     )
-    return {**checkpoint.config, "quantization_config": section.as_json()}
+    return {**without_sections(checkpoint.text), "quantization_config": section.as_json()}

@@ -376,10 +376,12 @@ FAMILIES: dict[str, Family] = {
             *many("model.layers.{0,1}.router.per_expert_scale", E),
             *many("model.vision_tower.patch_embedder.input_proj.weight", 64, 768),
             *many("model.vision_tower.patch_embedder.position_embedding_table", 2, 16, 64),
-            *many("model.vision_tower.encoder.layers.0.self_attn.{q,k,v,o}_proj.weight", 64, 64),
+            *many(
+                "model.vision_tower.encoder.layers.0.self_attn.{q,k,v,o}_proj.linear.weight", 64, 64
+            ),
             *many("model.vision_tower.encoder.layers.0.self_attn.{q,k}_norm.weight", 32),
-            *many("model.vision_tower.encoder.layers.0.mlp.{gate,up}_proj.weight", 128, 64),
-            *many("model.vision_tower.encoder.layers.0.mlp.down_proj.weight", 64, 128),
+            *many("model.vision_tower.encoder.layers.0.mlp.{gate,up}_proj.linear.weight", 128, 64),
+            *many("model.vision_tower.encoder.layers.0.mlp.down_proj.linear.weight", 64, 128),
             *many("model.vision_tower.encoder.layers.0.input_layernorm.weight", 64),
             *many("model.vision_tower.encoder.layers.0.post_attention_layernorm.weight", 64),
             *many(
@@ -394,7 +396,7 @@ FAMILIES: dict[str, Family] = {
             r"\.mlp\.gate\b": ".router.proj",
             r"^model\.(?!vision|embed_vision)": "model.language_model.",
         },
-        ignore=("model.vision_tower*", "model.embed_vision*"),
+        ignore=("lm_head", "model.vision_tower*", "model.embed_vision*"),
     ),
     "qwen3_5_moe": QWEN3_5,
     "qwen3_next": QWEN3_NEXT,
@@ -513,6 +515,7 @@ FAMILIES: dict[str, Family] = {
         },
         extra=tuple(shared_expert("model.layers.{0,1}.mlp.shared_mlp")),
         without=r"^lm_head",
+        ignore=("lm_head",),
         quantized=r"\.self_attn\b",
         rename={
             r"\.q_norm\b": ".query_layernorm",

@@ -287,28 +287,49 @@ KIMI_K25 = Family(
     ignore=("vision_tower*", "mm_projector*"),
 )
 
+MINIMAX_M2 = Family(
+    QWEN,
+    {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "model_type": "minimax_m2",
+        "attn_type_list": [1, 1],
+        "intermediate_size": I,
+        "moe_intermediate_size": None,
+        "num_experts": None,
+        "num_local_experts": E,
+        "qk_norm_type": "per_layer",
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "use_mtp": False,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+    },
+    extra=tuple(f32(f"model.layers.{n}.mlp.e_score_correction_bias", E) for n in (0, 1)),
+    shapes={r"\.[qk]_norm\.weight$": (Q,)},
+    rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
+)
+
 FAMILIES: dict[str, Family] = {
-    "minimax_m2": Family(
-        QWEN,
-        {
-            "architectures": ["MiniMaxM2ForCausalLM"],
-            "model_type": "minimax_m2",
-            "attn_type_list": [1, 1],
-            "intermediate_size": I,
-            "moe_intermediate_size": None,
-            "num_experts": None,
-            "num_local_experts": E,
-            "qk_norm_type": "per_layer",
-            "rotary_dim": 64,
-            "scoring_func": "sigmoid",
-            "shared_intermediate_size": 0,
-            "use_mtp": False,
-            "use_qk_norm": True,
-            "use_routing_bias": True,
+    "minimax_m2": MINIMAX_M2,
+    # MiniMax-M3 without its vision tower, which SGLang serves; NVIDIA's own export also has MXFP8.
+    "minimax_m3_text": replace(
+        MINIMAX_M2,
+        config=MINIMAX_M2.config
+        | {
+            "architectures": ["MiniMaxM3SparseForCausalLM"],
+            "model_type": "minimax_m3",
+            "dense_intermediate_size": 2 * I,
+            "hidden_act": "swigluoai",
+            "qk_norm_type": "per_head",
+            "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
+            "rope_scaling": None,
+            "rope_theta": None,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
         },
-        extra=tuple(f32(f"model.layers.{n}.mlp.e_score_correction_bias", E) for n in (0, 1)),
-        shapes={r"\.[qk]_norm\.weight$": (Q,)},
-        rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
+        shapes={},
+        remote=True,
     ),
     "glm4_moe": GLM4_MOE,
     "glm4_moe-mtp-file": replace(GLM4_MOE, beside=("mtp.safetensors", r"^model\.layers\.3\.")),
@@ -465,6 +486,9 @@ FAMILIES: dict[str, Family] = {
         without=r"\.[qk]_norm\.weight$",
     ),
     "deepseek_v3": Family(replace(DEEPSEEK, mtp=True, kv_scales=True), {}),
+    "qwen3_moe": Family(QWEN, {}),
+    # SGLang's Transformers backend does not find lm_head in an ignore list.
+    "qwen3_moe-nvfp4-head": Family(QWEN, {}, quantized=r"self_attn|^lm_head"),
     "qwen2_moe": Family(
         QWEN,
         {

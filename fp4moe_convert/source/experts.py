@@ -81,7 +81,7 @@ def find_layers(
     layers: list[MoeLayer] = []
     passed: list[PassedLayer] = []
     for prefix, tensors in _by_layer(checkpoint.shards, families).items():
-        number = _layer_number(prefix)
+        number = layer_number(prefix)
         reason = _reason_to_pass(prefix, number, layer_count, tensors)
         if reason is None and number is not None:
             family = max(families, key=lambda family: _parts_known(family, tensors))
@@ -89,7 +89,7 @@ def find_layers(
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
     layers.sort(key=lambda layer: (layer.number, layer.prefix))
-    passed.sort(key=lambda layer: (_layer_number(layer.prefix) or 0, layer.prefix))
+    passed.sort(key=lambda layer: (layer_number(layer.prefix) or 0, layer.prefix))
     return layers, passed
 
 
@@ -109,7 +109,8 @@ def _by_layer(shards: Iterable[Shard], families: Iterable[Family]) -> dict[str, 
     return found
 
 
-def _layer_number(prefix: str) -> int | None:
+def layer_number(prefix: str) -> int | None:
+    """Which layer a module of this name belongs to, if the name says."""
     match = _LAYER_NUMBER.search(prefix)
     return int(match[1]) if match else None
 

@@ -465,9 +465,9 @@ REFUSED = {
         )
         for backend in ("triton", "flashinfer_cutlass", "flashinfer_cutedsl")
     },
-    "format version 2": Refused(
-        "has format version 2, this release of fp4moe-convert knows 1; serve the original",
-        section=lambda section: section.update(format_version=2),
+    "another format version": Refused(
+        "format version is 1, this release of fp4moe-convert knows 2; convert again, or serve the",
+        section=lambda section: section.update(format_version=1),
     ),
     "another row order": Refused(
         r"row order xxh3_128:0 of .*flashinfer 0\.7\.2.* with xxh3_128:[0-9a-f]{32}; convert again",

@@ -207,8 +207,8 @@ ANEW = {"quantization_config": {"moe": {"weight": "mxfp8"}}}
 REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
     "unknown format version": (
         Setup("deepseek"),
-        set_section(format_version=2),
-        "the checkpoint has format version 2, this release of fp4moe-convert knows 1",
+        set_section(format_version=1),
+        "format version is 1, this release of fp4moe-convert knows 2; convert again, or",
     ),
     "another row order": (Setup("deepseek"), set_row_order, "row order xxh3_128:00"),
     "another MoE backend": (
@@ -541,7 +541,7 @@ def one_log_line(bench: Bench) -> str:
     with logged("vllm.fp4moe") as messages:
         load(bench.converted("qwen"), Setup("qwen"))
     ours = [message for message in messages if message.startswith("fp4moe: ")]
-    expected = "fp4moe: format version 1, 2 MoE layers taken over, row order checked"
+    expected = "fp4moe: format version 2, 2 MoE layers taken over, row order checked"
     if len(ours) != 1 or not ours[0].startswith(expected):
         raise AssertionError(f"logged {ours}")
     return ours[0]

@@ -249,6 +249,8 @@ def _tell(planned: Planned, on_note: OnNote | None) -> None:
         return
     for name, why in planned.to_redo.items():
         on_note(f"{name}: written again: {why}")
+    for name in sorted(planned.users):
+        on_note(f"{name}: left as it is, it was added or changed by hand; no engine reads it")
     if planned.kept:
         on_note(
             f"resuming: {len(planned.kept)} of {len(planned.work.plan.shards)} shards were "

@@ -24,7 +24,7 @@ from .execution.checksum import Checksum
 from .execution.crew import Crew
 from .execution.surroundings import read_manifest
 from .format.contract import ConvertedSection
-from .format.files import CONFIG_NAME, FOREIGN_FILES, JOURNAL_NAME, MANIFEST_NAME
+from .format.files import CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME, no_engine_reads
 from .format.manifest import FileRecord, Manifest, ShardRecord
 from .format.untrusted import decode_object
 from .layouts import layout_of
@@ -49,6 +49,8 @@ class Verified:
     nbytes: int
     """Of the output; as many again were read from the source if there was one."""
     source: Path | None
+    documentation: list[str]
+    """What has happened since to files that no engine reads, a line each."""
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Verified:
             "tensors": self.tensors,
             "bytes": self.nbytes,
             "source": None if self.source is None else str(self.source),
+            "documentation": self.documentation,
             "seconds": round(self.seconds, 3),
         }
 
@@ -86,9 +89,7 @@ def verify(
     started = time.perf_counter()
     out_dir, source = Path(out_dir), None if source is None else Path(source)
     manifest = read_manifest(out_dir)
-    _check_names(out_dir, manifest)
-    for name, record in manifest.files.items():
-        _check_file(out_dir / name, name, record)
+    files, documentation = _check_files(out_dir, manifest)
     checkpoint = None if source is None else _open_source(source, manifest)
     shards = [_check_shard(out_dir / name, record) for name, record in manifest.shards.items()]
     moves = _whole_tensors(shards)
@@ -109,11 +110,12 @@ def verify(
     for shard in shards:
         _check_checksums(shard.name, manifest.shards[shard.name], digests)
     return Verified(
-        files=len(manifest.files) + len(shards) + 1,
+        files=len(files) + len(shards) + 1,
         tensors=len(digests),
         nbytes=sum(shard.header.file_nbytes for shard in shards)
-        + sum(record.nbytes for record in manifest.files.values()),
+        + sum(record.nbytes for record in files),
         source=source,
+        documentation=documentation,
         seconds=time.perf_counter() - started,
     )
 
@@ -238,15 +240,37 @@ def _layout_in(out_dir: Path) -> Layout:
     return layout_of(ConvertedSection.from_json(section).layout)
 
 
-def _check_names(out_dir: Path, manifest: Manifest) -> None:
+def _check_files(out_dir: Path, manifest: Manifest) -> tuple[list[FileRecord], list[str]]:
+    """Compare names with the manifest, and then the files beside the shards.
+
+    Returns:
+        Records of the files that are as they should be, and what has happened to others, which no
+        engine reads.
+    """
+    same: list[FileRecord] = []
+    documentation: list[str] = []
+
+    def found_out(name: str, difference: ConvertError) -> None:
+        if not no_engine_reads(name):
+            raise difference
+        documentation.append(str(difference))
+
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
     # A run that is verifying still holds its journal.
-    others = FOREIGN_FILES | {JOURNAL_NAME}
-    found = set(files_below(out_dir, VerifyError)) - (others - expected)
-    if missing := min(expected - found, default=None):
-        raise VerifyError(f"{missing}: is missing, the manifest lists it")
-    if added := min(found - expected, default=None):
-        raise VerifyError(f"{added}: is not in the manifest")
+    found = set(files_below(out_dir, VerifyError)) - ({JOURNAL_NAME} - expected)
+    for name in sorted(expected - found):
+        found_out(name, VerifyError(f"{name}: is missing, the manifest lists it"))
+    for name in sorted(found - expected):
+        found_out(name, VerifyError(f"{name}: is not in the manifest"))
+    for name, record in manifest.files.items():
+        if name in found:
+            try:
+                _check_file(out_dir / name, name, record)
+            except ConvertError as error:
+                found_out(name, error)
+            else:
+                same.append(record)
+    return same, documentation
 
 
 def _check_file(path: Path, name: str, record: FileRecord) -> None:

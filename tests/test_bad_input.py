@@ -21,7 +21,7 @@ from support.folders import INDEX, edit_json, write_byte
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
 from support.processes import FP4MOE_CONVERT
 from support.specs import TINY
-from support.tensors import home_of, range_of, read_header
+from support.tensors import home_of, range_of, read_header, read_tensors, write_tensors
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
@@ -198,6 +198,12 @@ def a_million_empty_tensors(model_dir: Path) -> None:
 def copy_a_shard(model_dir: Path) -> None:
     (model_dir / INDEX).unlink()
     shutil.copy(model_dir / THIRD, model_dir / "model-again.safetensors")
+
+
+def overlay_a_tensor(model_dir: Path) -> None:
+    fixed = {"lm_head.weight": read_tensors(model_dir / THIRD)["lm_head.weight"]}
+    write_tensors(model_dir / "fix.safetensors", fixed)
+    edit_index(**{"lm_head.weight": "fix.safetensors"})(model_dir)
 
 
 def drop_an_expert(model_dir: Path) -> None:
@@ -385,7 +391,11 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "tensor in two shards": (
         copy_a_shard,
-        rf"model-again\.safetensors: '.+' is in {THIRD} as well",
+        rf"model-again\.safetensors: '.+' is in {THIRD} as well; engines load both, .*",
+    ),
+    "tensor in an overlay and in its old shard": (
+        overlay_a_tensor,
+        rf"{THIRD}: 'lm_head\.weight' is in fix\.safetensors as well; {INDEX} means that in fix.*",
     ),
     "expert missing": (
         drop_an_expert,

@@ -67,7 +67,7 @@ def test_shards_that_an_index_names(tiny: Path) -> None:
     assert homes == weight_map(tiny)
     assert checkpoint.other_files == OTHER_FILES
     assert checkpoint.left_out == {}
-    assert checkpoint.text_config_value("num_hidden_layers") == 3
+    assert checkpoint.text.layer_count == 3
     assert not checkpoint.is_converted
 
 
@@ -103,6 +103,94 @@ def test_strays_are_neither_shards_nor_other_files(model_dir: Path) -> None:
     assert list(checkpoint.left_out) == ["consolidated.safetensors"]
     assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND, THIRD]
     assert checkpoint.other_files == OTHER_FILES
+
+
+MTP = ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight")
+
+
+@pytest.mark.parametrize("file", ["mtp.safetensors", "model-nextn.safetensors"])
+@pytest.mark.parametrize("names", [MTP, ("mtp.fc.weight", "mtp.layers.0.mlp.experts.0.up_proj")])
+def test_a_file_of_multi_token_prediction_goes_along(
+    model_dir: Path, file: str, names: tuple[str, ...]
+) -> None:
+    """SGLang loads GLM-4.7's although the index does not name it."""
+    edit_json(model_dir / "config.json", num_nextn_predict_layers=1)
+    write_shard(model_dir / file, *names)
+    checkpoint = open_checkpoint(model_dir)
+    assert [s.name for s in checkpoint.shards] == sorted([FIRST, SECOND, THIRD, file])
+    assert checkpoint.left_out == {}
+    assert file in describe_source(checkpoint).shards
+
+
+def left_out(model_dir: Path, file: str = "mtp.safetensors") -> str:
+    """Why a file is not taken for a shard."""
+    checkpoint = open_checkpoint(model_dir)
+    assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND, THIRD]
+    assert file not in checkpoint.other_files
+    return checkpoint.left_out[file]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), (*MTP, "model.norm.weight"), ("model.layers.2.extra",), ("model.embed_tokens.weight",)],
+)
+def test_a_file_of_something_else_does_not(model_dir: Path, names: tuple[str, ...]) -> None:
+    edit_json(model_dir / "config.json", num_nextn_predict_layers=1)
+    write_shard(model_dir / "mtp.safetensors", *names)
+    assert left_out(model_dir) == f"is not named by {INDEX}"
+
+
+@pytest.mark.parametrize("count", [0, None])
+def test_layers_after_the_last_are_mtp_only_if_the_config_says_so(
+    model_dir: Path, count: int | None
+) -> None:
+    """An engine that expects none would stop at their names."""
+    edit_json(model_dir / "config.json", num_nextn_predict_layers=count)
+    write_shard(model_dir / "mtp.safetensors", *MTP)
+    assert left_out(model_dir) == f"is not named by {INDEX}"
+
+
+def test_a_file_of_mtp_that_the_shards_hold_as_well_does_not_go_along(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", num_nextn_predict_layers=1)
+    write_shard(model_dir / "mtp.safetensors", *MTP)
+    write_shard(model_dir / "other.safetensors", MTP[0])
+    edit_json(model_dir / INDEX, weight_map={**weight_map(model_dir), MTP[0]: "other.safetensors"})
+    why = open_checkpoint(model_dir).left_out["mtp.safetensors"]
+    assert why == f"is not named by {INDEX}, and other.safetensors holds {MTP[0]!r} as well"
+
+
+def test_of_two_files_of_mtp_the_one_that_engines_know_goes_along(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", num_nextn_predict_layers=1)
+    for file in ("mtp.safetensors", "a-copy.safetensors"):
+        write_shard(model_dir / file, *MTP)
+    checkpoint = open_checkpoint(model_dir)
+    assert [s.name for s in checkpoint.shards] == [FIRST, SECOND, THIRD, "mtp.safetensors"]
+    why = checkpoint.left_out["a-copy.safetensors"]
+    assert why == f"is not named by {INDEX}, and mtp.safetensors holds {MTP[0]!r} as well"
+
+
+def test_a_stray_that_cannot_be_read_is_no_reason_to_stop(model_dir: Path) -> None:
+    (model_dir / "mtp.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert left_out(model_dir) == (
+        f"is not named by {INDEX} and cannot be read (is a git-lfs pointer, not the file itself; "
+        "run git lfs pull in the model folder)"
+    )
+
+
+def test_an_unfinished_file_of_mtp_is_refused_like_a_shard(model_dir: Path) -> None:
+    write_shard(model_dir / "mtp.safetensors", "mtp.fc.weight")
+    (model_dir / "mtp.safetensors.aria2").touch()
+    with pytest.raises(CheckpointError, match=r"^mtp\.safetensors: its download is unfinished: "):
+        open_checkpoint(model_dir)
+
+
+def test_a_stray_beyond_the_limits_is_left_out(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = sum(len(s.header.tensors) for s in open_checkpoint(model_dir).shards)
+    monkeypatch.setattr(source_checkpoint, "MAX_TENSORS", count + 1)
+    write_shard(model_dir / "mtp.safetensors", "mtp.a", "mtp.b")
+    assert f"the shards have {count + 2} tensors, the limit is" in left_out(model_dir)
 
 
 def test_other_files_in_sub_folders(model_dir: Path) -> None:
@@ -258,7 +346,7 @@ def test_refuses_a_count_that_is_not_one(model_dir: Path, value: object) -> None
     edit_json(model_dir / "config.json", num_hidden_layers=value)
     message = f"config.json: num_hidden_layers is {value!r}, expected a positive integer"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        open_checkpoint(model_dir).text_config_value("num_hidden_layers")
+        _ = open_checkpoint(model_dir).text.layer_count
 
 
 # --- the index ------------------------------------------------------------------------------------
@@ -318,7 +406,25 @@ def test_refuses_an_index_that_names_the_wrong_shard(model_dir: Path) -> None:
 def test_refuses_a_tensor_in_two_shards(model_dir: Path) -> None:
     (model_dir / INDEX).unlink()
     write_shard(model_dir / "model-extra.safetensors", "lm_head.weight")
-    refuses(model_dir, f"model-extra.safetensors: 'lm_head.weight' is in {THIRD} as well")
+    refuses(
+        model_dir,
+        f"model-extra.safetensors: 'lm_head.weight' is in {THIRD} as well; engines load both, in "
+        "the order of the files' names; delete the file that does not belong, or write it again "
+        "without that",
+    )
+
+
+@pytest.mark.parametrize("overlay", ["a-fix.safetensors", "z-fix.safetensors"])
+def test_says_which_of_two_shards_an_index_means(model_dir: Path, overlay: str) -> None:
+    """A fixed tensor in a file of its own; the old shard was left as it was."""
+    write_shard(model_dir / overlay, "lm_head.weight")
+    edit_json(model_dir / INDEX, weight_map={**weight_map(model_dir), "lm_head.weight": overlay})
+    first, second = sorted((overlay, THIRD))
+    refuses(
+        model_dir,
+        f"{second}: 'lm_head.weight' is in {first} as well; {INDEX} means that in {overlay}, but "
+        f"engines load both, in the order of the files' names; write {THIRD} again without it",
+    )
 
 
 def test_refuses_shards_without_an_index_when_their_names_count_more(model_dir: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.folders import INDEX, MANIFEST, contents, flip_bit, write_byte
+from support.folders import INDEX, MANIFEST, contents, edit_json, flip_bit, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
@@ -195,6 +195,233 @@ def test_a_finished_folder_of_a_source_that_has_changed_is_refused(
     verify(out, source)
 
 
+def state_of(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time of change and content of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def set_a_key(path: Path) -> None:
+    edit_json(path, rope_scaling={"type": "yarn", "factor": 4.0})
+
+
+def reformat(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text())))
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"max_shard_nbytes": 400_000}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "edit", "what"),
+    [
+        ("config.json", set_a_key, "'config.json' has been changed since"),
+        ("config.json", reformat, "'config.json' has been changed since"),
+        ("config.json", Path.unlink, "'config.json' is missing"),
+        ("generation_config.json", set_a_key, "'generation_config.json' has been changed since"),
+        ("tokenizer_config.json", add_a_space, "'tokenizer_config.json' has been changed since"),
+        ("tokenizer.json", Path.unlink, "'tokenizer.json' is missing"),
+        ("sub/vocab.txt", add_a_space, "'sub/vocab.txt' has been changed since"),
+        (INDEX, reformat, f"'{INDEX}' has been changed since"),
+        (MANIFEST, reformat, f"{MANIFEST}: has been changed"),
+        (
+            MANIFEST,
+            lambda path: edit_json(path, format_version=1),
+            f"{MANIFEST}: format version is 1",
+        ),
+    ],
+)
+def test_a_finished_folder_that_a_person_has_edited_is_left_alone(
+    source: Path,
+    tmp_path: Path,
+    name: str,
+    edit: Callable[[Path], object],
+    what: str,
+    options: dict[str, object],
+) -> None:
+    (source / "sub").mkdir()
+    (source / "sub" / "vocab.txt").write_text("a b c")
+    out = tmp_path / "out"
+    run(source, out)
+    expected = contents(out)
+    edit(out / name)
+    flip_bit(sorted(out.glob("*.safetensors"))[1], 9)  # mended otherwise
+    before = state_of(out)
+    with pytest.raises(OutputError, match=rf"^{out}: {re.escape(what)}.*; .*--overwrite starts af"):
+        run(source, out, **options)
+    assert state_of(out) == before
+    run(source, out, overwrite=True)
+    assert contents(out) == expected
+
+
+def test_an_edit_is_what_differs_not_when_it_was_made(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    for path in out.iterdir():
+        os.utime(path, (0, 0))
+    report, notes = run(source, out)
+    assert (report.bytes_written, notes) == (
+        0,
+        [f"resuming: {report.shards} of {report.shards} shards were finished before and are kept"],
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_a_finished_folder_that_has_become_a_link(
+    source: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    """To the same bytes; nothing is written through it, and it is not deleted."""
+    out = tmp_path / "out"
+    run(source, out)
+    (out / "config.json").rename(tmp_path / "elsewhere")
+    (out / "config.json").symlink_to(tmp_path / "elsewhere")
+    before = state_of(out)
+    with pytest.raises(OutputError, match=r"holds 'config\.json', a link, which no conversion has"):
+        run(source, out, overwrite=overwrite)
+    assert state_of(out) == before
+
+
+def test_a_file_of_a_finished_folder_that_cannot_be_read(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / "tokenizer.json").unlink()
+    os.mkfifo(out / "tokenizer.json")
+    before = state_of(out)
+    with pytest.raises(CheckpointError, match=rf"^{out}/tokenizer\.json: is not a regular file$"):
+        run(source, out)
+    assert state_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("renames", "name", "what"),
+    [
+        (10, "tokenizer.json", "'tokenizer.json' is not the source's"),
+        (10, "config.json", "'config.json' is not the source's"),
+        (13, "tokenizer.json", "'tokenizer.json' has been changed since"),
+        (13, "config.json", "'config.json' has been changed since"),
+        (13, MANIFEST, f"{MANIFEST}: "),
+    ],
+)
+def test_an_unfinished_folder_that_a_person_has_edited_is_left_alone(
+    source: Path,
+    tmp_path: Path,
+    renames: int,
+    name: str,
+    what: str,
+) -> None:
+    """Killed among the files beside the shards: after the copies, or before the index."""
+    out = tmp_path / "out"
+    program = f"""
+import os, signal
+from pathlib import Path
+from fp4moe_convert import convert
+rename, left = os.rename, [{renames}]
+def dying(old, new):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(old, new)
+os.rename = dying
+convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert not (out / INDEX).exists()
+    assert (out / MANIFEST).exists() == (renames == 13)
+    (out / name).write_text("mine")
+    before = state_of(out)
+    with pytest.raises(OutputError, match=rf"^{out}: {re.escape(what)}.*; .*--overwrite starts af"):
+        run(source, out)
+    after = state_of(out)
+    assert {path: after[path] for path in before if path.name != JOURNAL_NAME} == {
+        path: before[path] for path in before if path.name != JOURNAL_NAME
+    }
+    assert after.keys() == before.keys()
+    run(source, out, overwrite=True)
+    verify(out, source)
+
+
+LEFT = "left as it is, it was added or changed by hand; no engine reads it"
+
+
+def test_a_model_card_that_is_added_is_left_alone(source: Path, tmp_path: Path) -> None:
+    """Before the conversion or later, whether shards are mended, and when all is done afresh."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    _, notes = run(source, out)
+    assert notes == [f"README.md: {LEFT}"]
+    (out / "figures").mkdir()
+    (out / "figures" / "speed.png").write_text("mine")
+    added = ["README.md", "figures/speed.png"]
+    for options in ({}, {"overwrite": True}):
+        sorted(out.glob("*.safetensors"))[1].unlink()
+        _, notes = run(source, out, **options)
+        assert {f"{name}: {LEFT}" for name in added} <= set(notes)
+        assert [(out / name).read_text() for name in added] == ["mine", "mine"]
+        assert verify(out, source).documentation == [f"{n}: is not in the manifest" for n in added]
+
+
+@pytest.mark.parametrize("when", ["mended", "stopped", "afresh", "without its manifest"])
+def test_a_model_card_that_was_copied_and_edited_is_left_alone(
+    source: Path,
+    tmp_path: Path,
+    when: str,
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (source / "README.md").write_text("theirs")
+    (source / "LICENSE").write_text("theirs")
+    out = tmp_path / "out"
+    run(source, out)
+    assert (out / "README.md").read_text() == "theirs"
+    (out / "README.md").write_text("mine")
+    (out / "LICENSE").unlink()
+    if when == "without its manifest":
+        edit_json(out / MANIFEST, format_version=1)
+    if when in ("mended", "stopped"):
+        sorted(out.glob("*.safetensors"))[1].unlink()
+    if when == "stopped":
+        with monkeypatch.context():
+            stop_after(2)
+            with pytest.raises(OutputError, match="No space"):
+                run(source, out)
+        monkeypatch.undo()
+        assert (out / "README.md").read_text() == "mine"
+    _, notes = run(source, out, overwrite=when in ("afresh", "without its manifest"))
+    assert f"README.md: {LEFT}" in notes
+    assert (out / "README.md").read_text() == "mine"
+    assert (out / "LICENSE").read_text() == "theirs"
+    assert verify(out, source).documentation == ["README.md: has 4 bytes, expected 6"]
+
+
+def test_a_model_card_that_has_become_a_link_is_left_alone(source: Path, tmp_path: Path) -> None:
+    """Even if it leads to the same bytes."""
+    out = tmp_path / "out"
+    (source / "README.md").write_text("theirs")
+    run(source, out)
+    (out / "README.md").rename(tmp_path / "mine")
+    (out / "README.md").symlink_to(tmp_path / "mine")
+    _, notes = run(source, out, overwrite=True)
+    assert notes == [f"README.md: {LEFT}"]
+    assert (out / "README.md").is_symlink()
+    assert (tmp_path / "mine").read_text() == "theirs"
+    verify(out, source)
+
+
+def test_a_model_card_of_the_source_is_replaced_when_nobody_has_edited_it(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (source / "README.md").write_text("theirs")
+    run(source, out)
+    (source / "README.md").write_text("newer")
+    with pytest.raises(OutputError, match=r"in the source, README\.md differs"):
+        run(source, out)
+    assert (out / "README.md").read_text() == "theirs"
+    run(source, out, overwrite=True)
+    assert (out / "README.md").read_text() == "newer"
+    assert verify(out, source).documentation == []
+
+
 def cut_off_a_byte(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -251,6 +478,32 @@ convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize("kill_at", [INDEX, "config.json", MANIFEST])
+def test_a_kill_while_a_finished_folder_is_cleared(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], kill_at: str
+) -> None:
+    """What is left does not look like somebody's edits."""
+    out = tmp_path / "out"
+    run(source, out)
+    sorted(out.glob("*.safetensors"))[2].unlink()
+    program = f"""
+import os, signal
+from fp4moe_convert import convert
+from fp4moe_convert.execution import output_folder
+remove_file = output_folder.remove_file
+def remove_and_die(path):
+    remove_file(path)
+    if path.name == {kill_at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+output_folder.remove_file = remove_and_die
+convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    run(source, out)
+    assert contents(out) == expected
+
+
 def test_a_finished_folder_stays_finished_on_a_full_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +515,7 @@ def test_a_finished_folder_stays_finished_on_a_full_disk(
     assert report.shards_kept == report.shards
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_another_release_changes_what_stands_around_the_shards(
     source: Path,
     tmp_path: Path,
@@ -275,7 +528,7 @@ def test_another_release_changes_what_stands_around_the_shards(
     run(source, out)
     monkeypatch.setattr(surroundings, "VERSION", "0.0.0+other")
     stop_after(count)
-    if count < 2:  # the manifest and the index; config.json stays as it is
+    if count < 3:  # the manifest, config.json, the index
         with pytest.raises(OutputError, match="No space"):
             run(source, out)
         assert not (out / INDEX).exists()

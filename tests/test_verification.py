@@ -96,10 +96,11 @@ def test_any_flipped_bit_is_found_and_named(
 
 
 def test_missing_extra_and_truncated_files(out: Path) -> None:
-    (out / "extra").touch()
-    with pytest.raises(VerifyError, match=r"^extra: is not in the manifest$"):
-        verify(out)
-    (out / "extra").unlink()
+    for name in ("extra", "README.safetensors"):
+        (out / name).touch()
+        with pytest.raises(VerifyError, match=rf"^{name}: is not in the manifest$"):
+            verify(out)
+        (out / name).unlink()
     (out / "tokenizer.json").rename(out.parent / "tokenizer.json")
     with pytest.raises(VerifyError, match=r"^tokenizer.json: is missing"):
         verify(out)
@@ -417,17 +418,79 @@ def test_the_text_of_the_manifest_counts_too(source: Path, tmp_path: Path) -> No
         verify(out)
 
 
-def test_gitattributes_belong_to_those_who_have_them(source: Path, tmp_path: Path) -> None:
-    """Every repository on the Hub has some: they may come with the source, or later."""
-    convert(source, tmp_path / "without")
-    (tmp_path / "without" / ".gitattributes").write_text("*.safetensors filter=lfs")
-    verify(tmp_path / "without", source)
-    convert(source, tmp_path / "without")
-    (source / ".gitattributes").write_text("*.safetensors filter=lfs")
-    convert(source, tmp_path / "with", verify=True)
-    (tmp_path / "with" / ".gitattributes").write_text("*.safetensors filter=lfs ")
-    with pytest.raises(VerifyError, match=r"^\.gitattributes: has 25 bytes, expected 24$"):
-        verify(tmp_path / "with")
+FOR_PEOPLE = [
+    "README.md",
+    "readme",
+    "LICENSE",
+    "LICENSE-MODEL.txt",
+    "licence.md",
+    "NOTICE",
+    "figures/speed.PNG",
+    "paper.pdf",
+    ".gitattributes",
+]
+
+
+@pytest.mark.parametrize("name", FOR_PEOPLE)
+def test_what_no_engine_reads_may_change(source: Path, tmp_path: Path, name: str) -> None:
+    """A model card is written after the conversion, and the Hub adds .gitattributes. Both may come
+    with the source as well. They are mentioned, whatever has happened to them."""
+    added, copied = tmp_path / "added", tmp_path / "copied"
+    convert(source, added)
+    before = verify(added)
+    assert before.documentation == []
+    (added / name).parent.mkdir(exist_ok=True)
+    (added / name).write_text("mine")
+    after = verify(added, source)
+    assert after.documentation == [f"{name}: is not in the manifest"]
+    assert (after.files, after.nbytes) == (before.files, before.nbytes)
+
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("theirs")
+    convert(source, copied, verify=True)
+    assert verify(copied, source).documentation == []
+    (copied / name).write_text("mine")
+    assert verify(copied, source).documentation == [f"{name}: has 4 bytes, expected 6"]
+    (copied / name).unlink()
+    (copied / name).symlink_to(tmp_path / "nowhere")
+    assert verify(copied, source).documentation == [f"{name}: No such file or directory"]
+    (copied / name).unlink()
+    assert verify(copied, source).documentation == [f"{name}: is missing, the manifest lists it"]
+    assert verify(copied, source).files == verify(added).files
+
+
+def test_the_documentation_of_a_source_may_change(source: Path, out: Path) -> None:
+    (source / "README.md").write_text("new")
+    verify(out, source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.py",
+        "LICENSE.json",
+        "md",
+        "tokens.txt",
+        "chat_template.jinja",
+        "merges.txt",
+        "README.md.bin",
+        "README.md/config.json",
+        "unknown",
+    ],
+)
+def test_what_an_engine_may_read_must_not_change(source: Path, tmp_path: Path, name: str) -> None:
+    added, copied = tmp_path / "added", tmp_path / "copied"
+    convert(source, added)
+    (added / name).parent.mkdir(exist_ok=True)
+    (added / name).write_text("mine")
+    with pytest.raises(VerifyError, match=rf"^{re.escape(name)}: is not in the manifest$"):
+        verify(added)
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("theirs")
+    convert(source, copied, verify=True)
+    (copied / name).write_text("mine")
+    with pytest.raises(VerifyError, match=rf"^{re.escape(name)}: has 4 bytes, expected 6$"):
+        verify(copied)
 
 
 def test_links_to_folders_are_extra(out: Path, tmp_path: Path) -> None:

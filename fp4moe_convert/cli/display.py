@@ -145,6 +145,9 @@ def verified_table(verified: Verified) -> Table:
             "files": f"{verified.files:,}",
             "tensors": f"{verified.tensors:,}",
             "bytes": f"{verified.nbytes:,}",
+            "left aside": "\n".join(
+                ["what no engine reads:", *verified.documentation] if verified.documentation else []
+            ),
             "time": f"{verified.seconds:.1f} s, {rate:.2f} GB/s",
         }
     )

@@ -1,7 +1,9 @@
 """The output folder of a conversion: whose it is, what in it is kept, what has to go.
 
 A folder is ours if it is empty, or holds nothing but what conversions left there, as their journal
-or their manifest records. Nothing else in it is ever deleted, or written beside.
+or their manifest records. Nothing else in it is ever deleted, or written beside. What no engine
+reads is the user's: it may lie there, and stays. Where a person has changed a file that engines do
+read, nothing is written at all.
 
 A run takes the folder through states, each a type that offers only what is allowed in it:
 
@@ -9,7 +11,7 @@ A run takes the folder through states, each a type that offers only what is allo
     Planned   compared with a plan: which finished shards stay, which are written again
     Writing   stale files are gone; shards are written, and each gets its name when it is finished
     Done      everything is there, the index too
-    Rejected  verification failed: the index and the manifest are gone
+    Rejected  verification failed: the index, config.json and the manifest are gone
 """
 
 from __future__ import annotations
@@ -23,24 +25,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import OutputError, VerifyError, naming
+from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.files import (
-    FOREIGN_FILES,
+    CONFIG_NAME,
     FOREIGN_FOLDERS,
     GENERATED,
     INDEX_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
+    no_engine_reads,
 )
 from ..format.manifest import Manifest, ShardRecord
 from ..layouts.base import RowOrder
 from ..plan import PlannedShard
+from ..storage.copying import record_of
 from ..storage.durable import WriteFile, make_folder, publish, remove_file, sync_folder
-from ..storage.local import files_below
+from ..storage.local import LocalReader, files_below
 from .journal import FinishedShard, Journal
 from .stock import Work, take_stock
-from .surroundings import read_manifest, write_surroundings
+from .surroundings import names_in_manifest, read_manifest, write_surroundings
+
+AFRESH = "--overwrite starts afresh"
 
 
 class OutputFolder:
@@ -62,15 +68,22 @@ class OutputFolder:
             self._created = not path.exists()
             make_folder(path)
             known = (path / JOURNAL_NAME).exists() or (path / MANIFEST_NAME).exists()
-            foreign = {entry.name for entry in path.iterdir()} - FOREIGN_FOLDERS - FOREIGN_FILES
+            foreign = {
+                entry.name
+                for entry in path.iterdir()
+                if entry.is_dir() or not no_engine_reads(entry.name)
+            } - FOREIGN_FOLDERS
             if foreign and not known:
                 raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}")
         self.journal = Journal(path)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:
-            self.manifest = self._read_manifest()
-            self.ours = self.journal.files | _files_of(self.manifest)
+            self.ours = self.journal.files | names_in_manifest(path)
             """Names that a conversion has left, or is about to."""
+            self.manifest: Manifest | None = None
+            self.no_manifest = ""
+            """Why there is none that can be relied on."""
+            self._read_manifest()
             self._refuse_foreign()
         except BaseException as failure:
             self.__exit__(type(failure), failure, None)
@@ -125,24 +138,28 @@ class OutputFolder:
         """Whether the folder looks finished."""
         return (self.path / INDEX_NAME).is_file()
 
-    def _read_manifest(self) -> Manifest | None:
+    def _read_manifest(self) -> None:
         try:
-            return read_manifest(self.path)
+            self.manifest = read_manifest(self.path)
         except VerifyError as error:
-            if self.has_index and not self.journal.files:
+            if self.has_index and not self.ours:
                 raise OutputError(
                     f"{self.path}: nothing tells what conversions have left there: {error}; "
                     "choose another folder"
                 ) from None
-            return None
+            self.no_manifest = str(error)
 
     def _refuse_foreign(self) -> None:
         """Links are never ours: we make none, and would write through a planted one."""
-        files = set(files_below(self.path, OutputError)) - FOREIGN_FILES - {JOURNAL_NAME}
+        files = set(files_below(self.path, OutputError)) - {JOURNAL_NAME}
         self.refuse(
             name
             for name in files
-            if name.removesuffix(PARTIAL_SUFFIX) not in self.ours or (self.path / name).is_symlink()
+            if not no_engine_reads(name)
+            and (
+                name.removesuffix(PARTIAL_SUFFIX) not in self.ours
+                or (self.path / name).is_symlink()
+            )
         )
 
     def refuse_folders_named(self, names: set[str]) -> None:
@@ -155,7 +172,54 @@ class OutputFolder:
 
     def refuse(self, foreign: Iterable[str]) -> None:
         if name := min(foreign, default=None):
-            raise OutputError(f"{self.path}: holds {name!r}, which no conversion has left there")
+            what = "a link, " if (self.path / name).is_symlink() else ""
+            raise OutputError(
+                f"{self.path}: holds {name!r}, {what}which no conversion has left there; "
+                "remove it, or choose another folder"
+            )
+
+    def refuse_edited(self, work: Work) -> None:
+        """Where a person has changed what engines read, nothing is written.
+
+        Raises:
+            OutputError: a file beside the shards is not as a conversion left it.
+            CheckpointError: a file cannot be read.
+        """
+        present = set(files_below(self.path, OutputError))
+        if self.manifest is None and (self.has_index or MANIFEST_NAME in present):
+            raise OutputError(f"{self.path}: {self.no_manifest}; {AFRESH}")
+        beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.copied}
+        for name in sorted(name for name in beside if not no_engine_reads(name)):
+            if name in present and not self._is_as_left(name, work):
+                what = "has been changed since" if self.manifest else "is not the source's"
+            elif name not in present and self.has_index:
+                what = "is missing"
+            else:
+                continue
+            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {AFRESH}")
+
+    def users_own(self, work: Work) -> set[str]:
+        """Names of the files that no engine reads and that are not as a conversion left them."""
+
+        def is_as_left(name: str) -> bool:
+            try:
+                return self._is_as_left(name, work)
+            except CheckpointError:  # it may be anything
+                return False
+
+        present = files_below(self.path, OutputError)
+        return {name for name in present if no_engine_reads(name) and not is_as_left(name)}
+
+    def _is_as_left(self, name: str, work: Work) -> bool:
+        """Whether a file is what the manifest says or, until there is one, what the source has."""
+        path = self.path / name
+        if self.manifest is not None:
+            left = self.manifest.files.get(name)
+        elif name in work.copied:
+            left = record_of(work.checkpoint.store.open(name))
+        else:
+            left = None
+        return not path.is_symlink() and left == record_of(LocalReader(path, name=os.fspath(path)))
 
     def stale(self, keep: set[str]) -> set[str]:
         """Files of ours, finished or not, but for ``keep``.
@@ -171,13 +235,16 @@ class OutputFolder:
 
     def clear(self, keep: set[str]) -> None:
         """Delete `stale` files, and folders of ours that are then empty."""
-        # The index first: without one the folder is unfinished, whatever else is still there.
-        for name in sorted(self.stale(keep), key=lambda name: name != INDEX_NAME):
-            with naming(name, OutputError):
-                if name == INDEX_NAME:
-                    remove_file(self.path / name)
-                else:
-                    (self.path / name).unlink(missing_ok=True)
+        # In the reverse of the order in which they appear. Without an index the folder is
+        # unfinished, and without a manifest config.json could not be told from somebody's own.
+        stale = self.stale(keep)
+        for name in (*reversed(GENERATED), *stale.difference(GENERATED)):
+            if name in stale:
+                with naming(name, OutputError):
+                    if name in GENERATED:
+                        remove_file(self.path / name)
+                    else:
+                        (self.path / name).unlink(missing_ok=True)
         folders = {str(parent) for name in self.ours for parent in Path(name).parents} - {"."}
         for folder, _, _ in os.walk(self.path, topdown=False):
             if os.path.relpath(folder, self.path) in folders and not os.listdir(folder):
@@ -198,12 +265,16 @@ class Opened:
             overwrite: keep nothing of what earlier runs left.
 
         Raises:
-            OutputError: the folder holds a finished conversion of something else.
+            OutputError: the folder holds a finished conversion of something else, or a person has
+                changed it.
+            CheckpointError: a file cannot be read.
         """
         folder = self.folder
         folder.refuse_folders_named({shard.name for shard in work.plan.shards} | folder.ours)
-        planned = Planned(folder, work)
+        planned = Planned(folder, work, users=folder.users_own(work))
+        folder.ours -= planned.users
         if not overwrite:
+            folder.refuse_edited(work)
             recorded = dict(folder.journal.finished)
             if folder.manifest is not None and not folder.journal.forgotten:
                 recorded |= _recorded_by(folder.manifest, work, folder)
@@ -233,6 +304,8 @@ class Planned:
 
     folder: OutputFolder
     work: Work
+    users: set[str]
+    """Names of files that stay because they are the user's."""
     kept: dict[str, FinishedShard] = field(default_factory=dict)
     """Finished shards that stay."""
     to_redo: dict[str, str] = field(default_factory=dict)
@@ -286,10 +359,9 @@ class Planned:
         folder = self.folder
         needed = sum(shard.nbytes for shard in self.shards_to_write)
         stale = folder.stale(keep)
-        store = self.work.checkpoint.store
-        for name in self.work.checkpoint.other_files:
+        for name, nbytes in self.work.copied.items():
             if name in stale or not (folder.path / name).exists():
-                needed += store.open(name).nbytes
+                needed += nbytes
         with naming(folder.path, OutputError):
             free = shutil.disk_usage(folder.path).free
             free += sum(512 * (folder.path / name).stat().st_blocks for name in stale)
@@ -348,8 +420,9 @@ class Writing:
             CheckpointError: a file of the source cannot be read.
         """
         folder, work = self.folder, self.work
-        names = {*GENERATED, *work.checkpoint.other_files}
-        if new := names - folder.ours:
+        names = {*GENERATED, *work.copied}
+        users = {n for n in names if no_engine_reads(n) and os.path.lexists(folder.path / n)}
+        if new := names - folder.ours - users:
             folder.refuse(name for name in new if os.path.lexists(folder.path / name))
             folder.ours |= new
             folder.journal.declare(new)
@@ -385,7 +458,7 @@ class Done:
         with contextlib.suppress(OutputError):
             folder.journal.declare(folder.ours)
             folder.journal.forget()
-        for name in (INDEX_NAME, MANIFEST_NAME):
+        for name in reversed(GENERATED):
             with naming(name, OutputError):
                 remove_file(folder.path / name)
         return rejected
@@ -410,7 +483,3 @@ def _check_place(path: Path, source: Path | None) -> None:
     with naming(path, OutputError):
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path}: is not a folder")
-
-
-def _files_of(manifest: Manifest | None) -> set[str]:
-    return {MANIFEST_NAME, *manifest.files, *manifest.shards} if manifest else set()

@@ -33,6 +33,12 @@ class Work:
         """Of each source file."""
         return {shard.name: shard.identity for shard in self.checkpoint.shards}
 
+    @cached_property
+    def copied(self) -> dict[str, int]:
+        """Size in bytes of each file that is copied as it is, by name."""
+        store = self.checkpoint.store
+        return {name: store.open(name).nbytes for name in self.checkpoint.other_files}
+
     def finished(self, shard: PlannedShard, record: ShardRecord) -> FinishedShard:
         """The journal's line on a shard that is made now."""
         return FinishedShard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import xxhash
 
 from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.contract import ConvertedSection, LayoutRecord
-from ..format.files import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from ..format.files import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, no_engine_reads
 from ..format.manifest import FileRecord, Manifest, ShardRecord, to_json
+from ..format.untrusted import decode_object
 from ..layouts.base import RowOrder
 from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import describe_source
-from ..storage.copying import copy_file
+from ..source.text_config import without_sections
+from ..storage.copying import copy_file, record_of
 from ..storage.durable import holds, remove_file, write_file
 from ..storage.local import LocalReader
 from ..storage.reader import read_all
@@ -46,6 +49,22 @@ def read_manifest(out_dir: Path) -> Manifest:
     return Manifest.decode(text)
 
 
+def names_in_manifest(out_dir: Path) -> set[str]:
+    """Names of all files that a manifest lists, and its own; none if there is none.
+
+    It need not be of a format version that this release knows, nor match its own checksum.
+    """
+    try:
+        text = read_all(LocalReader(out_dir / MANIFEST_NAME), MAX_MANIFEST_NBYTES)
+        content = decode_object(text)
+    except (CheckpointError, ValueError):
+        return set()
+    files, shards = content.get("files"), content.get("shards")
+    if not isinstance(files, dict) or not isinstance(shards, dict):
+        return set()
+    return {MANIFEST_NAME, *files, *shards}
+
+
 def write_surroundings(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -67,10 +86,11 @@ def write_surroundings(
         CheckpointError: a file cannot be read.
         OutputError: a file cannot be written.
     """
-    files = {
-        name: copy_file(checkpoint.store.open(name), out_dir / name)
-        for name in checkpoint.other_files
-    }
+    files = {}
+    for name in checkpoint.other_files:
+        reader, target = checkpoint.store.open(name), out_dir / name
+        is_users = no_engine_reads(name) and os.path.lexists(target)
+        files[name] = record_of(reader) if is_users else copy_file(reader, target)
     config = to_json(_config(checkpoint, plan, row_order))
     index = to_json(
         {
@@ -92,10 +112,11 @@ def write_surroundings(
         files=dict(sorted(files.items())),
     ).encode()
     if not holds(out_dir / MANIFEST_NAME, manifest):
-        # The files of a finished folder are about to be rewritten one at a time, so the index
-        # goes first.
-        with naming(INDEX_NAME, OutputError):
-            remove_file(out_dir / INDEX_NAME)
+        # The files of a finished folder are about to be rewritten one at a time. Until then none
+        # must seem to be as the new manifest says.
+        for name in (INDEX_NAME, CONFIG_NAME):
+            with naming(name, OutputError):
+                remove_file(out_dir / name)
     write_file(out_dir / MANIFEST_NAME, manifest)
     write_file(out_dir / CONFIG_NAME, config)
     write_file(out_dir / INDEX_NAME, index)
@@ -115,4 +136,4 @@ def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str
         source=source,
         source_hf_quant_config=None if hf_quant_config == source else hf_quant_config,
     )
-    return {**checkpoint.config, "quantization_config": section.as_json()}
+    return {**without_sections(checkpoint.text), "quantization_config": section.as_json()}

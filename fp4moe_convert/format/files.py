@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 CONFIG_NAME = "config.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -18,8 +20,18 @@ PARTIAL_SUFFIX = ".partial"
 
 FOREIGN_FOLDERS = frozenset({".git", ".cache", "lost+found"})
 """Kept by version control, by the Hub's tools, and by file systems at their top."""
-FOREIGN_FILES = frozenset({".gitattributes"})
-"""Added by the Hub to every repository."""
+
+_FOR_PEOPLE = re.compile(
+    r"(.*/)?(.*\.(md|png|jpe?g|gif|svg|webp|pdf)"
+    r"|(readme|licen[cs]e|notice|copying)[\w-]*(\.txt)?|\.git(attributes|ignore))",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def no_engine_reads(name: str) -> bool:
+    """Whether a file is a model card, a licence, a picture, or git's own. Such files are the
+    user's, before and after a conversion. Any other file may be one that an engine reads."""
+    return _FOR_PEOPLE.fullmatch(name) is not None
 
 
 def shard_name(number: int, count: int) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ..format.contract import Geometry, TensorSpec
 from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
-from ..source.experts import layer_number
+from ..source.names import layer_number
 from .checks import CONVERT_AGAIN, refusal
 from .slices import copy_share
 

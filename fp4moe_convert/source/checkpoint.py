@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,9 @@ from ..format.untrusted import decode_object
 from ..storage.header import MAX_NAME_LENGTH, read_header
 from ..storage.reader import Listing, Store, read_all, read_bytes
 from ..storage.stand_in import START_NBYTES, stand_in_for
+from .names import is_mtp_by_name, layer_number
 from .spans import Shard
+from .text_config import TextConfig, find_text_config
 
 _COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
 MAX_SHARDS = 100_000
@@ -44,6 +46,9 @@ _OTHER_WEIGHTS = re.compile(
 
 _PAGE_SUFFIXES = (".html", ".htm", ".xml", ".svg")
 """Files with these endings may be web pages."""
+
+MTP_NAME = "mtp.safetensors"
+"""SGLang 0.5.23 adds a file of this name to those that the index of a GLM-4.5 or later names."""
 
 MAX_INDEX_NBYTES = 50_000_000
 """DeepSeek-V3's has 17 MB."""
@@ -83,35 +88,26 @@ class Checkpoint:
         return self.store.location
 
     @cached_property
+    def text(self) -> TextConfig:
+        """What config.json says of the text model.
+
+        Raises:
+            CheckpointError: it cannot be told which of its objects describes that.
+        """
+        return find_text_config(self.config)
+
+    @cached_property
     def quantization(self) -> Mapping[str, Any] | None:
         """The source's own description; config.json's section wins, as it does in the engines."""
-        section = self.config.get("quantization_config")
-        if section is not None and not isinstance(section, dict):
-            raise CheckpointError(f"{CONFIG_NAME}: quantization_config is not an object")
-        return section if section is not None else self.hf_quant_config
+        for (path, key), section in self.text.sections.items():
+            if not isinstance(section, dict):
+                raise CheckpointError(f"{CONFIG_NAME}: {'.'.join((*path, key))} is not an object")
+            return section
+        return self.hf_quant_config
 
     @property
     def is_converted(self) -> bool:
         return (self.quantization or {}).get("quant_method") == QUANT_METHOD
-
-    def text_config_value(self, *keys: str) -> int | None:
-        """The first of ``keys`` that config.json holds, multimodal models' text part included.
-
-        Raises:
-            CheckpointError: the value is not a positive integer.
-        """
-        text_config = self.config.get("text_config")
-        for section in (self.config, text_config if isinstance(text_config, dict) else {}):
-            for key in keys:
-                value = section.get(key)
-                if value is None:
-                    continue
-                if type(value) is not int or value < 1:
-                    raise CheckpointError(
-                        f"{CONFIG_NAME}: {key} is {value!r}, expected a positive integer"
-                    )
-                return value
-        return None
 
 
 def open_checkpoint(store: Store) -> Checkpoint:
@@ -156,8 +152,9 @@ def open_checkpoint(store: Store) -> Checkpoint:
     shards = _open_shards(store, sorted(named))
     if weight_map is not None:
         _check_weight_map(weight_map, shards)
-    _check_unique(shards)
-    left_out = dict.fromkeys(sorted(present - named), f"is not named by {INDEX_NAME}")
+    _check_unique(shards, weight_map)
+    added, left_out = _unnamed_shards(store, present - named, shards, find_text_config(config))
+    _check_downloads(files, {shard.name for shard in added})
     known = {*GENERATED, HF_QUANT_CONFIG_NAME, *present, *named}
     other_files, unfinished = _other_files(store, listing, known)
     return Checkpoint(
@@ -165,7 +162,7 @@ def open_checkpoint(store: Store) -> Checkpoint:
         config=config,
         hf_quant_config=hf_quant_config,
         config_files=config_files,
-        shards=shards,
+        shards=tuple(sorted((*shards, *added), key=lambda shard: shard.name)),
         other_files=other_files,
         left_out={**unfinished, **left_out},
         has_index=weight_map is not None,
@@ -235,21 +232,29 @@ def _check_downloads(files: Set[str], shards: Set[str]) -> None:
             )
 
 
-def _open_shards(store: Store, names: list[str]) -> tuple[Shard, ...]:
+def _open_shards(
+    store: Store, names: Iterable[str], opened: Sequence[Shard] = ()
+) -> tuple[Shard, ...]:
+    """Open shards, which have to stay within the limits together with those that are open."""
     shards = []
     totals = {"tensors": 0, "bytes of headers": 0, "bytes": 0}
     limits = (MAX_TENSORS, MAX_HEADERS_NBYTES, MAX_CHECKPOINT_NBYTES)
-    for name in names:
-        shard = _open_shard(store, name)
-        shards.append(shard)
+
+    def count(shard: Shard) -> None:
         totals["tensors"] += len(shard.header.tensors)
         totals["bytes of headers"] += shard.header.nbytes
         totals["bytes"] += shard.header.file_nbytes
         for (what, total), limit in zip(totals.items(), limits, strict=True):
             if total > limit:
                 raise CheckpointError(
-                    f"{name}: with it, the shards have {total} {what}, the limit is {limit}"
+                    f"{shard.name}: with it, the shards have {total} {what}, the limit is {limit}"
                 )
+
+    for shard in opened:
+        count(shard)
+    for name in names:
+        shards.append(_open_shard(store, name))
+        count(shards[-1])
     return tuple(shards)
 
 
@@ -268,15 +273,71 @@ def _check_weight_map(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) 
             raise CheckpointError(f"{INDEX_NAME}: {tensor!r} is not in {file}")
 
 
-def _check_unique(shards: tuple[Shard, ...]) -> None:
+def _check_unique(shards: tuple[Shard, ...], weight_map: Mapping[str, str] | None) -> None:
     home: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.header.tensors:
             if tensor.name in home:
+                first, second = home[tensor.name], shard.name
                 raise CheckpointError(
-                    f"{shard.name}: {tensor.name!r} is in {home[tensor.name]} as well"
+                    f"{second}: {tensor.name!r} is in {first} as well; "
+                    + _which_of_two(first, second, (weight_map or {}).get(tensor.name))
                 )
             home[tensor.name] = shard.name
+
+
+def _which_of_two(first: str, second: str, meant: str | None) -> str:
+    """What to do about a tensor that two shards hold. Engines ask the index for names of files
+    only, and take every tensor in them."""
+    loaded = "engines load both, in the order of the files' names"
+    if meant is None:
+        return f"{loaded}; delete the file that does not belong, or write it again without that"
+    stale = second if meant == first else first
+    return f"{INDEX_NAME} means that in {meant}, but {loaded}; write {stale} again without it"
+
+
+def _unnamed_shards(
+    store: Store, names: Set[str], shards: tuple[Shard, ...], text: TextConfig
+) -> tuple[list[Shard], dict[str, str]]:
+    """What lies beside the shards that an index names.
+
+    A file of nothing but multi-token prediction goes along. Exports of GLM-4.7 have one that their
+    index does not name; SGLang loads it all the same, and its draft model needs it.
+
+    Returns:
+        The shards that go along; why the others do not, by name.
+    """
+    home = {tensor.name: shard.name for shard in shards for tensor in shard.header.tensors}
+    added: list[Shard] = []
+    left_out: dict[str, str] = {}
+    # Of two such files engines read the one that they know by its name.
+    for name in sorted(names, key=lambda name: (name != MTP_NAME, name)):
+        left_out[name] = f"is not named by {INDEX_NAME}"
+        try:
+            (shard,) = _open_shards(store, [name], opened=(*shards, *added))
+        except CheckpointError as error:
+            left_out[name] += f" and cannot be read ({str(error).removeprefix(f'{name}: ')})"
+            continue
+        tensors = [tensor.name for tensor in shard.header.tensors]
+        if not tensors or not all(_is_mtp(tensor, text) for tensor in tensors):
+            continue
+        if twice := next((tensor for tensor in tensors if tensor in home), None):
+            left_out[name] += f", and {home[twice]} holds {twice!r} as well"
+            continue
+        home |= dict.fromkeys(tensors, name)
+        added.append(shard)
+        del left_out[name]
+    return added, left_out
+
+
+def _is_mtp(tensor: str, text: TextConfig) -> bool:
+    """Whether a tensor is of multi-token prediction. Engines pass over layers that are counted
+    after the decoder's only where config.json speaks of them."""
+    if is_mtp_by_name(tensor):
+        return True
+    number, count = layer_number(tensor), text.layer_count
+    after_the_decoder = number is not None and count is not None and number >= count
+    return after_the_decoder and text.announces_mtp
 
 
 def _other_files(

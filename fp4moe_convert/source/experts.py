@@ -14,7 +14,6 @@ from ..errors import CheckpointError
 from ..format.contract import GROUP_SIZE, Geometry
 from .checkpoint import Checkpoint
 from .families import (
-    EXPERT_COUNT_KEYS,
     FAMILIES,
     LEAVES,
     PROJECTIONS,
@@ -23,15 +22,12 @@ from .families import (
     Projection,
     Role,
 )
+from .names import is_mtp_by_name, layer_number
 from .spans import Matrix, Shard
 
 MAX_SIZE = 2**20
 """Of H and I. A move has at least 128 rows, which a worker holds in memory: 64 MiB at this limit,
 0.5 MiB for DeepSeek-V3."""
-
-_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
-_MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
-"""Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +72,15 @@ def find_layers(
     Raises:
         CheckpointError: a layer with NVFP4 experts is incomplete or not uniform.
     """
-    layer_count = checkpoint.text_config_value("num_hidden_layers")
-    expert_count = checkpoint.text_config_value(*EXPERT_COUNT_KEYS)
+    text = checkpoint.text
     layers: list[MoeLayer] = []
     passed: list[PassedLayer] = []
     for prefix, tensors in _by_layer(checkpoint.shards, families).items():
         number = layer_number(prefix)
-        reason = _reason_to_pass(prefix, number, layer_count, tensors)
+        reason = _reason_to_pass(prefix, number, text.layer_count, tensors)
         if reason is None and number is not None:
             family = max(families, key=lambda family: _parts_known(family, tensors))
+            expert_count = text.expert_count(number)
             layers.append(_check_layer(prefix, number, family, tensors, expert_count))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
@@ -109,12 +105,6 @@ def _by_layer(shards: Iterable[Shard], families: Iterable[Family]) -> dict[str, 
     return found
 
 
-def layer_number(prefix: str) -> int | None:
-    """Which layer a module of this name belongs to, if the name says."""
-    match = _LAYER_NUMBER.search(prefix)
-    return int(match[1]) if match else None
-
-
 def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
     return len({t.part for t in tensors if t.pattern is family.tensors} & family.parts.keys())
 
@@ -122,7 +112,7 @@ def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
 def _reason_to_pass(
     prefix: str, number: int | None, layer_count: int | None, tensors: Iterable[_Named]
 ) -> str | None:
-    if _MTP.search(prefix):
+    if is_mtp_by_name(prefix):
         return "it is a layer of multi-token prediction (MTP), not of the decoder"
     if number is None:
         return "its name has no layer number"

@@ -100,6 +100,3 @@ FAMILIES: tuple[Family, ...] = (
         parts=per_expert(w1="gate", w3="up", w2="down"),
     ),
 )
-
-EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-"""How config.json spells E: DeepSeek and GLM, Qwen, Mixtral and MiniMax, ERNIE and Step."""

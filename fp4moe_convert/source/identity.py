@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ..format.files import CONFIG_NAME, INDEX_NAME
+from ..format.files import CONFIG_NAME, INDEX_NAME, no_engine_reads
 from ..format.manifest import Manifest, SourceRecord
 from ..storage.copying import record_of
 from ..storage.reader import DIFFERS_IN_COPIES
@@ -33,7 +33,7 @@ def source_difference(
         checkpoint: may be that one.
         manifest: of the result.
         same_files: it must be the very files that were converted, not a copy: their times of
-            change must agree, too.
+            change must agree, too, and so must files that no engine reads.
 
     Returns:
         None: there is no difference, unless it is in the tensors.
@@ -52,6 +52,8 @@ def source_difference(
         (_as_json(copied), _as_json(there)),
     ):
         for name in sorted(before.keys() | now.keys()):
+            if no_engine_reads(name) and not same_files:
+                continue
             if name not in before or name not in now:
                 return f"{name} is {'missing' if name in before else 'new'}"
             keys = before[name].keys() | now[name].keys()

@@ -23,6 +23,7 @@ from .make_checkpoint import (
     Tensor,
     bf16,
     cut_into_shards,
+    decoder_layer,
     f32,
     gated_mlp,
     model_config,
@@ -33,14 +34,29 @@ from .make_checkpoint import (
 )
 
 H, I, E = 256, 128, 8  # noqa: E741 - the project's names of the three sizes
+Q = 512  # rows of q_proj, k_proj and v_proj: 4 heads of 128
 
 
 def many(name: str, *shape: int) -> Iterator[Tensor]:
     """A bf16 tensor for each name: ``a.{x,y}`` are two, and several braces multiply."""
-    parts = [part.split(",") for part in re.split(r"[{}]", name)]
-    # What lies outside of braces comes at even places, and may not be split.
-    choices = [[",".join(part)] if i % 2 == 0 else part for i, part in enumerate(parts)]
+    choices = [
+        part[1:-1].split(",") if part.startswith("{") else [part]
+        for part in re.split(r"(\{.*?\})", name)
+    ]
     return (bf16("".join(chosen), *shape) for chosen in itertools.product(*choices))
+
+
+def linears(shapes: Mapping[str, tuple[int, int]]) -> Iterator[Tensor]:
+    """The weight [rows, cols] and the bias [rows] of each; names as in `many`."""
+    for name, (rows, cols) in shapes.items():
+        yield from many(f"{name}.weight", rows, cols)
+        yield from many(f"{name}.bias", rows)
+
+
+def shared_expert(prefixes: str, *, quantized: bool = True) -> Iterator[Tensor]:
+    """A gated MLP of an expert's size at each prefix; prefixes as in `many`."""
+    for tensor in many(prefixes):
+        yield from gated_mlp(QWEN, tensor.name, I, quantized)
 
 
 @dataclass(frozen=True)
@@ -50,23 +66,181 @@ class Family:
     spec: Spec
     """Where the tensors and the configuration come from."""
     config: Json
-    """What config.json says besides; for a nested model, what the text model's part says."""
+    """What config.json says besides (a None takes the key out); for a nested model, what its
+    ``text_config`` says."""
     top: Json | None = None
     """The outer config.json of a nested model, without ``text_config``."""
-    rename: Mapping[str, str] = field(default_factory=dict)
-    """Patterns and replacements, in order, for names of tensors and of ignored modules."""
-    without: str = r"$^"
-    """Pattern of the tensors, renamed, that the family does not have."""
     extra: tuple[Tensor, ...] = ()
-    """Tensors besides, under their final names."""
+    """Tensors besides those of `tensors_of`."""
+    without: str = r"$^"
+    """Pattern of the tensors and ignored modules that the family does not have."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Patterns of the tensors that have other shapes."""
+    quantized: str = r"$^"
+    """Pattern of the bf16 weights that are NVFP4 here."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Patterns and replacements, in order, for names of tensors and of ignored modules, in the end.
+    All patterns above are of names before that."""
+    remote: bool = False
+    """Whether its configuration class travels with it, in a file that config.json names."""
     ignore: tuple[str, ...] = ()
-    """Modules besides that are not quantized."""
+    """Modules that are not quantized, besides those of `make_checkpoint`; names as in `many`."""
     beside: tuple[str, str] | None = None
-    """A file that the index does not name, and the pattern of the tensors in it."""
+    """A file that the index does not name, and the pattern of the final names of what is in it."""
 
+
+REMOTE_CONFIGURATION = """\
+from transformers import PretrainedConfig
+
+
+class Config(PretrainedConfig):
+    model_type = "{model_type}"
+"""
 
 DEEPSEEK = Spec(experts=E, hidden=H, intermediate=I, vocab_size=64)
 QWEN = replace(DEEPSEEK, style="qwen3_moe", dense_layers=0)
+W1_W3_W2 = {r"\.gate_proj\b": ".w1", r"\.up_proj\b": ".w3", r"\.down_proj\b": ".w2"}
+
+QWEN_VISION = (
+    *linears(
+        {
+            "model.visual.blocks.0.attn.qkv": (192, 64),
+            "model.visual.blocks.0.attn.proj": (64, 64),
+            "model.visual.blocks.0.mlp.linear_fc1": (128, 64),
+            "model.visual.blocks.0.mlp.linear_fc2": (64, 128),
+            "model.visual.merger.linear_fc1": (256, 256),
+            "model.visual.merger.linear_fc2": (H, 256),
+        }
+    ),
+    *many("model.visual.{blocks.0.norm1,blocks.0.norm2,merger.norm}.{weight,bias}", 64),
+    *many("model.visual.patch_embed.proj.weight", 64, 3, 2, 16, 16),
+    *many("model.visual.patch_embed.proj.bias", 64),
+    *many("model.visual.pos_embed.weight", 16, 64),
+)
+QWEN_VISION_CONFIG = {
+    "deepstack_visual_indexes": [],
+    "depth": 1,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 64,
+    "in_channels": 3,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "num_position_embeddings": 16,
+    "out_hidden_size": H,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN_NESTED = {r"^model\.(?!visual)": "model.language_model."}
+
+LINEAR_ATTENTION = {
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 32,
+}
+QWEN3_NEXT = Family(
+    QWEN,
+    {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "partial_rotary_factor": 0.25,
+        "shared_expert_intermediate_size": I,
+        **LINEAR_ATTENTION,
+    },
+    extra=(
+        *shared_expert("model.layers.{0,1}.mlp.shared_expert"),
+        *many("{model.layers.0,model.layers.1,mtp.layers.0}.mlp.shared_expert_gate.weight", 1, H),
+        *many("model.layers.0.linear_attn.in_proj_qkvz.weight", 768, H),
+        *many("model.layers.0.linear_attn.in_proj_ba.weight", 16, H),
+        *many("model.layers.0.linear_attn.conv1d.weight", 512, 1, 4),
+        *many("model.layers.0.linear_attn.{dt_bias,A_log}", 8),
+        *many("model.layers.0.linear_attn.norm.weight", 32),
+        *many("model.layers.0.linear_attn.out_proj.weight", H, 256),
+        *many("mtp.fc.weight", H, 2 * H),
+        *many("mtp.{norm,pre_fc_norm_embedding,pre_fc_norm_hidden}.weight", H),
+        *decoder_layer(QWEN, "mtp.layers.0", dense=False, quantized=False),
+        *shared_expert("mtp.layers.0.mlp.shared_expert", quantized=False),
+    ),
+    without=r"^model\.layers\.0\.self_attn",
+    shapes={r"q_proj\.weight$": (2 * Q, H)},  # and a gate for each value
+    ignore=("model.layers.0.linear_attn*", "model.layers.{0,1}.mlp.shared_expert_gate", "mtp*"),
+)
+QWEN3_5 = replace(
+    QWEN3_NEXT,
+    config=QWEN3_NEXT.config
+    | {
+        "architectures": None,
+        "model_type": "qwen3_5_moe_text",
+        "mtp_num_hidden_layers": 1,
+        "partial_rotary_factor": None,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [6, 5, 5],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "rope_scaling": None,
+        "rope_theta": None,
+    },
+    top={
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "image_token_id": 60,
+        "tie_word_embeddings": False,
+        "video_token_id": 61,
+        "vision_config": QWEN_VISION_CONFIG | {"model_type": "qwen3_5_moe"},
+        "vision_end_token_id": 62,
+        "vision_start_token_id": 63,
+    },
+    extra=(
+        *QWEN3_NEXT.extra,
+        *QWEN_VISION,
+        *many("model.layers.0.linear_attn.in_proj_qkv.weight", 512, H),
+        *many("model.layers.0.linear_attn.in_proj_z.weight", 256, H),
+        *many("model.layers.0.linear_attn.in_proj_{a,b}.weight", 8, H),
+        *many("mtp.layers.0.mlp.experts.gate_up_proj", E, 2 * I, H),
+        *many("mtp.layers.0.mlp.experts.down_proj", E, H, I),
+    ),
+    without=r"^model\.layers\.0\.self_attn|in_proj_qkvz|in_proj_ba|^mtp.*experts\.\d",
+    rename=QWEN_NESTED,
+    ignore=(*(QWEN3_NEXT.ignore), "model.visual*"),
+)
+
+GLM4_MOE = Family(
+    replace(QWEN, dense_layers=1),
+    {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_experts": None,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    },
+    extra=(
+        *many("model.layers.{0,1,2,3}.self_attn.{q,k,v}_proj.bias", Q),
+        *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 2, 3)),
+        *shared_expert("model.layers.{1,2}.mlp.shared_experts"),
+        # The MTP layer, which ModelOpt leaves in bf16.
+        *decoder_layer(QWEN, "model.layers.3", dense=False, quantized=False),
+        *shared_expert("model.layers.3.mlp.shared_experts", quantized=False),
+        *many("model.layers.3.{enorm,hnorm,shared_head.norm}.weight", H),
+        *many("model.layers.3.eh_proj.weight", H, 2 * H),
+        *many("model.layers.3.{embed_tokens,shared_head.head}.weight", 64, H),
+    ),
+    ignore=("model.layers.3*",),
+)
+
 KIMI_K25 = Family(
     DEEPSEEK,
     {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"},
@@ -92,66 +266,25 @@ KIMI_K25 = Family(
             },
         },
     },
-    rename={r"^": "language_model."},
     extra=(
+        *linears(
+            {
+                "vision_tower.encoder.blocks.0.mlp.fc0": (128, 64),
+                "vision_tower.encoder.blocks.0.mlp.fc1": (64, 128),
+                "vision_tower.encoder.blocks.0.wqkv": (192, 64),
+                "vision_tower.encoder.blocks.0.wo": (64, 64),
+                "mm_projector.proj.0": (256, 256),
+                "mm_projector.proj.2": (H, 256),
+            }
+        ),
+        *many("vision_tower.encoder.{blocks.0.norm0,blocks.0.norm1}.{weight,bias}", 64),
+        *many("{vision_tower.encoder.final_layernorm,mm_projector.pre_norm}.{weight,bias}", 64),
         *many("vision_tower.patch_embed.proj.weight", 64, 3, 14, 14),
         *many("vision_tower.patch_embed.proj.bias", 64),
         *many("vision_tower.patch_embed.pos_emb.weight", 4, 4, 64),
-        *many("vision_tower.encoder.blocks.0.{norm0,norm1}.{weight,bias}", 64),
-        *many("vision_tower.encoder.blocks.0.mlp.fc0.weight", 128, 64),
-        *many("vision_tower.encoder.blocks.0.mlp.fc0.bias", 128),
-        *many("vision_tower.encoder.blocks.0.mlp.fc1.weight", 64, 128),
-        *many("vision_tower.encoder.blocks.0.mlp.fc1.bias", 64),
-        *many("vision_tower.encoder.blocks.0.wqkv.weight", 192, 64),
-        *many("vision_tower.encoder.blocks.0.wqkv.bias", 192),
-        *many("vision_tower.encoder.blocks.0.wo.weight", 64, 64),
-        *many("vision_tower.encoder.blocks.0.wo.bias", 64),
-        *many("vision_tower.encoder.final_layernorm.{weight,bias}", 64),
-        *many("mm_projector.pre_norm.{weight,bias}", 64),
-        *many("mm_projector.proj.0.weight", 256, 256),
-        *many("mm_projector.proj.0.bias", 256),
-        *many("mm_projector.proj.2.weight", H, 256),
-        *many("mm_projector.proj.2.bias", H),
     ),
+    rename={r"^(?=model|lm_head)": "language_model."},
     ignore=("vision_tower*", "mm_projector*"),
-)
-GLM4_MOE = Family(
-    replace(QWEN, dense_layers=1),
-    {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
-        "attention_bias": True,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "n_routed_experts": E,
-        "n_shared_experts": 1,
-        "num_nextn_predict_layers": 1,
-        "partial_rotary_factor": 0.5,
-        "routed_scaling_factor": 2.5,
-        "topk_group": 1,
-        "use_qk_norm": True,
-    },
-    extra=(
-        *many("model.layers.{0,1,2,3}.self_attn.{q,k,v}_proj.bias", 512),
-        *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 2, 3)),
-        *gated_mlp(QWEN, "model.layers.1.mlp.shared_experts", I, quantized=True),
-        *gated_mlp(QWEN, "model.layers.2.mlp.shared_experts", I, quantized=True),
-        # The MTP layer, which ModelOpt leaves in bf16.
-        *many("model.layers.3.{enorm,hnorm,shared_head.norm}.weight", H),
-        *many("model.layers.3.{input,post_attention}_layernorm.weight", H),
-        *many("model.layers.3.eh_proj.weight", H, 2 * H),
-        *many("model.layers.3.self_attn.{q,k,v}_proj.weight", 512, H),
-        *many("model.layers.3.self_attn.o_proj.weight", H, 512),
-        *many("model.layers.3.self_attn.{q,k}_norm.weight", 128),
-        *many("model.layers.3.mlp.gate.weight", E, H),
-        *(
-            tensor
-            for module in (*(f"experts.{expert}" for expert in range(E)), "shared_experts")
-            for tensor in gated_mlp(QWEN, f"model.layers.3.mlp.{module}", I, quantized=False)
-        ),
-        *many("model.layers.3.{embed_tokens,shared_head.head}.weight", 64, H),
-    ),
-    ignore=("model.layers.3*",),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -173,29 +306,346 @@ FAMILIES: dict[str, Family] = {
             "use_qk_norm": True,
             "use_routing_bias": True,
         },
-        rename={
-            r"\.mlp\.": ".block_sparse_moe.",
-            r"\.gate_proj\b": ".w1",
-            r"\.up_proj\b": ".w3",
-            r"\.down_proj\b": ".w2",
-        },
-        without=r"_norm\.weight$",
-        extra=(
-            *many("model.layers.{0,1}.self_attn.{q,k}_norm.weight", 512),
-            *(f32(f"model.layers.{n}.block_sparse_moe.e_score_correction_bias", E) for n in (0, 1)),
-        ),
+        extra=tuple(f32(f"model.layers.{n}.mlp.e_score_correction_bias", E) for n in (0, 1)),
+        shapes={r"\.[qk]_norm\.weight$": (Q,)},
+        rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
     ),
     "glm4_moe": GLM4_MOE,
     "glm4_moe-mtp-file": replace(GLM4_MOE, beside=("mtp.safetensors", r"^model\.layers\.3\.")),
     "kimi_k25": KIMI_K25,
     "kimi_k25-legacy": replace(
-        KIMI_K25,
-        rename={
-            r"^model\.layers": "language_model.layers",
-            r"^(?=model|lm_head)": "language_model.",
+        KIMI_K25, rename={r"^model\.layers": "language_model.layers", **KIMI_K25.rename}
+    ),
+    "gemma4": Family(
+        QWEN,
+        {
+            "architectures": None,
+            "model_type": "gemma4_text",
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "global_head_dim": 128,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": I,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_global_key_value_heads": 4,
+            "num_kv_shared_layers": 0,
+            "rope_parameters": {
+                "full_attention": {
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 1000000.0,
+                    "rope_type": "proportional",
+                },
+                "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+            },
+            "rope_scaling": None,
+            "rope_theta": None,
+            "sliding_window": 1024,
+            "tie_word_embeddings": True,
+            "top_k_experts": E,
+            "use_bidirectional_attention": "vision",
+            "use_double_wide_mlp": False,
+            "vocab_size_per_layer_input": 64,
         },
+        top={
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "model_type": "gemma4",
+            "audio_config": None,
+            "image_token_id": 60,
+            "tie_word_embeddings": True,
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "head_dim": 32,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "num_key_value_heads": 2,
+                "patch_size": 16,
+                "position_embedding_size": 16,
+                "standardize": True,
+            },
+        },
+        extra=(
+            *shared_expert("model.layers.{0,1}.mlp"),
+            *many("model.layers.{0,1}.{pre,post}_feedforward_layernorm.weight", H),
+            *many("model.layers.{0,1}.{pre,post}_feedforward_layernorm_2.weight", H),
+            *many("model.layers.{0,1}.post_feedforward_layernorm_1.weight", H),
+            *many("model.layers.{0,1}.layer_scalar", 1),
+            *many("model.layers.{0,1}.router.scale", H),
+            *many("model.layers.{0,1}.router.per_expert_scale", E),
+            *many("model.vision_tower.patch_embedder.input_proj.weight", 64, 768),
+            *many("model.vision_tower.patch_embedder.position_embedding_table", 2, 16, 64),
+            *many("model.vision_tower.encoder.layers.0.self_attn.{q,k,v,o}_proj.weight", 64, 64),
+            *many("model.vision_tower.encoder.layers.0.self_attn.{q,k}_norm.weight", 32),
+            *many("model.vision_tower.encoder.layers.0.mlp.{gate,up}_proj.weight", 128, 64),
+            *many("model.vision_tower.encoder.layers.0.mlp.down_proj.weight", 64, 128),
+            *many("model.vision_tower.encoder.layers.0.input_layernorm.weight", 64),
+            *many("model.vision_tower.encoder.layers.0.post_attention_layernorm.weight", 64),
+            *many(
+                "model.vision_tower.encoder.layers.0.{pre,post}_feedforward_layernorm.weight", 64
+            ),
+            *many("model.vision_tower.{std_bias,std_scale}", 64),
+            *many("model.embed_vision.embedding_projection.weight", H, 64),
+        ),
+        without=r"^model\.layers\.1\.self_attn\.v_proj|^lm_head",
+        rename={
+            r"\.mlp\.experts\b": ".experts",
+            r"\.mlp\.gate\b": ".router.proj",
+            r"^model\.(?!vision|embed_vision)": "model.language_model.",
+        },
+        ignore=("model.vision_tower*", "model.embed_vision*"),
+    ),
+    "qwen3_5_moe": QWEN3_5,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_vl_moe": Family(
+        QWEN,
+        {
+            "architectures": None,
+            "model_type": "qwen3_vl_moe_text",
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+                "rope_type": "default",
+            },
+        },
+        top={
+            "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+            "model_type": "qwen3_vl_moe",
+            "image_token_id": 60,
+            "tie_word_embeddings": False,
+            "video_token_id": 61,
+            "vision_config": QWEN_VISION_CONFIG
+            | {"deepstack_visual_indexes": [0], "model_type": "qwen3_vl_moe"},
+            "vision_end_token_id": 62,
+            "vision_start_token_id": 63,
+        },
+        extra=(
+            *QWEN_VISION,
+            *linears(
+                {
+                    "model.visual.deepstack_merger_list.0.linear_fc1": (256, 256),
+                    "model.visual.deepstack_merger_list.0.linear_fc2": (H, 256),
+                }
+            ),
+            *many("model.visual.deepstack_merger_list.0.norm.{weight,bias}", 256),
+        ),
+        # SGLang does not find its attention in an ignore list: its names have another prefix.
+        quantized=r"^model\.layers.*\.self_attn\b",
+        rename=QWEN_NESTED,
+        ignore=("model.visual*",),
+    ),
+    "ernie4_5_moe": Family(
+        replace(QWEN, dense_layers=1),
+        {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "model_type": "ernie4_5_moe",
+            "moe_capacity": [64, 64, 64],
+            "moe_gate": "topk",
+            "moe_k": 2,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+            "moe_layer_start_index": 1,
+            "moe_num_experts": E,
+            "moe_num_shared_experts": 1,
+            "moe_use_aux_free": True,
+            "num_experts": None,
+            "num_experts_per_tok": None,
+            "use_bias": False,
+        },
+        extra=(
+            *shared_expert("model.layers.{1,2}.mlp.shared_experts"),
+            *(
+                f32(f"model.layers.{n}.mlp.moe_statics.e_score_correction_bias", 1, E)
+                for n in (1, 2)
+            ),
+        ),
+        without=r"\.[qk]_norm\.weight$",
     ),
     "deepseek_v3": Family(replace(DEEPSEEK, mtp=True, kv_scales=True), {}),
+    "qwen2_moe": Family(
+        QWEN,
+        {
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "head_dim": None,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "shared_expert_intermediate_size": I,
+        },
+        extra=(
+            *shared_expert("model.layers.{0,1}.mlp.shared_expert"),
+            *many("model.layers.{0,1}.mlp.shared_expert_gate.weight", 1, H),
+            *many("model.layers.{0,1}.self_attn.{q,k,v}_proj.bias", H),
+        ),
+        without=r"\.[qk]_norm\.weight$",
+        shapes={r"\.self_attn\.._proj\.weight$": (H, H)},
+        ignore=("model.layers.{0,1}.mlp.shared_expert_gate",),
+    ),
+    "mixtral": Family(
+        QWEN,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": I,
+            "moe_intermediate_size": None,
+            "num_experts": None,
+            "num_local_experts": E,
+        },
+        without=r"\.[qk]_norm\.weight$",
+        rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
+    ),
+    "hunyuan_v1_moe": Family(
+        QWEN,
+        {
+            "architectures": ["HunYuanMoEV1ForCausalLM"],
+            "model_type": "hunyuan_v1_moe",
+            "attention_head_dim": 128,
+            "cla_share_factor": 2,
+            "intermediate_size": I,
+            "moe_intermediate_size": [I, I],
+            "moe_topk": [E, E],
+            "num_shared_expert": [1, 1],
+            "tie_word_embeddings": True,
+            "use_cla": False,
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
+        },
+        extra=tuple(shared_expert("model.layers.{0,1}.mlp.shared_mlp")),
+        without=r"^lm_head",
+        quantized=r"\.self_attn\b",
+        rename={
+            r"\.q_norm\b": ".query_layernorm",
+            r"\.k_norm\b": ".key_layernorm",
+            r"\.mlp\.gate\b": ".mlp.gate.wg",
+        },
+    ),
+    "bailing_moe": Family(
+        replace(QWEN, dense_layers=1),
+        {
+            "architectures": ["BailingMoeV2ForCausalLM"],
+            "model_type": "bailing_moe",
+            "embedding_dropout": 0.0,
+            "first_k_dense_replace": 1,
+            "moe_router_enable_expert_bias": True,
+            "n_group": 4,
+            "norm_head": False,
+            "num_shared_experts": 1,
+            "output_dropout": 0.0,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            "rope_scaling": None,
+            "rope_theta": None,
+            "routed_scaling_factor": 2.5,
+            "score_function": "sigmoid",
+            "topk_group": 2,
+            "use_bias": False,
+            "use_qk_norm": True,
+            "use_qkv_bias": False,
+        },
+        remote=True,
+        extra=(
+            *shared_expert("model.layers.{1,2}.mlp.shared_experts"),
+            *(f32(f"model.layers.{n}.mlp.gate.expert_bias", E) for n in (1, 2)),
+            *many("model.layers.{0,1,2}.self_attn.query_key_value.weight", 3 * Q, H),
+        ),
+        without=r"\.[qkv]_proj\.",
+        rename={
+            r"\.self_attn\b": ".attention",
+            r"\.o_proj\b": ".dense",
+            r"\.q_norm\b": ".query_layernorm",
+            r"\.k_norm\b": ".key_layernorm",
+            r"\.embed_tokens\b": ".word_embeddings",
+        },
+    ),
+    "mimo_v2": Family(
+        replace(QWEN, dense_layers=1),
+        {
+            "architectures": ["MiMoV2FlashForCausalLM"],
+            "model_type": "mimo_v2_flash",
+            "add_full_attention_sink_bias": False,
+            "add_swa_attention_sink_bias": True,
+            "attention_value_scale": 0.707,
+            "hybrid_layer_pattern": [0, 1, 1],
+            "layernorm_epsilon": 1e-05,
+            "moe_layer_freq": [0, 1, 1],
+            "n_group": 1,
+            "n_routed_experts": E,
+            "n_shared_experts": None,
+            "num_experts": None,
+            "partial_rotary_factor": 0.334,
+            "routed_scaling_factor": None,
+            "scoring_func": "sigmoid",
+            "sliding_window": 128,
+            "sliding_window_size": 128,
+            "swa_head_dim": 128,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_rope_theta": 10000,
+            "swa_v_head_dim": 128,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "v_head_dim": 128,
+        },
+        remote=True,
+        extra=(
+            *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 2)),
+            *many("model.layers.{1,2}.self_attn.attention_sink_bias", 4),
+        ),
+        without=r"\.[qk]_norm\.weight$",
+    ),
+    "nemotron_h": Family(
+        replace(QWEN, layers=4),
+        {
+            "architectures": ["NemotronHForCausalLM"],
+            "model_type": "nemotron_h",
+            "chunk_size": 128,
+            "conv_kernel": 4,
+            "hidden_act": None,
+            "hybrid_override_pattern": "ME*E",
+            "intermediate_size": I,
+            "layer_norm_epsilon": 1e-05,
+            "mamba_head_dim": 32,
+            "mamba_hidden_act": "silu",
+            "mamba_num_heads": 8,
+            "mamba_proj_bias": False,
+            "mlp_bias": False,
+            "mlp_hidden_act": "relu2",
+            "moe_shared_expert_intermediate_size": I,
+            "n_group": 1,
+            "n_groups": 8,
+            "n_routed_experts": E,
+            "n_shared_experts": 1,
+            "num_experts": None,
+            "routed_scaling_factor": 2.5,
+            "ssm_state_size": 32,
+            "topk_group": 1,
+            "use_bias": False,
+            "use_conv_bias": True,
+        },
+        extra=(
+            *shared_expert("model.layers.{1,3}.mlp.shared_experts"),
+            *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 3)),
+            *many("model.layers.0.mixer.in_proj.weight", 1032, H),
+            *many("model.layers.0.mixer.conv1d.weight", 768, 1, 4),
+            *many("model.layers.0.mixer.conv1d.bias", 768),
+            *many("model.layers.0.mixer.{A_log,D,dt_bias}", 8),
+            *many("model.layers.0.mixer.norm.weight", 256),
+            *many("model.layers.0.mixer.out_proj.weight", H, 256),
+        ),
+        without=(
+            r"^model\.layers\.(0|2)\.mlp|^model\.layers\.(0|1|3)\.self_attn"
+            r"|\.gate_proj\.|\.[qk]_norm\.|\.post_attention_layernorm\."
+        ),
+        rename={
+            r"\.(mlp|self_attn)\b": ".mixer",
+            r"\.input_layernorm\b": ".norm",
+            r"^model\.norm\b": "backbone.norm_f",
+            r"^model\.embed_tokens\b": "backbone.embeddings",
+            r"^model\.": "backbone.",
+        },
+        ignore=("model.layers.0.mixer*",),
+    ),
 }
 
 
@@ -204,29 +654,61 @@ def make(folder: Path, name: str) -> None:
 
     Raises:
         KeyError: no such family.
+        FileExistsError: ``folder`` exists.
     """
     family = FAMILIES[name]
     folder.mkdir(parents=True)
-    tensors = [*original_tensors(family), *family.extra]
-    files: dict[str, list[Tensor]] = {}
-    if family.beside is not None:
-        path, pattern = family.beside
-        files[path] = [tensor for tensor in tensors if re.search(pattern, tensor.name)]
-        tensors = [tensor for tensor in tensors if not re.search(pattern, tensor.name)]
-    shards = cut_into_shards(tensors, 2)
-    names = [f"model-{n}-of-00002.safetensors" for n in ("00001", "00002")]
-    for path, shard in itertools.chain(files.items(), zip(names, shards, strict=True)):
+    path, pattern = family.beside or ("", r"$^")
+    beside: list[Tensor] = []
+    indexed: list[Tensor] = []
+    for tensor in tensors_of_family(family):
+        (beside if re.search(pattern, tensor.name) else indexed).append(tensor)
+    if beside:
+        write_shard(folder / path, beside, family.spec.seed, sparse=False)
+    shards = cut_into_shards(indexed, 2)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        path = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_shard(folder / path, shard, family.spec.seed, sparse=False)
+        weight_map |= {tensor.name: path for tensor in shard}
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
-        "weight_map": {
-            tensor.name: path for path, shard in zip(names, shards, strict=True) for tensor in shard
-        },
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in indexed)},
+        "weight_map": weight_map,
     }
-    (folder / "model.safetensors.index.json").write_text(to_json(index))
-    for path, text in other_files(replace(family.spec, style="qwen3_moe", mtp=False)).items():
+    files = other_files(QWEN) | {
+        "config.json": to_json(config_of(family)),
+        "model.safetensors.index.json": to_json(index),
+    }
+    if family.remote:
+        files["configuration.py"] = REMOTE_CONFIGURATION.format_map(family.config)
+    for path, text in files.items():
         (folder / path).write_text(text)
-    (folder / "config.json").write_text(to_json(config_of(family)))
+
+
+def tensors_of_family(family: Family) -> Iterator[Tensor]:
+    """Everything that is in the original, under its final name."""
+    for tensor in itertools.chain(tensors_of(family.spec), family.extra):
+        if re.search(family.without, tensor.name):
+            continue
+        for pattern, shape in family.shapes.items():
+            if re.search(pattern, tensor.name):
+                tensor = tensor._replace(shape=shape)
+        quantized = len(tensor.shape) == 2 and re.search(family.quantized, tensor.name)
+        for part in nvfp4(tensor) if quantized else (tensor,):
+            yield part._replace(name=renamed(family, part.name))
+
+
+def nvfp4(weight: Tensor) -> Iterator[Tensor]:
+    """The four tensors of a linear layer in NVFP4."""
+    rows, cols = weight.shape
+    module = weight.name.removesuffix(".weight")
+    for leaf, dtype, shape in (
+        ("weight", "U8", (rows, cols // 2)),
+        ("weight_scale", "F8_E4M3", (rows, cols // 16)),
+        ("weight_scale_2", "F32", ()),
+        ("input_scale", "F32", ()),
+    ):
+        yield Tensor(f"{module}.{leaf}", dtype, shape, f"{module}.{leaf}")
 
 
 def renamed(family: Family, name: str) -> str:
@@ -235,22 +717,17 @@ def renamed(family: Family, name: str) -> str:
     return name
 
 
-def original_tensors(family: Family) -> Iterator[Tensor]:
-    for tensor in tensors_of(family.spec):
-        name = renamed(family, tensor.name)
-        if not re.search(family.without, name):
-            yield tensor._replace(name=name)
-
-
 def config_of(family: Family) -> Json:
-    """The family's config.json; a key whose value is None in the table is left out."""
-    text = model_config(family.spec)
+    text = model_config(family.spec) | {"pad_token_id": 0} | family.config
     section = text.pop("quantization_config")
-    section["ignore"] = [renamed(family, module) for module in section["ignore"]]
-    section["ignore"] += family.ignore
     text.pop("auto_map", None)
-    text |= {"pad_token_id": 0, **family.config}
+    if family.remote:
+        text["auto_map"] = {"AutoConfig": "configuration.Config"}
     text = {key: value for key, value in text.items() if value is not None}
+    no_longer = f"{family.quantized}|{family.without}"
+    ignore = [module for module in section["ignore"] if not re.search(no_longer, module)]
+    ignore += [tensor.name for module in family.ignore for tensor in many(module)]
+    section["ignore"] = sorted(renamed(family, module) for module in ignore)
     config = text if family.top is None else {**family.top, "text_config": text}
     return config | {"quantization_config": section}
 

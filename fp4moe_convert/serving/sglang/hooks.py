@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ServingError
 from ...format.contract import FORMAT_VERSION, QUANT_METHOD, ConvertedSection, Geometry
-from ...source.experts import layer_number
+from ...source.names import layer_number
 from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
 from ..gate import Deliver, Gate, gate_of, guard
 from . import SGLANG

@@ -6,6 +6,7 @@ ModelOpt tensors, runs ``process_weights_after_loading`` and records what the la
 
 - the platform, which is vLLM's CpuPlatform, and the backend's word that it supports the device;
 - FlashInfer's one CUDA kernel of the weight path, replaced by `interleave_block_scales`;
+- torch's word that the CPU has AMX or AVX-512 BF16: vLLM would lay out weights for compiled kernels;
 - rank and size of vLLM's process group, which has one member (no collective is involved).
 """
 
@@ -70,6 +71,8 @@ def bootstrap() -> None:
 
     flashinfer.nvfp4_block_scale_interleave = jobs.interleave_block_scales
     torch.accelerator.current_device_index = lambda: "cpu"
+    torch.cpu._is_amx_tile_supported = lambda: False
+    torch.cpu._is_avx512_bf16_supported = lambda: False
 
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state

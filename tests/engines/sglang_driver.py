@@ -495,7 +495,7 @@ REFUSED = {
         section=lambda section: section["source"].update(quant_algo="MIXED_PRECISION"),
     ),
     "a per-expert tensor": Refused(
-        rf"{LAYER} is converted, but .* expert 3 alone \(w13_weight\); convert .* again",
+        rf"{LAYER} is converted, but .* also has '{LAYER}\.3\.up_proj\.weight'; convert .* again",
         tensors=lambda all_: (
             all_ | {f"{LAYER}.3.up_proj.weight": all_[f"{LAYER}.w2_weight"][3].clone()}
         ),
@@ -528,7 +528,7 @@ REFUSED = {
         checkpoint="mixtral",
     ),
     "layer not among the converted": Refused(
-        f"{LAYER} is not among the converted layers",
+        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.w",
         section=lambda section: section["layers"].pop(LAYER),
     ),
     "layer excluded from NVFP4": Refused(

@@ -233,11 +233,14 @@ REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
     "qwen: a tensor missing": (Setup("qwen"), drop("w13_input_scale"), "w13_input_scale"),
     "deepseek: a tensor too small": (Setup("deepseek"), shorten("w13_weight"), "it should have"),
     "qwen: a tensor too small": (Setup("qwen"), shorten("w2_weight_scale"), "it should have"),
-    "deepseek: tensor of one expert": (Setup("deepseek"), add_expert_tensor, "single experts"),
-    "qwen: tensor of one expert": (Setup("qwen"), add_expert_tensor, "also has its '0.gate_proj"),
+    "deepseek: tensor of one expert": (Setup("deepseek"), add_expert_tensor, "also has 'model."),
+    "qwen: tensor of one expert": (Setup("qwen"), add_expert_tensor, "also has 'model."),
     "qwen: layer not in config.json": (Setup("qwen"), forget_layer, "not among config.json's"),
-    # Here stock's loader says so: it wants to be told which expert.
-    "deepseek: layer not in config.json": (Setup("deepseek"), forget_layer, "'expert_id'"),
+    "deepseek: layer not in config.json": (
+        Setup("deepseek"),
+        forget_layer,
+        "not among config.json's",
+    ),
 }
 
 # --- vLLM on a CPU --------------------------------------------------------------------------------

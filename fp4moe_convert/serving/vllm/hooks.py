@@ -72,8 +72,8 @@ def register() -> None:
     for loader in (base_loader, ipc_loader, tensorizer_loader):
         loader.initialize_model = _guarding(loader.initialize_model)
     stock, inplace.reload_weights = inplace.reload_weights, _judging(inplace.reload_weights)
-    for module in list(sys.modules.values()):  # those that have imported it already
-        if getattr(module, "reload_weights", None) is stock:
+    for name, module in list(sys.modules.items()):  # those that have imported it already
+        if name.startswith("vllm.") and vars(module).get("reload_weights") is stock:
             module.reload_weights = inplace.reload_weights  # type: ignore[attr-defined]
 
 

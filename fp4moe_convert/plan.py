@@ -245,10 +245,10 @@ class _Constant:
     def key(self) -> str:
         return xxhash.xxh3_128_hexdigest(self.data)
 
-    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
+    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:  # noqa: ARG002
         out[:] = np.frombuffer(self.data, np.uint8)
 
-    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:
+    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:  # noqa: ARG002
         if data.tobytes() != self.data:
             raise ValueError("is not what this release writes there")
         return []

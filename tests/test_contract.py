@@ -1,4 +1,4 @@
-"""What marks a converted checkpoint, in config.json and as a tensor: written, read back, refused."""
+"""What marks a converted checkpoint, in config.json and as a tensor: written, read, refused."""
 
 from __future__ import annotations
 

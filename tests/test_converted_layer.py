@@ -20,7 +20,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer, single_expert_refusal
+from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer, check_taken_over
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.serving.slices import copy_share, runs
 
@@ -268,11 +268,6 @@ def test_a_parameter_that_the_file_does_not_fit_is_refused(
     assert (as_bytes(target) == GARBAGE).all()
 
 
-def test_the_tensor_of_a_single_expert_is_refused(layer: ConvertedLayer) -> None:
-    with refuses(f"{PREFIX} is converted, but the checkpoint also has something else", AGAIN):
-        raise single_expert_refusal(layer.prefix, "something else")
-
-
 # --- what was loaded ------------------------------------------------------------------------------
 
 
@@ -338,3 +333,51 @@ def test_a_parameter_is_known_by_being_the_same_object(layer: ConvertedLayer) ->
     holder = SimpleNamespace(**{leaf: torch.zeros(2) for leaf in LEAVES})
     for leaf in LEAVES:
         assert layer.leaf_of(holder, getattr(holder, leaf)) == leaf
+
+
+# --- layers that are not taken over ---------------------------------------------------------------
+
+
+class PPMissingLayer(torch.nn.Identity):
+    """What both engines put in place of another stage's layer."""
+
+
+def decoder(*layers: torch.nn.Module) -> torch.nn.Module:
+    """A model of these decoder layers, with a vision tower of fewer."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(layers)
+    model.vision = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    return model
+
+
+CONVERTED_LAYERS = [f"language_model.layers.{number}.mlp.experts" for number in (1, 2)]
+HERE, ELSEWHERE = torch.nn.Linear(1, 1), PPMissingLayer()
+
+
+@pytest.mark.parametrize(
+    ("model", "taken_over", "passed_by"),
+    [
+        (decoder(HERE, HERE, HERE), CONVERTED_LAYERS, None),
+        (decoder(HERE, HERE, HERE), CONVERTED_LAYERS[:1], CONVERTED_LAYERS[1]),
+        (decoder(HERE, HERE, HERE), [], CONVERTED_LAYERS[0]),
+        (decoder(HERE, HERE, ELSEWHERE), CONVERTED_LAYERS[:1], None),
+        (decoder(HERE, ELSEWHERE, ELSEWHERE), [], None),
+        (decoder(ELSEWHERE, ELSEWHERE, HERE), [], CONVERTED_LAYERS[1]),
+        (decoder(HERE), [], None),
+    ],
+    ids=["all", "one passed by", "none", "first stage", "dense stage", "last stage", "one layer"],
+)
+def test_a_decoder_layer_that_is_here_must_be_taken_over(
+    model: torch.nn.Module, taken_over: list[str], passed_by: str | None
+) -> None:
+    def check() -> None:
+        check_taken_over(
+            model, CONVERTED_LAYERS, taken_over, layer_count=len(model.layers), engine="vLLM"
+        )
+
+    if passed_by is None:
+        check()
+    else:
+        words = rf"vLLM's Module has no fused MoE layer for {passed_by}; the plugin does not know "
+        with pytest.raises(ServingError, match=words):
+            check()

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 WAY_OUT = "serve the original checkpoint instead"
 
+CONVERT_AGAIN = "convert the checkpoint again"
+
 CONVERTED_KEY = "fp4moe"
 """Where a plugin keeps the converted section inside the source's, which its engine gets to see."""
 
@@ -33,6 +35,13 @@ def refusal(reason: str, remedy: str | None = None) -> ServingError:
         remedy: what to do, where there is more than serving the original.
     """
     return ServingError(f"fp4moe: {reason}; {f'{remedy}, or ' if remedy else ''}{WAY_OUT}")
+
+
+def refuse_format(error: ConvertError) -> ServingError:
+    """The error that stops an engine at a checkpoint whose format, layout or row order this release
+    does not know; says as much as ``error`` and its remedy."""
+    reason, _, remedy = str(error).partition("; ")
+    return refusal(reason, remedy or None)
 
 
 def check_section(section: Mapping[str, Any], *, engine: str) -> ConvertedSection:
@@ -56,7 +65,7 @@ def read_section(section: Mapping[str, Any]) -> ConvertedSection:
         converted = ConvertedSection.from_json(section)
         layout_of(converted.layout)
     except ConvertError as error:
-        raise refusal(str(error)) from error
+        raise refuse_format(error) from error
     return converted
 
 

@@ -6,26 +6,19 @@ and when loading has ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import ServingError
 from ..format.contract import Geometry, TensorSpec
 from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
-from .checks import refusal
+from ..source.names import layer_number
+from .checks import CONVERT_AGAIN, refusal
 from .slices import copy_share
 
 LEAVES = LayerTensors._fields
 """Names of the parameters, in the file and in the engines."""
-
-CONVERT_AGAIN = "convert the checkpoint again"
-
-
-def single_expert_refusal(layer: str, what: str) -> ServingError:
-    """The error for a checkpoint that has a converted layer and tensors of its single experts."""
-    return refusal(f"{layer} is converted, but the checkpoint also has {what}", CONVERT_AGAIN)
 
 
 class ConvertedLayer:
@@ -109,4 +102,41 @@ class ConvertedLayer:
                 f"{names} {'was' if len(missing) == 1 else 'were'} not loaded: missing from the "
                 "checkpoint, or passed over by the load format",
                 "verify the checkpoint with fp4moe verify",
+            )
+
+
+def check_taken_over(
+    model: torch.nn.Module,
+    converted: Iterable[str],
+    taken_over: Collection[str],
+    *,
+    layer_count: int,
+    engine: str,
+) -> None:
+    """A model is built: check that no decoder layer that is here keeps experts of the engine's own
+    where the checkpoint has converted ones. A layer that is not here is not missed: another
+    pipeline stage may have it, or a user wants fewer layers.
+
+    Args:
+        model: as the engine built it.
+        converted: prefixes of the checkpoint's converted layers.
+        taken_over: those that have a `ConvertedLayer` in this model.
+        layer_count: the decoder's layers, wherever they are.
+        engine: for the message.
+
+    Raises:
+        ServingError: there is such a layer.
+    """
+    here = {
+        number
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layer_count
+        for number, layer in enumerate(module)
+        if type(layer).__name__ != "PPMissingLayer"  # both engines call it so
+    }
+    for prefix in converted:
+        if prefix not in taken_over and layer_number(prefix) in here:
+            raise refusal(
+                f"{engine}'s {type(model).__name__} has no fused MoE layer for {prefix}; the "
+                "plugin does not know this model"
             )

@@ -465,9 +465,9 @@ REFUSED = {
         )
         for backend in ("triton", "flashinfer_cutlass", "flashinfer_cutedsl")
     },
-    "format version 2": Refused(
-        "has format version 2, this release of fp4moe-convert knows 1; serve the original",
-        section=lambda section: section.update(format_version=2),
+    "another format version": Refused(
+        "format version is 1, this release of fp4moe-convert knows 2; convert again, or serve the",
+        section=lambda section: section.update(format_version=1),
     ),
     "another row order": Refused(
         r"row order xxh3_128:0 of .*flashinfer 0\.7\.2.* with xxh3_128:[0-9a-f]{32}; convert again",
@@ -495,7 +495,7 @@ REFUSED = {
         section=lambda section: section["source"].update(quant_algo="MIXED_PRECISION"),
     ),
     "a per-expert tensor": Refused(
-        rf"{LAYER} is converted, but .* expert 3 alone \(w13_weight\); convert .* again",
+        rf"{LAYER} is converted, but .* also has '{LAYER}\.3\.up_proj\.weight'; convert .* again",
         tensors=lambda all_: (
             all_ | {f"{LAYER}.3.up_proj.weight": all_[f"{LAYER}.w2_weight"][3].clone()}
         ),
@@ -528,7 +528,7 @@ REFUSED = {
         checkpoint="mixtral",
     ),
     "layer not among the converted": Refused(
-        f"{LAYER} is not among the converted layers",
+        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.w",
         section=lambda section: section["layers"].pop(LAYER),
     ),
     "layer excluded from NVFP4": Refused(

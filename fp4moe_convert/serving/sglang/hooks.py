@@ -4,12 +4,14 @@
    converted section below `CONVERTED_KEY`. From here on SGLang sees the ModelOpt checkpoint that it
    knows, and chooses models, backends and options as it would for the original.
 2. SGLang makes the quantization config, on each rank. The hook checks the checkpoint and returns a
-   config that gives converted layers an MoE method of ours, and other layers what stock gives. A
-   further hook makes sure that the model has taken every converted layer.
-3. That method creates stock's parameters, which already have their final shapes. Their loader
-   copies a rank's share out of the file's tensors, on any thread.
-4. After loading, the method does what stock does, except for the layout: it pads, interleaves and
+   config that gives converted layers an MoE method of ours, and other layers what stock gives.
+3. That method creates stock's parameters, which already have their final shapes.
+4. SGLang has built a model, of any checkpoint. The hook puts a `gate.Gate` before it: all that is
+   loaded now or later is judged there. The gate hands the tensors of converted layers to their
+   loaders, which copy a rank's share out of them, on any thread.
+5. After loading, the method does what stock does, except for the layout: it pads, interleaves and
    shuffles nothing. A parameter that was not loaded stops the engine.
+6. An update from a folder is judged before SGLang touches the model.
 
 SGLang fuses DeepSeek-V3's shared expert with the routed ones where there is no expert parallelism.
 It stays fused here: the file holds it as the source did, so SGLang's own functions load this one
@@ -18,19 +20,24 @@ slot and lay it out.
 SGLang's loader keeps one input scale for gate and up. Where they differ, chance decides which one.
 Here both stay. SGLang serves with the maximum over all experts, which is then that of both.
 
-Draft models keep their stock methods, because an MTP layer is never converted. SGLang logs and
-swallows what a plugin raises at its start, so the hooks raise what must stop the engine.
+A draft that SGLang builds from another class than the checkpoint's, as for multi-token prediction,
+has layers of its own, which are never converted; a whole model as a draft is a model like others.
+SGLang logs and swallows what a plugin raises at its start, so the hooks raise what must stop the
+engine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ...errors import ServingError
 from ...format.contract import FORMAT_VERSION, QUANT_METHOD, ConvertedSection, Geometry
+from ...source.names import layer_number
 from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
+from ..gate import Deliver, Gate, gate_of, guard
 from . import SGLANG
 
 if TYPE_CHECKING:
@@ -41,6 +48,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TESTED = ("0.5.23",)
+
+CLASSES_KEY = "fp4moe_architectures"
+"""Where config.json's ``architectures`` are kept: SGLang writes a draft's own over them."""
 
 
 def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -62,18 +72,37 @@ def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
     # hf_quant_config.json nests what config.json has flat. SGLang reads both, but takes the first
     # for the second once it has written its own name for the method into it.
     flat = source.get("quantization", source)
-    config.quantization_config = {"quant_method": "modelopt", **flat, CONVERTED_KEY: section}
+    config.quantization_config = {
+        "quant_method": "modelopt",
+        **flat,
+        CONVERTED_KEY: section,
+        CLASSES_KEY: list(config.architectures or ()),
+    }
+
+
+def _converted(model_config: Any) -> ConvertedSection | None:
+    """The section of a converted checkpoint, as `_restore_section` leaves it."""
+    section = getattr(model_config.hf_config, "quantization_config", None)
+    if not isinstance(section, dict) or CONVERTED_KEY not in section:
+        return None
+    return read_section(section[CONVERTED_KEY])
+
+
+def _is_whole(model_config: Any) -> bool:
+    """Whether SGLang builds the model that config.json names, not a draft out of other layers."""
+    named: object = model_config.hf_config.quantization_config[CLASSES_KEY]
+    return named == list(model_config.hf_config.architectures or ())
 
 
 def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Any:
     """After ``get_quant_config``: check a converted checkpoint and return a config of ours.
 
     Returns:
-        None, which lets the config stand, for any other checkpoint and for draft models.
+        None, which lets the config stand, for any other checkpoint and for other layers of one.
     """
-    section = getattr(model_config.hf_config, "quantization_config", None)
-    if not isinstance(section, dict) or CONVERTED_KEY not in section or model_config.is_draft_model:
+    if _converted(model_config) is None or not _is_whole(model_config):
         return None
+    section = model_config.hf_config.quantization_config
     import sglang
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
     from sglang.srt.runtime_context import get_parallel
@@ -101,38 +130,78 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
                 "choose --tp-size and --ep-size for one of "
                 f"{', '.join(map(str, sizes))} ranks to an expert",
             )
-    return _engine_classes()(quant_config, converted)
+    return _engine_classes()(quant_config, converted, is_draft=model_config.is_draft_model)
 
 
-def _check_model(model: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``_initialize_model``: check that no converted layer was passed by, and say so."""
-    arguments = (*args, *kwargs.values())
-    quant_config = next((each for each in arguments if hasattr(each, "converted")), None)
-    if quant_config is None:
+def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After ``_initialize_model``, of any model."""
+    converted = _converted(model_config)
+    if converted is None:
+        guard(model, Gate(None, {}))
         return
-    from sglang.srt.runtime_context import get_parallel
+    from ..converted_layer import check_taken_over
 
-    # With pipeline parallelism a rank has some of the layers, and rightly no place for the others.
-    converted: ConvertedSection = quant_config.converted
-    passed_by = converted.layers.keys() - quant_config.taken_over
-    if not quant_config.taken_over or (passed_by and get_parallel().pp_size == 1):
-        raise refusal(
-            f"SGLang's {type(model).__name__} has no fused MoE layer for {min(passed_by)}; "
-            "the plugin does not know this model"
+    layers = {
+        module.quant_method.prefix: _delivery(name, module)
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "quant_method", None), "expert_loader")
+    }
+    if _is_whole(model_config):
+        check_taken_over(
+            model,
+            converted.layers,
+            layers,
+            layer_count=model_config.num_hidden_layers,
+            engine="SGLang",
         )
-    logger.info(
-        "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against this "
-        "FlashInfer",
-        FORMAT_VERSION,
-        len(quant_config.taken_over),
-        converted.layout.row_order,
-    )
+    if layers:
+        logger.info(
+            "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against "
+            "this FlashInfer",
+            FORMAT_VERSION,
+            len(layers),
+            converted.layout.row_order,
+        )
+    guard(model, Gate(converted, layers))
 
 
-HOOKS: dict[str, Callable[..., Any]] = {
-    "sglang.srt.utils.hf_transformers.config.get_config": _restore_section,
-    "sglang.srt.model_loader.weight_utils.get_quant_config": _take_over,
-    "sglang.srt.model_loader.loader._initialize_model": _check_model,
+def _delivery(name: str, layer: Any) -> Deliver:
+    def deliver(leaf: str, tensor: torch.Tensor) -> str:
+        parameter = getattr(layer, leaf)
+        parameter.weight_loader(parameter, tensor)
+        return f"{name}.{leaf}"
+
+    return deliver
+
+
+def _judge_update(
+    update: Callable[..., tuple[bool, str]],
+    updater: Any,
+    model_path: str,
+    load_format: str,
+    weight_name_filter: Any = None,
+    **options: Any,
+) -> tuple[bool, str]:
+    """Around ``update_weights_from_disk``, which cannot go back once it has begun: it would load
+    the same folder once more."""
+    gate = gate_of(updater.get_model())
+    if weight_name_filter is not None and gate.converted is not None:
+        # Elastic expert parallelism looks for the tensors of an expert, and goes on without.
+        raise refusal("single experts cannot be loaded again from a converted checkpoint")
+    try:
+        gate.check_folder(model_path)
+    except ServingError as error:
+        return False, str(error)
+    return update(updater, model_path, load_format, weight_name_filter, **options)
+
+
+UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
+    "sglang.srt.utils.hf_transformers.config.get_config": (_restore_section, "after"),
+    "sglang.srt.model_loader.weight_utils.get_quant_config": (_take_over, "after"),
+    "sglang.srt.model_loader.loader._initialize_model": (_put_gate, "after"),
+    f"{UPDATER}.update_weights_from_disk": (_judge_update, "around"),
 }
 
 
@@ -141,15 +210,15 @@ def register() -> None:
     """Hook into SGLang."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, hook in HOOKS.items():
-        HookRegistry.register(target, hook, HookType.AFTER)
+    for target, (hook, when) in HOOKS.items():
+        HookRegistry.register(target, hook, HookType(when))
 
 
 class ExpertLoader:
     """The weight loader of one converted layer's parameters on one rank.
 
-    SGLang's model loaders call it with a parameter and the tensor of the same name, on any
-    thread; with the expert as well, where the tensor belongs to a single one.
+    The gate calls it with a parameter and the tensor of the same name. SGLang's model loaders call
+    it, on any thread, with the tensor of a single expert: a shared one that is fused.
     """
 
     def __init__(self, layer: Any, own: ConvertedLayer, stock: Callable[..., None]) -> None:
@@ -165,19 +234,13 @@ class ExpertLoader:
         shard_id: str | None = None,
         expert_id: int | None = None,
     ) -> None:
-        from ..converted_layer import single_expert_refusal  # imports torch
-
         leaf = self.own.leaf_of(self.layer, param)
         if expert_id is None:
             experts = self._experts(every_rank=leaf.endswith("_input_scale"))
             # Fused shared experts come after the routed ones, in slots of their own.
             slots = param.data[: len(experts)]
             self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
-        elif expert_id < self.own.geometry.experts or not self.layer.num_fused_shared_experts:
-            raise single_expert_refusal(
-                self.own.prefix, f"a tensor of its expert {expert_id} alone ({leaf})"
-            )
-        else:
+        else:  # a fused shared expert
             self.stock(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id)
             self.own.note(_of_shared_expert(leaf, shard_id))
 
@@ -226,7 +289,7 @@ def _engine_classes() -> Callable[..., Any]:
     import torch
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.layers.moe.moe_runner.flashinfer_trtllm import _compute_g1_scale_c
-    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
     from sglang.srt.layers.quantization.modelopt_quant import (
         ModelOptFp4Config,
         ModelOptNvFp4FusedMoEMethod,
@@ -241,11 +304,19 @@ def _engine_classes() -> Callable[..., Any]:
 
         def __init__(self, quant_config: Any, prefix: str, geometry: Geometry) -> None:
             super().__init__(quant_config)
+            draft = "speculative-" if quant_config.is_draft else ""
+            if get_moe_a2a_backend().is_megamoe():
+                raise refusal(
+                    "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
+                    "MegaMoE has a byte order of its own",
+                    f"leave --{draft}moe-a2a-backend megamoe out, or what stands for it, "
+                    "--moe-runner-backend megamoe",
+                )
             if not self.use_flashinfer_trtllm_weight_layout:
                 raise refusal(
                     "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
                     f"this is {get_moe_runner_backend().value}",
-                    "pass --moe-runner-backend flashinfer_trtllm",
+                    f"pass --{draft}moe-runner-backend flashinfer_trtllm",
                 )
             self.prefix = prefix
             self.geometry = geometry
@@ -260,12 +331,12 @@ def _engine_classes() -> Callable[..., Any]:
                     f"{self.prefix} has {own}, SGLang wants (hidden, intermediate, gated) = {sizes}"
                 )
             converted = ConvertedLayer(self.prefix, own)
-            self.loader = ExpertLoader(layer, converted, extra["weight_loader"])
-            extra["weight_loader"] = self.loader
+            self.expert_loader = ExpertLoader(layer, converted, extra["weight_loader"])
+            extra["weight_loader"] = self.expert_loader
             super().create_weights(layer, num_experts, hidden_size, *args, **extra)
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            self.loader.check_loaded()
+            self.expert_loader.check_loaded()
             runner = layer.moe_runner_config
             gate, up = layer.w13_weight_scale_2.unbind(dim=1)
             if (runner.gemm1_clamp_limit or runner.swiglu_limit) and not torch.equal(gate, up):
@@ -317,27 +388,34 @@ def _engine_classes() -> Callable[..., Any]:
     class ConvertedModelOptFp4Config(ModelOptFp4Config):
         """Stock's config with `ConvertedModelOptNvFp4FusedMoEMethod` for converted layers."""
 
-        def __init__(self, stock: Any, converted: ConvertedSection) -> None:
+        def __init__(self, stock: Any, converted: ConvertedSection, *, is_draft: bool) -> None:
             self.__dict__.update(stock.__dict__)
             self.converted = converted
-            self.taken_over: set[str] = set()
+            self.is_draft = is_draft
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             stock = super().get_quant_method(layer, prefix)
             if not isinstance(layer, FusedMoE):
                 return stock
-            # Models may leave out the first parts of a name, as Mixtral's does "model.".
-            own = next((p for p in self.converted.layers if f".{p}".endswith(f".{prefix}")), None)
-            # A layer that only one side takes for NVFP4 would be left with unset weights.
-            if (own is None) == (type(stock) is ModelOptNvFp4FusedMoEMethod):
-                raise refusal(
-                    f"SGLang's {prefix} is "
-                    + ("not among the converted layers" if own is None else "not NVFP4")
-                    + "; the plugin does not know this model"
-                )
+            own = _converted_layer(prefix, self.converted.layers)
             if own is None:
                 return stock
-            self.taken_over.add(own)
+            # A layer that only one side takes for NVFP4 would be left with unset weights.
+            if type(stock) is not ModelOptNvFp4FusedMoEMethod:
+                raise refusal(
+                    f"SGLang's {prefix} is not NVFP4; the plugin does not know this model"
+                )
             return ConvertedModelOptNvFp4FusedMoEMethod(self, own, self.converted.layers[own])
 
     return ConvertedModelOptFp4Config
+
+
+def _converted_layer(prefix: str, converted: Collection[str]) -> str | None:
+    """Which converted layer a module of SGLang's is, by its name and that in the checkpoint."""
+    # Models may leave out the first parts of a name, as Mixtral's does "model.".
+    if own := next((p for p in converted if f".{p}".endswith(f".{prefix}")), None):
+        return own
+    # Or they rename some of them. A decoder layer has one set of experts.
+    number = layer_number(prefix)
+    same = [p for p in converted if layer_number(p) == number]
+    return same[0] if number is not None and len(same) == 1 else None

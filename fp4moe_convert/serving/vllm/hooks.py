@@ -5,6 +5,8 @@ If the import fails, vLLM logs that and goes on without the plugin. It pickles i
 `ConvertedConfig` included, for its workers. So the module imports vLLM at its top and defines its
 classes there.
 
+All that is loaded passes a `gate.Gate`, in models of other checkpoints, too.
+
 The rest of vLLM sees a converted checkpoint as ``modelopt_fp4``, like its source, because the dtype
 of the KV cache and some fusions depend on that name. So the plugin replaces that method's config,
 passes ordinary checkpoints on to it, and rewrites a converted checkpoint's section where vLLM looks
@@ -13,8 +15,9 @@ for the method. The code follows vLLM 0.33.0 line by line.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
 from types import MethodType
 from typing import Any
 
@@ -34,6 +37,9 @@ from vllm.model_executor.layers.quantization.utils.flashinfer_utils import (
     trtllm_nvfp4_hidden_alignment,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import amax_for_moe_activation_quant
+from vllm.model_executor.model_loader import base_loader, tensorizer_loader
+from vllm.model_executor.model_loader.reload import inplace
+from vllm.model_executor.model_loader.weight_cache import ipc_loader
 from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 
 from ...format.contract import (
@@ -45,7 +51,8 @@ from ...format.contract import (
 )
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
-from ..converted_layer import LEAVES, ConvertedLayer, single_expert_refusal
+from ..converted_layer import ConvertedLayer, check_taken_over
+from ..gate import Deliver, Gate, gate_of, guard
 from . import VLLM
 
 TESTED = ("0.33.*",)
@@ -54,20 +61,121 @@ METHOD = "modelopt_fp4"
 logger = init_logger("vllm.fp4moe")  # vLLM prints what is logged below its own name
 
 
+DRAFT = "draft_model."
+"""vLLM puts this before the module names of a whole model that serves as a draft."""
+
+
+@cache  # a process may be told to load its plugins more than once
 def register() -> None:
-    """Put `ConvertedConfig` in the place of stock's."""
+    """Put `ConvertedConfig` in the place of stock's, and a gate before every model."""
     register_quantization_config(METHOD)(ConvertedConfig)
+    for loader in (base_loader, ipc_loader, tensorizer_loader):
+        loader.initialize_model = _guarding(loader.initialize_model)
+    stock, inplace.reload_weights = inplace.reload_weights, _judging(inplace.reload_weights)
+    for name, module in list(sys.modules.items()):  # those that have imported it already
+        if name.startswith("vllm.") and vars(module).get("reload_weights") is stock:
+            module.reload_weights = inplace.reload_weights  # type: ignore[attr-defined]
+
+
+def _guarding(initialize_model: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """vLLM's function that builds a model, with a gate before what it builds."""
+
+    @wraps(initialize_model)
+    def guarding(vllm_config: Any, **options: Any) -> torch.nn.Module:
+        model = initialize_model(vllm_config, **options)
+        model_config = options.get("model_config") or vllm_config.model_config
+        converted = _converted(model_config)
+        gate = Gate(None, {})
+        if converted is not None:
+            gate = _gate_for(model, vllm_config, model_config, converted)
+        guard(model, gate)
+        return model
+
+    return guarding
+
+
+def _converted(model_config: Any) -> ConvertedSection | None:
+    """The section of a converted checkpoint, as `_present_as_source` leaves it."""
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        section = getattr(config, "quantization_config", None)
+        if isinstance(section, dict) and CONVERTED_KEY in section:
+            return read_section(section[CONVERTED_KEY])
+    return None
+
+
+def _gate_for(
+    model: torch.nn.Module, vllm_config: Any, model_config: Any, converted: ConvertedSection
+) -> Gate:
+    """A gate that knows the converted layers of a model.
+
+    Raises:
+        ServingError: a layer that is converted in the checkpoint is not so in the model.
+    """
+    layers = {
+        module.quant_method.own.prefix: _delivery(name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), ConvertedModelOptMoE)
+    }
+    speculative = vllm_config.speculative_config
+    is_draft = speculative is not None and model_config is speculative.draft_model_config
+    # Other drafts than whole models have layers of their own, which are never converted.
+    if not is_draft or speculative.method == "draft_model":
+        check_taken_over(
+            model,
+            converted.layers,
+            layers,
+            layer_count=model_config.get_total_num_hidden_layers(),
+            engine="vLLM",
+        )
+    if layers:
+        logger.info(
+            "fp4moe: format version %d, %d MoE layers taken over, "
+            "row order checked against this vLLM's FlashInfer",
+            FORMAT_VERSION,
+            len(layers),
+        )
+    return Gate(converted, layers)
+
+
+def _delivery(name: str, layer: RoutedExperts) -> Deliver:
+    def deliver(leaf: str, tensor: torch.Tensor) -> str:
+        parameter = getattr(layer, leaf)  # a reload creates them anew
+        parameter.weight_loader(parameter, tensor)
+        return f"{name}.{leaf}"
+
+    return deliver
+
+
+def _judging(reload_weights: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's function that reloads a running model. It empties the model before it looks at the
+    first tensor, so here they are judged before."""
+
+    @wraps(reload_weights)
+    def judging(
+        vllm_config: Any,
+        model: torch.nn.Module,
+        weights_iterator: Any,
+        weights_path: str | None,
+        is_checkpoint_format: bool,
+    ) -> None:
+        if is_checkpoint_format:
+            gate = gate_of(model)
+            if weights_iterator is not None:
+                weights_iterator = gate.judge(weights_iterator)
+            elif weights_path is not None:
+                gate.check_folder(weights_path)
+        reload_weights(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+
+    return judging
 
 
 class ConvertedConfig(ModelOptNvFp4Config):
     """The source's quantization, and the layers that are converted."""
 
     converted: ConvertedSection
-    layers: dict[str, Geometry]
-    """The converted ones, by their names in vLLM."""
-    taken_over: set[str]
-    """Those among them that this process has built."""
-    announced: bool
+    layers: dict[str, str]
+    """The converted ones: by their names in vLLM, their prefixes in the checkpoint."""
+    row_order_checked: bool
 
     @classmethod
     def override_quantization_method(
@@ -99,51 +207,29 @@ class ConvertedConfig(ModelOptNvFp4Config):
         except ValueError as error:
             raise refusal(f"vLLM cannot read the source's quantization: {error}") from error
         self.converted = converted
-        self.layers = dict(converted.layers)
-        self.taken_over = set()
-        self.announced = False
+        self.layers = {prefix: prefix for prefix in converted.layers}
+        self.row_order_checked = False
         return self
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
-    def get_checkpoint_weight_mapper(self) -> Any:
-        """vLLM keeps a layer's expert parameters in a module of its own."""
-        from vllm.model_executor.models.utils import WeightsMapper  # as vLLM does: it is circular
-
-        name = re.compile(rf"\.experts\.({'|'.join(LEAVES)})$")
-        return super().get_checkpoint_weight_mapper() | WeightsMapper(
-            orig_to_new_regex={name: r".experts.routed_experts.\1"}
-        )
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, RoutedExperts):
-            if prefix in self.layers:
-                if not self.taken_over:
-                    check_row_order(self.converted, engine="vLLM")
-                    warn_if_untested("vLLM", vllm.__version__, TESTED)
-                online = self.online_quantization_config
-                if online and online.resolve_quant_method_cls(type(layer), prefix):
-                    raise refusal(
-                        f"{prefix} is laid out already, it cannot be quantized anew",
-                        "drop that from --quantization-config",
-                    )
-                self.taken_over.add(prefix)
-                return ConvertedModelOptMoE(self, layer.moe_config, prefix)
-            layer.load_weights = MethodType(_load_unconverted, layer)
-        return super().get_quant_method(layer, prefix)
-
-    def announce(self) -> None:
-        """Log, once the model is built, that the plugin takes part."""
-        if not self.announced:
-            self.announced = True
-            logger.info(
-                "fp4moe: format version %d, %d MoE layers taken over, "
-                "row order checked against this vLLM's FlashInfer",
-                FORMAT_VERSION,
-                len(self.taken_over),
+        own = self.layers.get(prefix.removeprefix(DRAFT))
+        if own is None or not isinstance(layer, RoutedExperts):
+            return super().get_quant_method(layer, prefix)
+        if not self.row_order_checked:
+            check_row_order(self.converted, engine="vLLM")
+            warn_if_untested("vLLM", vllm.__version__, TESTED)
+            self.row_order_checked = True
+        online = self.online_quantization_config
+        if online and online.resolve_quant_method_cls(type(layer), prefix):
+            raise refusal(
+                f"{own} is laid out already, it cannot be quantized anew",
+                "drop that from --quantization-config",
             )
+        return ConvertedModelOptMoE(self, layer.moe_config, own)
 
 
 class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
@@ -151,7 +237,7 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
 
     def __init__(self, quant_config: ConvertedConfig, moe_config: Any, prefix: str) -> None:
         super().__init__(quant_config, moe_config)
-        self.own = ConvertedLayer(prefix, quant_config.layers[prefix])
+        self.own = ConvertedLayer(prefix, quant_config.converted.layers[prefix])
 
         if self.nvfp4_backend != NvFp4MoeBackend.FLASHINFER_TRTLLM:
             raise refusal(
@@ -204,14 +290,11 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
             params_dtype,
             **{**extra_weight_attrs, "weight_loader": MethodType(loader, layer)},
         )
-        # Stock's passes over names that it does not know, which ours are.
-        layer.load_weights = MethodType(_load_converted, layer)
         # Weights that are made up, or that another rank sends later, do not come from the file.
         self.from_file = get_current_vllm_config().load_config.load_format != "dummy"
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """What stock does to the scales; the layout is there."""
-        self.quant_config.announce()
         if is_weights_pre_processed():  # shared by a process that has been here
             super().process_weights_after_loading(layer)
             return
@@ -258,12 +341,8 @@ def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
         layer: RoutedExperts,
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
-        *per_expert: Any,
-        **details: Any,
     ) -> None:
         leaf = own.leaf_of(layer, param)
-        if per_expert or details:
-            raise single_expert_refusal(own.prefix, f"tensors of single experts ({leaf})")
         everywhere, here = _experts_held(layer)
         own.load(
             leaf,
@@ -289,31 +368,3 @@ def _experts_held(layer: RoutedExperts) -> tuple[list[int], list[int]]:
         return everywhere, everywhere
     held = {slot: expert for expert, slot in zip(everywhere, slots.tolist(), strict=True)}
     return everywhere, [held[slot] for slot in sorted(held) if slot >= 0]
-
-
-def _load_converted(
-    layer: RoutedExperts, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[str]:
-    """Stands in for `RoutedExperts.load_weights` in a converted layer."""
-    for name, tensor in weights:
-        leaf = name.removeprefix("routed_experts.")
-        if leaf not in LEAVES:
-            raise single_expert_refusal(layer.layer_name, f"its {name!r}")
-        param = getattr(layer, leaf)
-        param.weight_loader(param, tensor)
-        yield leaf
-
-
-def _load_unconverted(
-    layer: RoutedExperts, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterable[str]:
-    """`RoutedExperts.load_weights`, which would pass over a converted tensor."""
-
-    def checked() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            if name.removeprefix("routed_experts.") in LEAVES:
-                raise refusal(f"{layer.layer_name} is not among config.json's converted layers")
-            yield name, tensor
-
-    names: Iterable[str] = type(layer).load_weights(layer, checked())
-    return names

@@ -1,0 +1,238 @@
+"""What is loaded into a model: judged by name, before the model sees a tensor.
+
+An engine has many ways to load weights: a start, a draft model, an update from a folder or from
+another process, a call of ``model.load_weights``. All of them end in that method, with tensors
+under the names that they have in a checkpoint. So a gate stands before it, in every model that an
+engine with the plugin builds. It also takes the tensors of converted layers to their layers: the
+names are ours, and no model's own loader need know them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FormatError
+from ..format.contract import MARKER_NAME, ConvertedSection, Marker
+from ..format.files import INDEX_NAME
+from ..layouts.trtllm_nvfp4 import LayerTensors
+from .checks import CONVERT_AGAIN, refusal, refuse_format
+
+if TYPE_CHECKING:
+    import torch
+
+_STACKED = re.compile(
+    rf"(?P<layer>.*\.experts)\.(?P<leaf>{'|'.join(LayerTensors._fields)})", re.DOTALL
+)
+_OF_ONE_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.[0-9]+\..*", re.DOTALL)
+
+Deliver = Callable[[str, "torch.Tensor"], str]
+"""Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
+the model."""
+
+
+class Gate:
+    """Stands before one model's ``load_weights``."""
+
+    def __init__(self, converted: ConvertedSection | None, layers: Mapping[str, Deliver]) -> None:
+        """
+        Args:
+            converted: the section of the checkpoint that the model was built for; None if that is
+                not a converted one.
+            layers: its converted layers that this model has, by their prefix in the checkpoint.
+                Tensors of the others are passed over: they are another process's.
+        """
+        self.converted = converted
+        self.layers = layers
+
+    def judge(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Judged:
+        """Make sure that tensors are for this model.
+
+        Nothing comes out before the marker has been checked, so that a refusal leaves a running
+        model as it was. Tensors that come earlier wait; a converted checkpoint begins with it.
+
+        Args:
+            weights: names and tensors. All names of a list are judged before this returns; of an
+                iterator as many as it takes to hand out the first tensor.
+
+        Raises:
+            ServingError: they are not. From an iterator, when the tensor comes that tells.
+        """
+        if isinstance(weights, Judged):
+            return weights
+        if self.converted is None:
+            judged = _unless_marked(weights)
+        else:
+            judged = _once_marked(weights, self.converted)
+        return Judged(iter(list(judged)) if isinstance(weights, (list, tuple)) else judged)
+
+    def check_folder(self, folder: str) -> None:
+        """Judge a local folder by its index, before anything is changed for it. What has no index
+        is judged when its tensors come.
+
+        Raises:
+            ServingError: its tensors are not for this model.
+        """
+        try:
+            index = json.loads((Path(folder) / INDEX_NAME).read_bytes())
+            files = dict(index["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        names: list[tuple[str, Any]] = [(name, None) for name in files if name != MARKER_NAME]
+        if MARKER_NAME in files:
+            names.insert(0, (MARKER_NAME, _read_marker(Path(folder) / files[MARKER_NAME])))
+        self.judge(names)
+
+    def distribute(self, judged: Judged, delivered: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take the tensors of converted layers to their layers, and leave the others.
+
+        Args:
+            judged: by `judge`.
+            delivered: is given the names, in the model, of the parameters that were loaded.
+        """
+        for name, tensor in judged:
+            stacked = _STACKED.fullmatch(name) if self.converted is not None else None
+            if stacked is None:
+                yield name, tensor
+            elif deliver := self.layers.get(stacked["layer"]):
+                delivered.add(deliver(stacked["leaf"], tensor))
+
+
+class Judged(Iterator[tuple[str, "torch.Tensor"]]):
+    """Tensors that a gate lets through. The first has been judged."""
+
+    def __init__(self, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+        first = [tensor for tensor in [next(stream, None)] if tensor is not None]
+        self._stream = chain(first, stream)
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._stream)
+
+
+class GuardedLoader:
+    """Stands in for the ``load_weights`` of a model."""
+
+    def __init__(self, gate: Gate, stock: Callable[..., Any]) -> None:
+        self.gate = gate
+        self.stock = stock
+        # SGLang asks the function behind the method what it supports.
+        self.__func__ = getattr(stock, "__func__", stock)
+
+    def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kw: Any) -> Any:
+        delivered: set[str] = set()
+        loaded = self.stock(self.gate.distribute(self.gate.judge(weights), delivered), *args, **kw)
+        return loaded | delivered if isinstance(loaded, set) else loaded
+
+
+def guard(model: torch.nn.Module, gate: Gate) -> None:
+    """Put a gate before a model's ``load_weights``."""
+    if load_weights := getattr(model, "load_weights", None):
+        model.load_weights = GuardedLoader(gate, load_weights)  # type: ignore[assignment]
+
+
+def gate_of(model: torch.nn.Module) -> Gate:
+    """The gate before a model's ``load_weights``; one that is for no converted checkpoint, where
+    the model was built by something that the plugin does not hook into."""
+    load_weights = getattr(model, "load_weights", None)
+    return load_weights.gate if isinstance(load_weights, GuardedLoader) else Gate(None, {})
+
+
+def _once_marked(
+    weights: Iterable[tuple[str, Any]], converted: ConvertedSection
+) -> Iterator[tuple[str, Any]]:
+    """For a converted model."""
+    waiting: list[tuple[str, Any]] = []
+    marked = False
+    for name, tensor in weights:
+        if _is_marker(name):
+            _check_marker(tensor, converted)
+            marked = True
+            yield from waiting
+            waiting.clear()
+            continue
+        single = _OF_ONE_EXPERT.fullmatch(name)
+        if single and single["layer"] in converted.layers:
+            if marked:
+                raise refusal(
+                    f"{single['layer']} is converted, but the checkpoint also has {name!r}",
+                    CONVERT_AGAIN,
+                )
+            raise refusal(
+                f"{name!r}: these weights are not converted, the model was built for a checkpoint "
+                "that is",
+                "convert them first with fp4moe-convert",
+            )
+        stacked = _STACKED.fullmatch(name)
+        if stacked and stacked["layer"] not in converted.layers:
+            raise refusal(
+                f"{stacked['layer']} is not among config.json's converted layers, but {name!r} is "
+                "among the weights",
+                CONVERT_AGAIN,
+            )
+        if marked:
+            yield name, tensor
+        else:
+            waiting.append((name, tensor))
+    if laid_out := next((name for name, _ in waiting if _STACKED.fullmatch(name)), None):
+        raise refusal(
+            f"{laid_out!r} comes without {MARKER_NAME}, which tells how it is laid out",
+            "load all of a converted folder in one call",
+        )
+    yield from waiting
+
+
+def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """For any other model."""
+    # Stacked tensors alone are no proof: another exporter may give these names to another layout.
+    waiting: list[tuple[str, Any]] = []
+    for name, tensor in weights:
+        if _is_marker(name):
+            raise refusal(
+                "these weights are converted, the model was built for a checkpoint that is not",
+                "start the engine from the converted folder, with its own config.json",
+            )
+        if _STACKED.fullmatch(name):
+            waiting.append((name, tensor))
+        else:
+            yield name, tensor
+    yield from waiting
+
+
+def _is_marker(name: str) -> bool:
+    """A loader may put the name of a part of the model before those of its tensors."""
+    return name == MARKER_NAME or name.endswith(f".{MARKER_NAME}")
+
+
+def _read_marker(shard: Path) -> torch.Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, "pt") as tensors:
+            marker: torch.Tensor = tensors.get_tensor(MARKER_NAME)
+    except (OSError, SafetensorError) as error:
+        raise refusal(f"{shard.name}: {error}") from error
+    return marker
+
+
+def _check_marker(tensor: torch.Tensor, converted: ConvertedSection) -> None:
+    try:
+        found = Marker.decode(tensor.cpu().numpy().tobytes())
+    except FormatError as error:
+        raise refuse_format(error) from error
+    expected = converted.layout.marker
+    if found.row_order != expected.row_order:
+        raise refusal(
+            f"the weights were laid out for the row order {found.row_order}, the model was built "
+            f"for {expected.row_order}",
+            CONVERT_AGAIN,
+        )
+    if found != expected:
+        raise refusal(
+            f"the weights have the layout {found.layout} {found.parameters}, the model was built "
+            f"for {expected.layout} {expected.parameters}",
+            CONVERT_AGAIN,
+        )

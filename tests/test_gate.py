@@ -1,0 +1,253 @@
+"""What a gate lets into a model, whatever the order in which it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fp4moe_convert.errors import ServingError
+from fp4moe_convert.format.contract import ConvertedSection, Geometry, LayoutRecord, Marker
+from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4
+from fp4moe_convert.serving.gate import Gate, Judged, gate_of, guard
+
+pytestmark = pytest.mark.flashinfer  # needs torch
+
+LAYER = "model.layers.1.mlp.experts"
+CONVERTED = ConvertedSection(
+    layout=LayoutRecord(
+        TRTLLM_NVFP4.name, TRTLLM_NVFP4.parameters, TRTLLM_NVFP4.fingerprint, "0.7.2.post1"
+    ),
+    layers={LAYER: Geometry(4, 256, 128), "model.layers.2.mlp.experts": Geometry(4, 256, 128)},
+    source={"quant_method": "modelopt", "quant_algo": "NVFP4"},
+)
+
+Weights = list[tuple[str, torch.Tensor]]
+WEIGHT = torch.zeros(1)
+
+
+def marker(**changes: Any) -> tuple[str, torch.Tensor]:
+    data = replace(CONVERTED.layout.marker, **changes).encode()
+    return "fp4moe.layout", torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+EMBED = ("model.embed_tokens.weight", WEIGHT)
+HEAD = ("lm_head.weight", WEIGHT)
+STACKED = (f"{LAYER}.w13_weight", WEIGHT)
+OTHER_STACKED = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
+SINGLE = (f"{LAYER}.0.gate_proj.weight", WEIGHT)
+
+CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, HEAD]
+ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
+
+
+class Model(torch.nn.Module):
+    """Takes note of what it is given."""
+
+    def __init__(self, converted: ConvertedSection | None) -> None:
+        super().__init__()
+        self.given: list[str] = []
+        self.delivered: list[str] = []
+        guard(self, Gate(converted, {LAYER: self._deliver} if converted else {}))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, _ in weights:
+            self.given.append(name)
+        return set(self.given)
+
+    def _deliver(self, leaf: str, _tensor: torch.Tensor) -> str:
+        self.delivered.append(leaf)
+        return f"{LAYER}.parameters.{leaf}"
+
+    @property
+    def untouched(self) -> bool:
+        return not self.given and not self.delivered
+
+
+def as_iterator(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from weights
+
+
+def test_tensors_of_converted_layers_go_to_their_layers_and_others_to_the_model() -> None:
+    model = Model(CONVERTED)
+    loaded = model.load_weights([marker(), *CONVERTED_WEIGHTS])
+    assert model.given == [EMBED[0], HEAD[0]]
+    assert model.delivered == ["w13_weight"]  # layer 2 is another process's
+    assert loaded == {EMBED[0], HEAD[0], f"{LAYER}.parameters.w13_weight"}
+
+
+@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS])))
+@pytest.mark.parametrize("form", [list, tuple, as_iterator])
+def test_any_order_will_do(order: tuple[Any, ...], form: Any) -> None:
+    model = Model(CONVERTED)
+    model.load_weights(form(order))
+    assert sorted(model.given) == sorted([EMBED[0], HEAD[0]])
+    assert model.delivered == ["w13_weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 1}, "fp4moe.layout: format version is 1, .* knows 2; convert again"),
+        ({"format_version": 3}, "fp4moe.layout: format version is 3, .*; install a newer"),
+        ({"row_order": "xxh3_128:00"}, "row order xxh3_128:00, the model was built for xxh3_128:2"),
+        ({"layout": "cutlass"}, "have the layout cutlass .*, the model was built for trtllm_nvfp4"),
+        ({"parameters": {"epilogue_tile_m": 64}}, "layout trtllm_nvfp4 .*64.* built for .*128"),
+    ],
+)
+@pytest.mark.parametrize("place", range(len(CONVERTED_WEIGHTS) + 1))
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_another_marker_is_refused_before_anything_changes(
+    changes: dict[str, Any], message: str, place: int, form: Any
+) -> None:
+    weights = list(CONVERTED_WEIGHTS)
+    weights.insert(place, marker(**changes))
+    model = Model(CONVERTED)
+    with pytest.raises(ServingError, match=rf"^fp4moe: .*{message}.*, or serve the original"):
+        model.load_weights(form(weights))
+    assert model.untouched
+
+
+@pytest.mark.parametrize("order", list(permutations(CONVERTED_WEIGHTS)))
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_stacked_tensors_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
+    model = Model(CONVERTED)
+    with pytest.raises(ServingError, match=r"comes without fp4moe\.layout"):
+        model.load_weights(form(order))
+    assert model.untouched
+
+
+@pytest.mark.parametrize("order", list(permutations(ORIGINAL_WEIGHTS)))
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_a_converted_model_refuses_an_original(order: tuple[Any, ...], form: Any) -> None:
+    model = Model(CONVERTED)
+    with pytest.raises(ServingError, match=r"not converted, .*; convert them first with fp4moe-"):
+        model.load_weights(form(order))
+    assert model.untouched
+
+
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_a_converted_model_takes_what_is_not_of_its_experts(form: Any) -> None:
+    """As of an update of single weights."""
+    model = Model(CONVERTED)
+    model.load_weights(
+        form([EMBED, HEAD, ("model.layers.61.mlp.experts.0.up_proj.weight", WEIGHT)])
+    )
+    assert len(model.given) == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (SINGLE, f"{LAYER} is converted, but the checkpoint also has '{SINGLE[0]}'; convert "),
+        (
+            ("model.layers.5.mlp.experts.w2_weight", WEIGHT),
+            "layers.5.mlp.experts is not among config.json's converted layers, but 'model.layers.5",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_two_is_refused(extra: Any, message: str) -> None:
+    model = Model(CONVERTED)
+    with pytest.raises(ServingError, match=message):
+        model.load_weights([marker(), *CONVERTED_WEIGHTS, extra])
+    assert model.untouched
+
+
+@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS])))
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_any_other_model_refuses_converted_weights(order: tuple[Any, ...], form: Any) -> None:
+    model = Model(None)
+    with pytest.raises(ServingError, match="weights are converted, the model was built for a chec"):
+        model.load_weights(form(order))
+    assert form is as_iterator or model.untouched
+    assert not any(".w13_" in name or ".w2_" in name for name in model.given)
+
+
+@pytest.mark.parametrize("form", [list, as_iterator])
+def test_any_other_model_takes_everything_else(form: Any) -> None:
+    """Stacked tensors without a marker too: they may be another exporter's."""
+    model = Model(None)
+    model.load_weights(form([EMBED, SINGLE, STACKED, HEAD]))
+    assert sorted(model.given) == sorted([EMBED[0], SINGLE[0], STACKED[0], HEAD[0]])
+
+
+def test_a_marker_may_have_a_prefix() -> None:
+    name, tensor = marker()
+    model = Model(CONVERTED)
+    model.load_weights([(f"language_model.{name}", tensor), STACKED])
+    assert model.delivered == ["w13_weight"]
+
+
+def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
+    gate = gate_of(Model(CONVERTED))
+    judged = gate.judge(as_iterator([marker(), STACKED]))
+    assert gate.judge(judged) is judged
+    with pytest.raises(ServingError):
+        gate.judge(as_iterator([EMBED, marker(row_order="xxh3_128:00")]))
+    assert list(gate.judge(iter(()))) == []
+
+
+@pytest.mark.parametrize(
+    ("converted", "weights", "refused"),
+    [
+        (CONVERTED, [marker(), *CONVERTED_WEIGHTS], False),
+        (CONVERTED, [marker(row_order="xxh3_128:00"), *CONVERTED_WEIGHTS], True),
+        (CONVERTED, CONVERTED_WEIGHTS, True),
+        (CONVERTED, ORIGINAL_WEIGHTS, True),
+        (None, [marker(), *CONVERTED_WEIGHTS], True),
+        (None, ORIGINAL_WEIGHTS, False),
+    ],
+)
+def test_a_folder_is_judged_by_its_index(
+    tmp_path: Path, converted: ConvertedSection | None, weights: Weights, refused: bool
+) -> None:
+    model = Model(converted)
+    save_file({name: tensor.clone() for name, tensor in weights}, tmp_path / "a.safetensors")
+    gate_of(model).check_folder(str(tmp_path))  # no index: it says nothing
+    index = {"weight_map": {name: "a.safetensors" for name, _ in weights}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if refused:
+        with pytest.raises(ServingError):
+            gate_of(model).check_folder(str(tmp_path))
+    else:
+        gate_of(model).check_folder(str(tmp_path))
+    assert model.untouched
+
+
+@pytest.mark.parametrize("index", [b"", b"[]", b"{}", b'{"weight_map": 1}', b"\xff"])
+def test_an_index_that_is_none_says_nothing(tmp_path: Path, index: bytes) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
+    gate_of(Model(CONVERTED)).check_folder("an/id-of-the-hub")
+
+
+@pytest.mark.parametrize("content", [None, b"no safetensors"])
+def test_a_marker_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.safetensors").write_bytes(content)
+    index = {"weight_map": {"fp4moe.layout": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ServingError, match=r"^fp4moe: a\.safetensors: "):
+        gate_of(Model(None)).check_folder(str(tmp_path))
+
+
+def test_a_model_that_nothing_guards_has_a_gate_of_its_own() -> None:
+    gate = gate_of(torch.nn.Linear(1, 1))
+    assert (gate.converted, gate.layers) == (None, {})
+
+
+def test_sglang_finds_the_function_behind_the_method() -> None:
+    assert Model(None).load_weights.__func__ is Model.load_weights  # type: ignore[attr-defined]
+
+
+def test_the_marker_of_a_section_says_what_the_section_says() -> None:
+    _, tensor = marker()
+    assert Marker.decode(tensor.numpy().tobytes()) == CONVERTED.layout.marker
+    assert isinstance(gate_of(Model(None)).judge([]), Judged)

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Load a tiny model of each family through stock SGLang: originals, and converted ones by mistake.
+"""Load a tiny model of each family through SGLang: originals, converted ones, and by mistake.
 
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
         tests/engines/sglang_zoo.py [RESULTS_JSON]
 
-`test_sglang_zoo.py` runs it in SGLang's environment, as `sglang_driver` is run. No plugin is
-loaded. The mistake is the original's config.json in a converted folder: SGLang then takes the
-tensors for the original's. It has to stop, because weights that no loader has set, or that are
-laid out for another kernel, do not crash, they answer nonsense.
+`test_sglang_zoo.py` runs it in SGLang's environment, as `sglang_driver` is run. First without any
+plugin, then with this project's:
 
-Parameters that a loader has not set show, because torch fills what it allocates with NaN and 255.
+- An original is loaded, and a loader sets all of it. What it does not set shows, because torch
+  fills what it allocates with NaN and 255.
+- The mistake is the original's config.json in a converted folder: SGLang then takes the tensors for
+  the original's. It has to stop, because weights that no loader has set, or that are laid out for
+  another kernel, do not crash, they answer nonsense.
+- A converted checkpoint is served as its original is: every tensor of the model is the same.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import sglang_driver
-from sglang_driver import Setup, load, start_sglang
+from sglang_driver import Setup, differences, held, load, start_sglang
 from support import model_zoo
 from support.cpu_engines import sglang_cpu
+
+# --- what SGLang's models do ----------------------------------------------------------------------
 
 SHARED = r"^(model\.embed_tokens|lm_head)\."
 """A draft model gets these from its target."""
@@ -48,49 +52,73 @@ no ignore list applies, and its lm_head, which is the embedding, becomes NVFP4."
 NOT_CONVERTED = ("nemotron_h",)
 """Its experts have no gate."""
 
-BACKEND = "qwen3_moe-nvfp4-head, Transformers backend"
-"""`--model-impl transformers` replaces SGLang's own model class, whatever the family."""
+NOT_SERVED = {
+    "mixtral": "SGLang's QuantMixtralForCausalLM has no fused MoE layer",
+    "hunyuan_v1_moe": "SGLang's HunYuanMoEV1ForCausalLM has no fused MoE layer",
+}
 
 STOPS = (
     r"TypeError: FusedMoE\.weight_loader\(\) missing 3 required positional arguments"
     r"|KeyError: .*fp4moe\.layout"
     r"|ValueError: No module or parameter named 'model\.fp4moe'"
 )
-"""Stacked experts reach a function that wants to know which expert; or the marker is refused.
-Which comes first is nobody's promise."""
+"""Without the plugin, stacked experts reach a function that wants to know which expert; or the
+marker is refused. Which comes first is nobody's promise."""
 
 PASSES_BY = {
     "mixtral": "a class without fused experts ignores names that it does not know",
     "minimax_m3_text": "a loader that logs what goes wrong, and goes on",
 }
-"""Families whose loader does not stop."""
+"""Families whose loader does not stop without the plugin."""
+
+REFUSED = r"ServingError: fp4moe: these weights are converted, the model was built for a checkpoint"
+"""The mistake, with the plugin."""
+
+# --- cases ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """One folder, loaded with one setup."""
+    """A folder, and how it is loaded."""
 
     family: str
+    folder: Literal["original", "mistake", "converted"]
     setup: Setup = field(default_factory=Setup)
-    converted: bool = False
+    plugin: bool = False
     model_impl: str = "auto"
 
 
-CASES = {
-    **{f"{name}: original": Case(name) for name in model_zoo.FAMILIES},
-    **{f"{name}: original's draft": Case(name, Setup(draft=True)) for name in DRAFTS},
-    f"{BACKEND}: original": Case("qwen3_moe-nvfp4-head", model_impl="transformers"),
-    **{
-        f"{name}: converted, {label}": Case(name, setup, converted=True)
-        for name in model_zoo.FAMILIES
-        if name not in NOT_CONVERTED
-        for label, setup in (("tp 2", Setup(tp=2)), ("ep 2", Setup(ep=2)))
-    },
-    f"{BACKEND}: converted": Case(
-        "qwen3_moe-nvfp4-head", converted=True, model_impl="transformers"
-    ),
-}
+SETUPS = {"tp 2": Setup(tp=2), "ep 2": Setup(ep=2)}
+CONVERTED = [name for name in model_zoo.FAMILIES if name not in NOT_CONVERTED]
+# `--model-impl transformers` replaces SGLang's own model class, whatever the family.
+TRANSFORMERS = partial(Case, "qwen3_moe-nvfp4-head", model_impl="transformers")
 
+CASES = {
+    **{f"{name}: original": Case(name, "original") for name in model_zoo.FAMILIES},
+    **{f"{name}: original's draft": Case(name, "original", Setup(draft=True)) for name in DRAFTS},
+    "Transformers backend: original": TRANSFORMERS("original"),
+    **{
+        f"{name}: mistake, {label}": Case(name, "mistake", setup)
+        for name in CONVERTED
+        for label, setup in SETUPS.items()
+    },
+    "Transformers backend: mistake": TRANSFORMERS("mistake"),
+    **{
+        f"{name}: mistake, with the plugin": Case(name, "mistake", plugin=True)
+        for name in CONVERTED
+    },
+    "Transformers backend: mistake, with the plugin": TRANSFORMERS("mistake", plugin=True),
+    **{
+        f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
+        for name in CONVERTED
+        for label, setup in SETUPS.items()
+    },
+    **{
+        f"{name}: converted, draft": Case(name, "converted", Setup(draft=True), plugin=True)
+        for name in DRAFTS
+    },
+    "Transformers backend: converted": TRANSFORMERS("converted", plugin=True),
+}
 
 # --- SGLang on a CPU ------------------------------------------------------------------------------
 
@@ -101,6 +129,19 @@ class Group(sglang_driver.Group):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.device_group = SimpleNamespace(rank=lambda: 0, size=lambda: size)
+
+
+def load_rank(folder: Path, case: Case, tp_rank: int, ep_rank: int) -> Any:
+    """The model of one rank; `model_impl` is what `--model-impl` says."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    init = ModelConfig.__init__
+
+    def with_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs, model_impl=case.model_impl)
+
+    with mock.patch.object(ModelConfig, "__init__", with_implementation):
+        return load(folder, case.setup, tp_rank, ep_rank)
 
 
 def unset(model: Any) -> list[str]:
@@ -120,6 +161,8 @@ def holds_fill(value: Any) -> bool:
 
 # --- the run --------------------------------------------------------------------------------------
 
+Outcome = tuple[bool, str]
+
 
 class Run:
     """All cases, each with a folder of its own: SGLang caches configs by path, and changes them."""
@@ -127,41 +170,57 @@ class Run:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.results: dict[str, dict[str, Any]] = {}
+        self.stock: dict[str, list[dict[str, Any]]] = {}
+        """For each case that is compared, what every rank holds of the original."""
 
     def __call__(self) -> None:
+        from sglang.srt.plugins import load_plugins
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         for name in model_zoo.FAMILIES:
             self.make(name)
         for name, case in CASES.items():
-            passed, detail = (self.stops if case.converted else self.loads)(name, case)
-            self.results[name] = {"passed": passed, "detail": detail}
-            print(f"{name:52} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
+            if not case.plugin:
+                self.record(name, case)
+            elif case.folder == "converted" and case.family not in NOT_SERVED:
+                ranks = self.ranks(f"{name}, stock", case, "original")
+                self.stock[name] = [held(load_model()) for load_model in ranks]
         assert not HookRegistry._hooks, "there is a plugin"
+        load_plugins()
+        for name, case in CASES.items():
+            if case.plugin:
+                self.record(name, case)
 
     def make(self, family: str) -> None:
-        """Write the original, and the converted one under the original's config.json."""
+        """Write the original, the converted one, and that under the original's config.json."""
         from fp4moe_convert.conversion import convert
 
-        original, converted = self.work / family / "original", self.work / family / "converted"
+        original, converted, mistake = (
+            self.work / family / folder for folder in ("original", "converted", "mistake")
+        )
         model_zoo.make(original, family)
-        if family not in NOT_CONVERTED:
-            convert(original, converted, direct_io=False)
-            shutil.copy(original / "config.json", converted)
+        if family in NOT_CONVERTED:
+            return
+        convert(original, converted, direct_io=False)
+        shutil.copytree(converted, mistake)
+        shutil.copy(original / "config.json", mistake)
 
-    def ranks(self, name: str, case: Case) -> Iterator[Callable[[], Any]]:
+    def record(self, name: str, case: Case) -> None:
+        check = {"original": self.loads, "mistake": self.stops, "converted": self.serves}
+        passed, detail = check[case.folder](name, case)
+        self.results[name] = {"passed": passed, "detail": detail}
+        print(f"{name:46} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
+
+    def ranks(self, name: str, case: Case, folder: str) -> list[Callable[[], Any]]:
         """For each rank, what loads its model."""
-        folder = self.work / re.sub(r"\W", "_", name)
-        kind = "converted" if case.converted else "original"
-        shutil.copytree(self.work / case.family / kind, folder)
-        for tp_rank, ep_rank in case.setup.ranks():
-            with implementation(case.model_impl):
-                yield partial(load, folder, case.setup, tp_rank, ep_rank)
+        own = self.work / re.sub(r"\W", "_", name)
+        shutil.copytree(self.work / case.family / folder, own)
+        return [partial(load_rank, own, case, *rank) for rank in case.setup.ranks()]
 
-    def loads(self, name: str, case: Case) -> tuple[bool, str]:
-        """An original is loaded, and all of it is set."""
+    def loads(self, name: str, case: Case) -> Outcome:
+        """Every rank loads, and all that it holds is set."""
         expected = SHARED if case.setup.draft else UNSET.get(case.family, r"$^")
-        for load_model in self.ranks(name, case):
+        for load_model in self.ranks(name, case, case.folder):
             try:
                 model = load_model()
             except Exception as error:
@@ -171,35 +230,39 @@ class Run:
                 return False, f"not set: {left}"
         return True, type(model).__name__
 
-    def stops(self, name: str, case: Case) -> tuple[bool, str]:
+    def stops(self, name: str, case: Case) -> Outcome:
         """Every rank stops; or, of a family that passes by, every one is left without experts."""
-        for load_model in self.ranks(name, case):
+        passes_by = case.family in PASSES_BY and not case.plugin
+        for load_model in self.ranks(name, case, case.folder):
             try:
                 model = load_model()
             except Exception as error:
-                outcome, expected = one_line(error), case.family not in PASSES_BY
-                expected = expected and re.match(STOPS, outcome) is not None
+                outcome = one_line(error)
+                pattern = REFUSED if case.plugin else STOPS
+                expected = not passes_by and re.match(pattern, outcome) is not None
             else:
                 experts = [parameter for parameter in unset(model) if ".experts." in parameter]
                 outcome = f"was loaded, {len(experts)} parameters of experts are not set"
-                expected = case.family in PASSES_BY and len(experts) > 0
+                expected = passes_by and len(experts) > 0
             if not expected:
                 return False, outcome
         return True, outcome
 
-
-@contextmanager
-def implementation(model_impl: str) -> Iterator[None]:
-    """What `--model-impl` does."""
-    from sglang.srt.configs.model_config import ModelConfig
-
-    init = ModelConfig.__init__
-
-    def with_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs, model_impl=model_impl)
-
-    with mock.patch.object(ModelConfig, "__init__", with_implementation):
-        yield
+    def serves(self, name: str, case: Case) -> Outcome:
+        """Every rank holds what it holds of the original; or says that the model is not known."""
+        refusal = NOT_SERVED.get(case.family)
+        ranks = self.ranks(name, case, case.folder)
+        values = 0
+        for rank, load_model in enumerate(ranks):
+            try:
+                own = held(load_model())
+            except Exception as error:
+                outcome = one_line(error)
+                return refusal is not None and f"fp4moe: {refusal}" in outcome, outcome
+            if found := differences(self.stock[name][rank], own):
+                return False, f"rank {rank}: {found} differ"
+            values += len(own)
+        return refusal is None, f"{len(ranks)} ranks, {values} values equal"
 
 
 def one_line(error: Exception) -> str:

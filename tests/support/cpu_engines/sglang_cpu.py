@@ -136,3 +136,10 @@ def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
         pp_size=1,
         pp_rank=0,
     )
+
+
+def more_models() -> None:
+    """What further models want: the Transformers backend asks which accelerator there is."""
+    from sglang.srt.models import transformers
+
+    transformers.get_device = lambda: "cpu"

@@ -226,13 +226,21 @@ def _groups(checkpoint: Checkpoint, layers: Sequence[MoeLayer], layout: Layout) 
             elif layer.prefix not in done:
                 done.add(layer.prefix)
                 tensors = layout.tensors(layer.prefix, layer.geometry)
-                yield _Group(tensors, tuple(layout.moves(layer)))
+                yield _Group((*tensors, _stop(layer)), tuple(layout.moves(layer)))
 
 
 def _marker(layout: Layout) -> _Group:
     data = Marker(FORMAT_VERSION, layout.name, layout.parameters, layout.fingerprint).encode()
     spec = TensorSpec(MARKER_NAME, "U8", (len(data),))
     return _Group((spec,), (Move(spec.name, 0, len(data), (), _Constant(data)),))
+
+
+def _stop(layer: MoeLayer) -> TensorSpec:
+    """An empty tensor under a name of the source's. An engine that can load the source has a
+    parameter for this name, in which nothing of this size fits; some pass over every name that they
+    do not know, the marker's and the layer's. Not gate: a tensor that is cut along the rows may
+    broadcast."""
+    return TensorSpec(layer.family.tensor_name(layer.prefix, (0, "down", "weight")), "U8", (0,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,12 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.converted_layer import LEAVES, ConvertedLayer, check_taken_over
+from fp4moe_convert.serving.converted_layer import (
+    LEAVES,
+    ConvertedLayer,
+    check_taken_over,
+    converted_layer_of,
+)
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.serving.slices import copy_share, runs
 
@@ -335,6 +340,49 @@ def test_a_parameter_is_known_by_being_the_same_object(layer: ConvertedLayer) ->
         assert layer.leaf_of(holder, getattr(holder, leaf)) == leaf
 
 
+# --- which layer a module is ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "converted", "expected"),
+    [
+        # As SGLang and vLLM call the modules of DeepSeek, Kimi-K2.5, Gemma 4, MiniMax-M2, Mixtral,
+        # Nemotron-H, and a draft.
+        ("model.layers.3.mlp.experts", ["model.layers.3.mlp.experts"], 0),
+        ("model.layers.3.mlp.experts", ["language_model.layers.3.mlp.experts"], 0),
+        ("language_model.model.layers.3.mlp.experts", ["language_model.layers.3.mlp.experts"], 0),
+        ("model.layers.3.moe.experts", ["model.language_model.layers.3.experts"], 0),
+        ("model.layers.3.mlp.experts", ["model.layers.3.block_sparse_moe.experts"], 0),
+        ("layers.3.block_sparse_moe.experts", ["model.layers.3.block_sparse_moe.experts"], 0),
+        ("model.layers.3.mixer.experts", ["backbone.layers.3.mixer.experts"], 0),
+        ("draft_model.model.layers.3.mlp.experts", ["model.layers.3.mlp.experts"], 0),
+        # Another layer, none, and one of multi-token prediction.
+        ("model.layers.3.mlp.experts", ["model.layers.2.mlp.experts"], None),
+        ("model.layers.61.mlp.experts", ["model.layers.6.mlp.experts"], None),
+        ("", ["model.layers.3.mlp.experts"], None),
+        ("model.decoder.mlp.experts", ["model.layers.3.mlp.experts"], None),
+        ("mtp.layers.0.mlp.experts", ["model.layers.0.mlp.experts"], None),
+        # Two decoders.
+        ("talker.layers.3.mlp.experts", ["thinker.layers.3.mlp.experts"] * 2, None),
+        (
+            "model.thinker.layers.3.x.experts",
+            ["a.layers.3.x.experts", "thinker.layers.3.x.experts"],
+            1,
+        ),
+        (
+            "thinker.layers.3.x.experts",
+            ["a.layers.3.x.experts", "model.thinker.layers.3.x.experts"],
+            1,
+        ),
+    ],
+)
+def test_a_module_is_known_by_the_number_of_its_layer(
+    module: str, converted: list[str], expected: int | None
+) -> None:
+    found = converted_layer_of(module, converted)
+    assert found == (None if expected is None else converted[expected])
+
+
 # --- layers that are not taken over ---------------------------------------------------------------
 
 
@@ -378,6 +426,6 @@ def test_a_decoder_layer_that_is_here_must_be_taken_over(
     if passed_by is None:
         check()
     else:
-        words = rf"vLLM's Module has no fused MoE layer for {passed_by}; the plugin does not know "
+        words = rf"vLLM's Module has no fused MoE layer with NVFP4 experts for {passed_by}; the "
         with pytest.raises(ServingError, match=words):
             check()

@@ -44,7 +44,9 @@ STACKED = (f"{LAYER}.w13_weight", WEIGHT)
 OTHER_STACKED = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
 SINGLE = (f"{LAYER}.0.gate_proj.weight", WEIGHT)
 
-CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, HEAD]
+STOP = (f"{LAYER}.0.down_proj.weight", torch.zeros(0, dtype=torch.uint8))
+
+CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, STOP, HEAD]
 ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
 
 
@@ -83,7 +85,7 @@ def test_tensors_of_converted_layers_go_to_their_layers_and_others_to_the_model(
     assert loaded == {EMBED[0], HEAD[0], f"{LAYER}.parameters.w13_weight"}
 
 
-@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS])))
+@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS]))[::7])
 @pytest.mark.parametrize("form", [list, tuple, as_iterator])
 def test_any_order_will_do(order: tuple[Any, ...], form: Any) -> None:
     model = Model(CONVERTED)
@@ -160,7 +162,7 @@ def test_a_checkpoint_that_is_two_is_refused(extra: Any, message: str) -> None:
     assert model.untouched
 
 
-@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS])))
+@pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS]))[::7])
 @pytest.mark.parametrize("form", [list, as_iterator])
 def test_any_other_model_refuses_converted_weights(order: tuple[Any, ...], form: Any) -> None:
     model = Model(None)

@@ -13,12 +13,33 @@ import torch
 
 from ..format.contract import Geometry, TensorSpec
 from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
-from ..source.names import layer_number
+from ..source.names import is_mtp_by_name, layer_number
 from .checks import CONVERT_AGAIN, refusal
 from .slices import copy_share
 
 LEAVES = LayerTensors._fields
 """Names of the parameters, in the file and in the engines."""
+
+
+def converted_layer_of(module: str, converted: Collection[str]) -> str | None:
+    """Which converted layer a module with experts is, whatever an engine calls it: models leave out
+    the first parts of a name, put others before it, and rename what lies between. The number of the
+    layer stays, and a decoder has one set of experts for each.
+
+    Args:
+        module: its name in the engine.
+        converted: prefixes of the checkpoint's converted layers.
+
+    Returns:
+        One of them; None if it is none of them, or the name does not tell.
+    """
+    number = layer_number(module)
+    if number is None or is_mtp_by_name(module):
+        return None
+    same = [prefix for prefix in converted if layer_number(prefix) == number]
+    if len(same) > 1:  # two decoders in one model
+        same = [p for p in same if f".{p}".endswith(f".{module}") or module.endswith(f".{p}")]
+    return same[0] if len(same) == 1 else None
 
 
 class ConvertedLayer:
@@ -137,6 +158,6 @@ def check_taken_over(
     for prefix in converted:
         if prefix not in taken_over and layer_number(prefix) in here:
             raise refusal(
-                f"{engine}'s {type(model).__name__} has no fused MoE layer for {prefix}; the "
-                "plugin does not know this model"
+                f"{engine}'s {type(model).__name__} has no fused MoE layer with NVFP4 experts for "
+                f"{prefix}; the plugin does not know this model"
             )

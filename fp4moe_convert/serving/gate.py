@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum, auto
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,7 @@ from .checks import CONVERT_AGAIN, refusal, refuse_format
 if TYPE_CHECKING:
     import torch
 
-_STACKED = re.compile(
-    rf"(?P<layer>.*\.experts)\.(?P<leaf>{'|'.join(LayerTensors._fields)})", re.DOTALL
-)
+_STACKED = re.compile(rf"(?P<layer>.*\.experts)\.(?:{'|'.join(LayerTensors._fields)})", re.DOTALL)
 _OF_ONE_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.[0-9]+\..*", re.DOTALL)
 
 Deliver = Callable[[str, "torch.Tensor"], str]
@@ -82,10 +81,11 @@ class Gate:
             files = dict(index["weight_map"])
         except (OSError, ValueError, KeyError, TypeError):
             return
-        names: list[tuple[str, Any]] = [(name, None) for name in files if name != MARKER_NAME]
         if MARKER_NAME in files:
-            names.insert(0, (MARKER_NAME, _read_marker(Path(folder) / files[MARKER_NAME])))
-        self.judge(names)
+            self.judge([(MARKER_NAME, _read_marker(Path(folder) / files[MARKER_NAME]))])
+        else:
+            names: list[Any] = [(name, None) for name in files]
+            self.judge(names)
 
     def distribute(self, judged: Judged, delivered: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Take the tensors of converted layers to their layers, and leave the others.
@@ -94,12 +94,14 @@ class Gate:
             judged: by `judge`.
             delivered: is given the names, in the model, of the parameters that were loaded.
         """
+        if self.converted is None:
+            yield from judged
         for name, tensor in judged:
-            stacked = _STACKED.fullmatch(name) if self.converted is not None else None
-            if stacked is None:
+            kind, layer = _kind(name, tensor)
+            if kind is not _Kind.STACKED:
                 yield name, tensor
-            elif deliver := self.layers.get(stacked["layer"]):
-                delivered.add(deliver(stacked["leaf"], tensor))
+            elif deliver := self.layers.get(layer):
+                delivered.add(deliver(name.removeprefix(f"{layer}."), tensor))
 
 
 class Judged(Iterator[tuple[str, "torch.Tensor"]]):
@@ -141,6 +143,32 @@ def gate_of(model: torch.nn.Module) -> Gate:
     return load_weights.gate if isinstance(load_weights, GuardedLoader) else Gate(None, {})
 
 
+class _Kind(Enum):
+    """What a tensor is in a checkpoint."""
+
+    MARKER = auto()
+    STACKED = auto()
+    """Of all experts of a converted layer, or so it seems."""
+    STOP = auto()
+    """Empty: it stops engines without the plugin."""
+    SINGLE = auto()
+    """Of one expert."""
+    OTHER = auto()
+
+
+def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
+    """What a tensor is, and of which layer's experts."""
+    # A loader may put the name of a part of the model before those of its tensors.
+    if name == MARKER_NAME or name.endswith(f".{MARKER_NAME}"):
+        return _Kind.MARKER, ""
+    if stacked := _STACKED.fullmatch(name):
+        return _Kind.STACKED, stacked["layer"]
+    if single := _OF_ONE_EXPERT.fullmatch(name):
+        is_empty = tensor is not None and not tensor.numel()
+        return _Kind.STOP if is_empty else _Kind.SINGLE, single["layer"]
+    return _Kind.OTHER, ""
+
+
 def _once_marked(
     weights: Iterable[tuple[str, Any]], converted: ConvertedSection
 ) -> Iterator[tuple[str, Any]]:
@@ -148,40 +176,40 @@ def _once_marked(
     waiting: list[tuple[str, Any]] = []
     marked = False
     for name, tensor in weights:
-        if _is_marker(name):
-            _check_marker(tensor, converted)
-            marked = True
-            yield from waiting
-            waiting.clear()
-            continue
-        single = _OF_ONE_EXPERT.fullmatch(name)
-        if single and single["layer"] in converted.layers:
-            if marked:
+        match _kind(name, tensor):
+            case _Kind.MARKER, _:
+                _check_marker(tensor, converted)
+                marked = True
+                yield from waiting
+                waiting.clear()
+            case _Kind.STACKED | _Kind.STOP, layer if layer not in converted.layers:
                 raise refusal(
-                    f"{single['layer']} is converted, but the checkpoint also has {name!r}",
+                    f"{layer} is not among config.json's converted layers, but {name!r} is among "
+                    "the weights",
                     CONVERT_AGAIN,
                 )
+            case _Kind.STOP, _:
+                pass
+            case _Kind.SINGLE, layer if layer in converted.layers and marked:
+                raise refusal(
+                    f"{layer} is converted, but the checkpoint also has {name!r}", CONVERT_AGAIN
+                )
+            case _Kind.SINGLE, layer if layer in converted.layers:
+                raise refusal(
+                    f"{name!r}: these weights are not converted, the model was built for a "
+                    "checkpoint that is",
+                    "convert them first with fp4moe-convert",
+                )
+            case _ if marked:
+                yield name, tensor
+            case _:
+                waiting.append((name, tensor))
+    for name, tensor in waiting:
+        if _kind(name, tensor)[0] is _Kind.STACKED:
             raise refusal(
-                f"{name!r}: these weights are not converted, the model was built for a checkpoint "
-                "that is",
-                "convert them first with fp4moe-convert",
+                f"{name!r} comes without {MARKER_NAME}, which tells how it is laid out",
+                "load all of a converted folder in one call",
             )
-        stacked = _STACKED.fullmatch(name)
-        if stacked and stacked["layer"] not in converted.layers:
-            raise refusal(
-                f"{stacked['layer']} is not among config.json's converted layers, but {name!r} is "
-                "among the weights",
-                CONVERT_AGAIN,
-            )
-        if marked:
-            yield name, tensor
-        else:
-            waiting.append((name, tensor))
-    if laid_out := next((name for name, _ in waiting if _STACKED.fullmatch(name)), None):
-        raise refusal(
-            f"{laid_out!r} comes without {MARKER_NAME}, which tells how it is laid out",
-            "load all of a converted folder in one call",
-        )
     yield from waiting
 
 
@@ -190,21 +218,17 @@ def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
     # Stacked tensors alone are no proof: another exporter may give these names to another layout.
     waiting: list[tuple[str, Any]] = []
     for name, tensor in weights:
-        if _is_marker(name):
-            raise refusal(
-                "these weights are converted, the model was built for a checkpoint that is not",
-                "start the engine from the converted folder, with its own config.json",
-            )
-        if _STACKED.fullmatch(name):
-            waiting.append((name, tensor))
-        else:
-            yield name, tensor
+        match _kind(name, tensor):
+            case _Kind.MARKER, _:
+                raise refusal(
+                    "these weights are converted, the model was built for a checkpoint that is not",
+                    "start the engine from the converted folder, with its own config.json",
+                )
+            case ((_Kind.STACKED | _Kind.STOP), _):
+                waiting.append((name, tensor))
+            case _:
+                yield name, tensor
     yield from waiting
-
-
-def _is_marker(name: str) -> bool:
-    """A loader may put the name of a part of the model before those of its tensors."""
-    return name == MARKER_NAME or name.endswith(f".{MARKER_NAME}")
 
 
 def _read_marker(shard: Path) -> torch.Tensor:

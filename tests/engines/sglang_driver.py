@@ -524,7 +524,7 @@ REFUSED = {
         tensors=lambda all_: all_ | {f"{LAYER}.w2_weight": all_[f"{LAYER}.w2_weight"][:7].clone()},
     ),
     "model without fused experts": Refused(
-        "SGLang's QuantMixtralForCausalLM has no fused MoE layer for model.layers.0",
+        "SGLang's QuantMixtralForCausalLM has no fused MoE layer with NVFP4 experts for model.lay",
         checkpoint="mixtral",
     ),
     "layer not among the converted": Refused(
@@ -532,7 +532,7 @@ REFUSED = {
         section=lambda section: section["layers"].pop(LAYER),
     ),
     "layer excluded from NVFP4": Refused(
-        f"{LAYER} is not NVFP4",
+        f"SGLang's Qwen3MoeForCausalLM has no fused MoE layer with NVFP4 experts for {LAYER}",
         section=lambda section: section["source"]["ignore"].append(LAYER),
     ),
     "another number of experts": Refused(

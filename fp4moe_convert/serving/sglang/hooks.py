@@ -29,13 +29,12 @@ engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ServingError
 from ...format.contract import FORMAT_VERSION, QUANT_METHOD, ConvertedSection, Geometry
-from ...source.names import layer_number
 from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
 from ..gate import Deliver, Gate, gate_of, guard
 from . import SGLANG
@@ -296,7 +295,7 @@ def _engine_classes() -> Callable[..., Any]:
     )
     from sglang.srt.layers.utils import copy_or_rebind_param
 
-    from ..converted_layer import ConvertedLayer
+    from ..converted_layer import ConvertedLayer, converted_layer_of
 
     # FusedMoE looks for "ModelOpt" in the name to tell per-tensor scales from block scales.
     class ConvertedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):
@@ -395,27 +394,11 @@ def _engine_classes() -> Callable[..., Any]:
 
         def get_quant_method(self, layer: Any, prefix: str) -> Any:
             stock = super().get_quant_method(layer, prefix)
-            if not isinstance(layer, FusedMoE):
+            if type(stock) is not ModelOptNvFp4FusedMoEMethod or not isinstance(layer, FusedMoE):
                 return stock
-            own = _converted_layer(prefix, self.converted.layers)
+            own = converted_layer_of(prefix, self.converted.layers)
             if own is None:
                 return stock
-            # A layer that only one side takes for NVFP4 would be left with unset weights.
-            if type(stock) is not ModelOptNvFp4FusedMoEMethod:
-                raise refusal(
-                    f"SGLang's {prefix} is not NVFP4; the plugin does not know this model"
-                )
             return ConvertedModelOptNvFp4FusedMoEMethod(self, own, self.converted.layers[own])
 
     return ConvertedModelOptFp4Config
-
-
-def _converted_layer(prefix: str, converted: Collection[str]) -> str | None:
-    """Which converted layer a module of SGLang's is, by its name and that in the checkpoint."""
-    # Models may leave out the first parts of a name, as Mixtral's does "model.".
-    if own := next((p for p in converted if f".{p}".endswith(f".{prefix}")), None):
-        return own
-    # Or they rename some of them. A decoder layer has one set of experts.
-    number = layer_number(prefix)
-    same = [p for p in converted if layer_number(p) == number]
-    return same[0] if number is not None and len(same) == 1 else None

@@ -51,7 +51,7 @@ from ...format.contract import (
 )
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
-from ..converted_layer import ConvertedLayer, check_taken_over
+from ..converted_layer import ConvertedLayer, check_taken_over, converted_layer_of
 from ..gate import Deliver, Gate, gate_of, guard
 from . import VLLM
 
@@ -59,10 +59,6 @@ TESTED = ("0.33.*",)
 METHOD = "modelopt_fp4"
 
 logger = init_logger("vllm.fp4moe")  # vLLM prints what is logged below its own name
-
-
-DRAFT = "draft_model."
-"""vLLM puts this before the module names of a whole model that serves as a draft."""
 
 
 @cache  # a process may be told to load its plugins more than once
@@ -173,8 +169,6 @@ class ConvertedConfig(ModelOptNvFp4Config):
     """The source's quantization, and the layers that are converted."""
 
     converted: ConvertedSection
-    layers: dict[str, str]
-    """The converted ones: by their names in vLLM, their prefixes in the checkpoint."""
     row_order_checked: bool
 
     @classmethod
@@ -207,28 +201,26 @@ class ConvertedConfig(ModelOptNvFp4Config):
         except ValueError as error:
             raise refusal(f"vLLM cannot read the source's quantization: {error}") from error
         self.converted = converted
-        self.layers = {prefix: prefix for prefix in converted.layers}
         self.row_order_checked = False
         return self
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        super().apply_vllm_mapper(hf_to_vllm_mapper)
-        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
-
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        own = self.layers.get(prefix.removeprefix(DRAFT))
+        own = converted_layer_of(prefix, self.converted.layers)
         if own is None or not isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
-        if not self.row_order_checked:
-            check_row_order(self.converted, engine="vLLM")
-            warn_if_untested("vLLM", vllm.__version__, TESTED)
-            self.row_order_checked = True
         online = self.online_quantization_config
         if online and online.resolve_quant_method_cls(type(layer), prefix):
             raise refusal(
                 f"{own} is laid out already, it cannot be quantized anew",
                 "drop that from --quantization-config",
             )
+        stock = super().get_quant_method(layer, prefix)
+        if type(stock) is not ModelOptNvFp4FusedMoE:
+            return stock
+        if not self.row_order_checked:
+            check_row_order(self.converted, engine="vLLM")
+            warn_if_untested("vLLM", vllm.__version__, TESTED)
+            self.row_order_checked = True
         return ConvertedModelOptMoE(self, layer.moe_config, own)
 
 

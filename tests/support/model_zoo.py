@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .make_checkpoint import (
+    BLOCK,
     Json,
     Spec,
     Tensor,
@@ -322,10 +323,12 @@ FAMILIES: dict[str, Family] = {
             "dense_intermediate_size": 2 * I,
             "hidden_act": "swigluoai",
             "qk_norm_type": "per_head",
+            "partial_rotary_factor": 0.5,
             "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
             "rope_scaling": None,
-            "rope_theta": None,
+            "rope_theta": 5000000.0,
             "swiglu_alpha": 1.702,
+            "swiglu_beta": 1.0,
             "swiglu_limit": 7.0,
         },
         shapes={},
@@ -421,6 +424,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_moe": QWEN3_5,
     "qwen3_next": QWEN3_NEXT,
+    "qwen3_next-nvfp4-mtp": replace(
+        QWEN3_NEXT,
+        # SGLang builds its q_proj, k_proj and v_proj unquantized, whatever the section says.
+        quantized=r"^mtp\.layers\.0\.(self_attn\.o_proj|mlp\.(experts|shared_expert)\.)",
+        ignore=QWEN3_NEXT.ignore[:-1],
+    ),
     "qwen3_vl_moe": Family(
         QWEN,
         {
@@ -726,16 +735,17 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
 
 
 def nvfp4(weight: Tensor) -> Iterator[Tensor]:
-    """The four tensors of a linear layer in NVFP4."""
+    """The four tensors of a linear layer in NVFP4; up has the tensor scales of gate."""
     rows, cols = weight.shape
     module = weight.name.removesuffix(".weight")
-    for leaf, dtype, shape in (
-        ("weight", "U8", (rows, cols // 2)),
-        ("weight_scale", "F8_E4M3", (rows, cols // 16)),
-        ("weight_scale_2", "F32", ()),
-        ("input_scale", "F32", ()),
+    tied = module.replace(".up_proj", ".gate_proj")
+    for leaf, dtype, shape, origin in (
+        ("weight", "U8", (rows, cols // 2), module),
+        ("weight_scale", "F8_E4M3", (rows, cols // BLOCK), module),
+        ("weight_scale_2", "F32", (), tied),
+        ("input_scale", "F32", (), tied),
     ):
-        yield Tensor(f"{module}.{leaf}", dtype, shape, f"{module}.{leaf}")
+        yield Tensor(f"{module}.{leaf}", dtype, shape, f"{origin}.{leaf}")
 
 
 def renamed(family: Family, name: str) -> str:

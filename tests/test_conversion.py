@@ -43,8 +43,12 @@ def test_every_kind_of_source_converts(source: Path, tmp_path: Path) -> None:
     assert report.layers == 2
     before, after = read_tensors(source), read_tensors(out)
     assert (report.tensors_in, report.tensors_out) == (len(before), len(after))
-    taken = {name for name in before if name not in after}
+    stops = {name for name, tensor in after.items() if not tensor.data}
+    taken = {name for name in before if name not in after} | stops
     assert len(taken) == 2 * 4 * 12
+    assert all(name.endswith(".experts.0.down_proj.weight") for name in stops)
+    assert len(stops) == 2
+    assert all((after[name].dtype, after[name].shape) == ("U8", (0,)) for name in stops)
     for name in before.keys() - taken:
         assert after[name].dtype == before[name].dtype, name
         assert after[name].shape == before[name].shape, name

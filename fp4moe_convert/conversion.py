@@ -23,7 +23,7 @@ from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .plan import Plan, make_plan
 from .progress import OnProgress, track
-from .serving.engines import serve_commands, tensor_parallel_sizes
+from .prospects import Prospects, prospects
 from .source.checkpoint import Checkpoint, open_checkpoint
 from .source.quantization import require_nvfp4
 from .storage.buffers import Bytes
@@ -54,14 +54,15 @@ class ConversionReport:
     shards: int
     shards_kept: int
     """Of ``shards``: finished by an earlier run."""
+    other_files: int
+    """Copied as they are: tokenizer, code, whatever lies in sub-folders."""
+    other_bytes: int
+    """Of these."""
     seconds: float
     """Wall time of the conversion, from the first header to the index."""
     peak_rss: int
     """Bytes; of the whole process so far."""
-    tensor_parallel: dict[str, list[int]]
-    """Tensor-parallel sizes that each engine can serve."""
-    serve: dict[str, str]
-    """The command that serves the result, by engine."""
+    prospects: Prospects
     flashinfer: str
     """The FlashInfer release whose row order was written."""
     flashinfer_installed: bool
@@ -76,6 +77,11 @@ class ConversionReport:
     def bytes_per_second(self) -> float:
         return self.bytes_written / self.seconds
 
+    @property
+    def serve(self) -> dict[str, str]:
+        """The command that serves the result, by engine."""
+        return self.prospects.commands(str(self.out_dir))
+
     def as_json(self) -> dict[str, Any]:
         return {
             "out_dir": str(self.out_dir),
@@ -88,10 +94,12 @@ class ConversionReport:
             "bytes_written": self.bytes_written,
             "shards": self.shards,
             "shards_kept": self.shards_kept,
+            "other_files": self.other_files,
+            "other_bytes": self.other_bytes,
             "seconds": round(self.seconds, 3),
             "bytes_per_second": round(self.bytes_per_second),
             "peak_rss_bytes": self.peak_rss,
-            "tensor_parallel": self.tensor_parallel,
+            **self.prospects.as_json(),
             "serve": self.serve,
             "flashinfer": self.flashinfer,
             "flashinfer_installed": self.flashinfer_installed,
@@ -103,6 +111,27 @@ class ConversionReport:
         }
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion will do, from headers and config.json. Nothing has been written."""
+
+    work: Work
+    prospects: Prospects
+    warnings: list[str]
+    """Those that need no tensor."""
+
+    def as_json(self, out_dir: Path) -> dict[str, Any]:
+        """The plan and what else there is to say, if the result lies in ``out_dir``."""
+        return {
+            **self.work.plan.as_json(),
+            "other_files": len(self.work.copied),
+            "other_bytes": sum(self.work.copied.values()),
+            **self.prospects.as_json(),
+            "serve": self.prospects.commands(str(out_dir)),
+            "warnings": self.warnings,
+        }
+
+
 def prepare(
     model_dir: Path, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
 ) -> tuple[Checkpoint, Plan]:
@@ -111,7 +140,17 @@ def prepare(
     Raises:
         CheckpointError: it cannot be converted, and why.
     """
-    checkpoint = open_checkpoint(LocalFolder(model_dir))
+    work = preview(model_dir, max_shard_nbytes=max_shard_nbytes).work
+    return work.checkpoint, work.plan
+
+
+def preview(model_dir: str | Path, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES) -> Preview:
+    """As `prepare`, with all that a conversion would say beforehand.
+
+    Raises:
+        CheckpointError: it cannot be converted, and why.
+    """
+    checkpoint = open_checkpoint(LocalFolder(Path(model_dir)))
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
@@ -121,7 +160,10 @@ def prepare(
             f"{model_dir}: has no layer with NVFP4 experts to convert"
             + (f" ({reasons})" if reasons else "")
         )
-    return checkpoint, plan
+    warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
+    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries.values())
+    outlook.require_one(checkpoint.location)
+    return Preview(Work(checkpoint, plan), outlook, warnings)
 
 
 def convert(
@@ -163,11 +205,12 @@ def convert(
     started = time.perf_counter()
     model_dir, out_dir = Path(model_dir), Path(out_dir)
 
-    checkpoint, plan = prepare(model_dir, max_shard_nbytes=max_shard_nbytes)
-    store = checkpoint.store
+    foreseen = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
+    work, plan = foreseen.work, foreseen.work.plan
+    store = work.checkpoint.store
     with OutputFolder(out_dir, source=store.local_path) as opened:
         # What earlier runs left, and whether it may stay.
-        planned = opened.plan(Work(checkpoint, plan), overwrite=overwrite)
+        planned = opened.plan(work, overwrite=overwrite)
         if verify:
             damaged = damaged_shards(
                 out_dir, planned.records, direct_io=direct_io, threads=threads,
@@ -194,8 +237,7 @@ def convert(
             on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
             on_filled=writing.finish_shard,
         )
-        warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
-        warnings += _remarks(plan, out_dir)
+        warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
 
         # The files beside them, and the reading back.
         done = writing.finish(row_order)
@@ -222,10 +264,11 @@ def convert(
         bytes_written=sum(shard.nbytes for shard in writing.shards_to_write),
         shards=len(plan.shards),
         shards_kept=len(planned.kept),
+        other_files=len(work.copied),
+        other_bytes=sum(work.copied.values()),
         seconds=seconds,
         peak_rss=peak_rss(),
-        tensor_parallel=tensor_parallel_sizes(plan.geometries.values()),
-        serve=serve_commands(str(out_dir)),
+        prospects=foreseen.prospects,
         flashinfer=row_order.flashinfer,
         flashinfer_installed=row_order.installed,
         row_order=row_order.fingerprint,
@@ -250,12 +293,12 @@ def _tell(planned: Planned, on_note: OnNote | None) -> None:
     for name, why in planned.to_redo.items():
         on_note(f"{name}: written again: {why}")
     for name in sorted(planned.users):
-        on_note(f"{name}: left as it is, it was added or changed by hand; no engine reads it")
+        on_note(f"{name}: left as it is; no engine reads it")
     if planned.kept:
-        on_note(
-            f"resuming: {len(planned.kept)} of {len(planned.work.plan.shards)} shards were "
-            "finished before and are kept"
-        )
+        is_whole = planned.folder.has_index and not planned.shards_to_write
+        what = "already finished" if is_whole else "resuming"
+        kept, count = len(planned.kept), len(planned.work.plan.shards)
+        on_note(f"{what}: {kept} of {count} shards were finished before and are kept")
 
 
 def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from .errors import CheckpointError
 from .format.contract import ConvertedSection, Geometry, LayoutRecord
 from .format.files import INDEX_NAME
 from .plan import layers_to_convert
-from .serving.engines import tensor_parallel_sizes
+from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
 from .source.experts import PassedLayer, find_layers
 from .source.quantization import describe, require_nvfp4
@@ -40,8 +40,8 @@ class Inspection:
     """Layers that would be, or were, converted; by prefix."""
     passed_layers: dict[str, str]
     """The others with experts, and why."""
-    tensor_parallel: dict[str, list[int]]
-    """Sizes that each engine can serve all layers at; docs/format.md, section 4."""
+    prospects: Prospects
+    """Which engines can serve it, once converted."""
     row_order: str | None
     """Fingerprint of the row order, where converted."""
     flashinfer: str | None
@@ -51,7 +51,13 @@ class Inspection:
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content["layers"] = {prefix: sizes.as_json() for prefix, sizes in self.layers.items()}
         content["bytes"] = content.pop("nbytes")
+        content |= {**content.pop("prospects").as_json(), "serve": self.serve}
         return content
+
+    @property
+    def serve(self) -> dict[str, str]:
+        """The command that serves it, by engine, where it is converted."""
+        return self.prospects.commands(self.folder) if self.state == "converted" else {}
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -71,6 +77,7 @@ def inspect(folder: str | Path) -> Inspection:
     state, reason = "source", None
     layers: dict[str, Geometry] = {}
     others: list[PassedLayer] = []
+    outlook = Prospects({}, {}, {})
     if checkpoint.is_converted:
         state = "converted"
         if not checkpoint.has_index:
@@ -80,6 +87,7 @@ def inspect(folder: str | Path) -> Inspection:
         layouts.layout_of(layout)
         layers = dict(converted.layers)
         _, others = find_layers(checkpoint)
+        outlook = prospects(checkpoint, converted.source, layers.values())
     else:
         try:
             require_nvfp4(checkpoint)
@@ -87,6 +95,9 @@ def inspect(folder: str | Path) -> Inspection:
             layers = {layer.prefix: layer.geometry for layer in found}
             if not layers:
                 state, reason = "unsupported", "no layer has NVFP4 experts"
+            else:
+                outlook = prospects(checkpoint, section, layers.values())
+                outlook.require_one(checkpoint.location)
         except CheckpointError as error:
             state, reason = "unsupported", str(error)
     return Inspection(
@@ -100,7 +111,7 @@ def inspect(folder: str | Path) -> Inspection:
         dtypes=dict(dtypes.most_common()),
         layers=layers,
         passed_layers={layer.prefix: layer.reason for layer in others},
-        tensor_parallel=tensor_parallel_sizes(layers.values()),
+        prospects=outlook,
         row_order=layout.row_order if layout else None,
         flashinfer=layout.flashinfer if layout else None,
     )

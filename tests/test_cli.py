@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import typer
 from rich.console import Console
-from support.folders import INDEX, contents, flip_bit
+from support.folders import INDEX, MANIFEST, contents, flip_bit
 from support.specs import TINY
 from typer.testing import CliRunner, Result
 
@@ -216,6 +217,7 @@ def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
         r"converted +2 MoE layers",
         r"tensors +[\d,]+ -> [\d,]+",
         r"bytes +[\d,]+ -> [\d,]+",
+        r"other files +4, [\d,]+ bytes, copied as they are",
         r"time +[\d.]+ s, [\d.]+ GB/s",
         r"peak memory +\d+ MB",
         r"verified +every byte against the source",
@@ -237,7 +239,7 @@ def test_convert_prints_one_json_object(tiny: Path, tmp_path: Path) -> None:
     content = one_json(result.stdout)
     assert content["out_dir"] == str(tmp_path / "out")
     assert content["layers"] == 2
-    assert content["tensors_in"] - content["tensors_out"] == 2 * (12 * TINY.experts - 8) - 1
+    assert content["tensors_in"] - content["tensors_out"] == 2 * (12 * TINY.experts - 9) - 1
     shards = (tmp_path / "out").glob("*.safetensors")
     assert content["bytes_out"] == sum(path.stat().st_size for path in shards)
     assert content["tensor_parallel"]["vllm"] == [1, 2]
@@ -266,6 +268,44 @@ def test_a_dry_run_plans_what_a_run_does(
     for name, shard in plan["shards"].items():
         assert (report.out_dir / name).stat().st_size == shard["bytes"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_a_run_says(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sub-folders and documentation count, other weights do not. The disk needs room for them."""
+    for name in ("assets/deep/a.txt", "assets/b.png", "README.md", "original/params.json"):
+        (model_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (model_dir / name).write_text(name)
+    (model_dir / "original" / "consolidated.00.pth").write_bytes(b"12345")
+    (model_dir / "pytorch_model.bin").write_bytes(b"123")
+    arguments = ["convert", model_dir, tmp_path / "out"]
+    planned = run(*arguments, "--dry-run", "--json")
+    plan = one_json(planned.stdout)
+    needed = plan["bytes_out"] + plan["other_bytes"]
+    for free, code in ((needed - 1, 1), (needed, 0)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        done = run(*arguments, "--quiet", "--json")
+        assert done.exit_code == code, done.stderr
+    report = one_json(done.stdout)
+    assert planned.stderr == done.stderr
+    assert planned.stderr.splitlines() == [f"warning: {line}" for line in plan["warnings"]]
+    assert [line.split(":")[0] for line in plan["warnings"]] == [
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+    ]
+    same = ("warnings", "other_files", "other_bytes", "tensor_parallel", "serve", "cannot_serve")
+    assert {key: plan[key] for key in same} == {key: report[key] for key in same}
+    copied = {
+        name: content
+        for name, content in contents(tmp_path / "out").items()
+        if name not in (INDEX, MANIFEST, "config.json") and not name.endswith(".safetensors")
+    }
+    assert len(copied) == plan["other_files"] == 8
+    assert sum(map(len, copied.values())) == plan["other_bytes"]
+    shown = run(*arguments, "--dry-run").stdout
+    assert re.search(rf"^other files +8, {plan['other_bytes']} bytes", shown, re.MULTILINE)
 
 
 def test_inspect_a_source(tiny: Path) -> None:
@@ -303,7 +343,8 @@ def test_inspect_a_converted_folder_as_json(converted: Path, report: ConversionR
     assert content["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
     assert content["tensors"] == report.tensors_out
     assert content["bytes"] == report.bytes_out
-    assert content["tensor_parallel"] == report.tensor_parallel
+    assert content["tensor_parallel"] == report.prospects.tensor_parallel
+    assert content["serve"] == report.serve
     assert content["row_order"] == report.row_order
     assert content["flashinfer"] == report.flashinfer
 

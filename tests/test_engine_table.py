@@ -1,15 +1,27 @@
-"""What the converter says of engines that are not installed: the sizes they can serve, and how."""
+"""What the converter says of engines that are not installed: which can serve a model, at which
+sizes, and how. That the reasons are true is for tests/engines/test_reasons.py."""
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from support.folders import edit_json
 from support.golden import CASES, runs_of
+from typer.testing import CliRunner
 
+from fp4moe_convert import CheckpointError, convert, inspect
+from fp4moe_convert.cli.commands import app
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.engine import Engine
-from fp4moe_convert.serving.engines import ENGINES, serve_commands, tensor_parallel_sizes
+from fp4moe_convert.prospects import Prospects
+from fp4moe_convert.serving.engine import Engine, Model
+from fp4moe_convert.serving.engines import ENGINES, tensor_parallel_sizes
+from fp4moe_convert.serving.sglang import SGLANG
+from fp4moe_convert.serving.vllm import VLLM
 
 NAMES = [engine.name for engine in ENGINES]
 
@@ -64,13 +76,16 @@ def test_without_layers_there_are_no_sizes() -> None:
     assert tensor_parallel_sizes([]) == {}
 
 
+EVERYWHERE = Prospects({name: [1] for name in NAMES}, {}, {})
+
+
 @by_engine
 @pytest.mark.parametrize(
     "folder", ["/models/out", "my model", "it's", "$(reboot)", "a;b", "-x", "modèle", 'two "words"']
 )
 def test_the_serve_command_names_the_folder_to_a_shell(engine: Engine, folder: str) -> None:
     """As one word, whatever is in it."""
-    command = serve_commands(folder)[engine.name]
+    command = EVERYWHERE.commands(folder)[engine.name]
     words = shlex.split(command)
     assert words.count(folder) == 1
     assert "\n" not in command
@@ -78,8 +93,194 @@ def test_the_serve_command_names_the_folder_to_a_shell(engine: Engine, folder: s
 
 
 def test_serve_commands() -> None:
-    assert serve_commands("/models/my out") == {
+    assert EVERYWHERE.commands("/models/my out") == {
         "sglang": "python -m sglang.launch_server --model-path '/models/my out' "
         "--moe-runner-backend flashinfer_trtllm",
         "vllm": "vllm serve '/models/my out' --moe-backend flashinfer_trtllm",
     }
+    assert Prospects({"vllm": [1]}, {"sglang": "why"}, {}).commands("x").keys() == {"vllm"}
+
+
+# --- why an engine cannot serve a model -----------------------------------------------------------
+
+
+def group(**activations: Any) -> dict[str, Any]:
+    return {"weights": {"num_bits": 4, "type": "float", "group_size": 16}, **activations}
+
+
+W4A4, W4A16 = group(input_activations={"num_bits": 4}), group()
+NESTED = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "served"),
+    [
+        ({"config_groups": {"group_0": W4A4}}, True),
+        ({"config_groups": {"group_0": W4A16}}, False),
+        ({"config_groups": {"group_0": group(input_activations=None)}}, False),
+        ({"config_groups": {"group_0": group(input_activations={})}}, True),
+        ({"config_groups": {"group_0": W4A16, "group_1": W4A4}}, True),
+        ({"config_groups": {"group_0": W4A16, "group_1": W4A16}}, False),
+        ({"config_groups": {}}, True),
+        ({}, True),
+        ({"quantization": {**NESTED, "exclude_modules": []}}, True),
+        ({"quantization": NESTED}, False),
+        ({"quantization": {}}, False),
+    ],
+    ids=str,
+)
+def test_sections_that_vllm_cannot_serve(section: dict[str, Any], served: bool) -> None:
+    """SGLang takes an NVFP4 section without a word on activations for W4A4."""
+    model = Model(("DeepseekV3ForCausalLM",), {}, section)
+    assert SGLANG.why_not(model) is None
+    assert (VLLM.why_not(model) is None) == served
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text", "cannot"),
+    [
+        ("DeepseekV3ForCausalLM", {}, set()),
+        ("MixtralForCausalLM", {}, {"sglang"}),
+        ("HunYuanMoEV1ForCausalLM", {}, {"sglang"}),
+        ("Grok1ForCausalLM", {}, {"sglang"}),
+        ("Step3p5ForCausalLM", {"swiglu_limits": [0, None, 7.0]}, {"vllm"}),
+        ("Step3p5ForCausalLM", {"swiglu_limits": [0, None]}, set()),
+        ("Step3p5ForCausalLM", {"swiglu_limits": "7"}, set()),
+        ("Gemma4ForConditionalGeneration", {}, set()),
+        ("KimiK25ForConditionalGeneration", {}, set()),
+    ],
+)
+def test_models_that_an_engine_cannot_serve(
+    architecture: str, text: dict[str, Any], cannot: set[str]
+) -> None:
+    model = Model((architecture,), text, {})
+    reasons = {engine: engine.why_not(model) for engine in ENGINES}
+    found = {engine: reason for engine, reason in reasons.items() if reason is not None}
+    assert {engine.name for engine in found} == cannot
+    assert all(reason.startswith(engine.title) for engine, reason in found.items())
+
+
+@by_engine
+def test_an_engine_knows_its_models(engine: Engine) -> None:
+    known = {"DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "MiniMaxM2ForCausalLM"}
+    assert known <= engine.models.names
+    assert engine.models.release in {"0.5.23", "0.33.0"}
+
+
+# --- as the commands say it -----------------------------------------------------------------------
+
+
+def fp4moe(*arguments: object) -> Any:
+    """The JSON object that a command prints."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def only(engine: str, of: dict[str, Any]) -> Any:
+    assert of.keys() == {engine}
+    return of[engine]
+
+
+def make_weight_only(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    section = config["quantization_config"]
+    for each in section["config_groups"].values():
+        del each["input_activations"]
+    edit_json(model_dir / "config.json", quantization_config=section)
+
+
+def call_it(*names: str) -> Callable[[Path], None]:
+    return lambda model_dir: edit_json(model_dir / "config.json", architectures=list(names) or None)
+
+
+CASES_OF_ONE = {
+    "weight-only": (make_weight_only, "sglang", "cannot_serve", "weight-only (W4A16)"),
+    "mixtral": (call_it("MixtralForCausalLM"), "vllm", "cannot_serve", "no fused MoE layers for a"),
+    "not in vllm": (
+        call_it("BailingMoeV2ForCausalLMNextN", "LLaDA2MoeModelLM"),
+        "sglang",
+        "not_tried",
+        "vLLM 0.33.0 has no model BailingMoeV2ForCausalLMNextN or LLaDA2MoeModelLM",
+    ),
+    "not in sglang": (
+        call_it("AXK1ForCausalLM"),
+        "vllm",
+        "not_tried",
+        "SGLang 0.5.23 has no model AXK1ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES_OF_ONE)
+def test_only_engines_that_can_are_named(model_dir: Path, tmp_path: Path, case: str) -> None:
+    change, can, kind, why = CASES_OF_ONE[case]
+    change(model_dir)
+    out = tmp_path / "out"
+    planned = fp4moe("convert", model_dir, out, "--dry-run")
+    converted = fp4moe("convert", model_dir, out, "--quiet")
+    inspected, source = fp4moe("inspect", out), fp4moe("inspect", model_dir)
+    assert source["state"] == "source"
+    assert source["serve"] == {}
+    for said in (planned, converted, inspected, source):
+        assert said["tensor_parallel"].keys() == {can}
+        other = next(name for name in NAMES if name != can)
+        assert why in only(other, said[kind])
+        assert said["not_tried" if kind == "cannot_serve" else "cannot_serve"] == {}
+    for said in (planned, converted, inspected):
+        assert f" {out} " in only(can, said["serve"])
+    for arguments in (
+        ["convert", model_dir, out, "--dry-run"],
+        ["convert", model_dir, out, "--quiet"],
+        ["inspect", out],
+        ["inspect", model_dir],
+    ):
+        shown = CliRunner().invoke(app, [str(argument) for argument in arguments]).stdout
+        assert why in shown
+        assert f"{kind.replace('_', ' ')}  " in shown
+        commands = {"sglang": "python -m sglang.launch_server ", "vllm": "vllm serve "}
+        serving = {name for name, command in commands.items() if command in shown}
+        assert serving == (set() if arguments[-1] is model_dir else {can})
+
+
+@pytest.mark.parametrize("names", [(), ("NobodysForCausalLM",)], ids=str)
+def test_a_model_that_no_engine_is_known_to_have_is_converted(
+    model_dir: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """A later release may have it."""
+    call_it(*names)(model_dir)
+    report = convert(model_dir, tmp_path / "out")
+    assert report.serve == report.prospects.tensor_parallel == {}
+    assert report.prospects.not_tried.keys() == set(NAMES)
+
+
+def test_a_model_that_no_engine_can_serve_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    make_weight_only(model_dir)
+    call_it("MixtralForCausalLM")(model_dir)
+    message = r"no engine could serve it once it is converted: SGLang has no .*; vLLM takes .*"
+    with pytest.raises(CheckpointError, match=message):
+        convert(model_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(app, ["convert", str(model_dir), "out", "--dry-run"])
+    assert result.exit_code == 1
+    found = inspect(model_dir)
+    assert found.state == "unsupported"
+    assert "no engine could serve it" in str(found.reason)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [(4, [1, 2, 4]), (6, [1, 2]), (64, [1, 2, 4, 8, 16, 32, 64]), ("4", [1, 2, 4, 8, 16, 32, 64])],
+)
+def test_attention_is_cut_by_heads(model_dir: Path, heads: object, sizes: list[int]) -> None:
+    edit_json(model_dir / "config.json", num_attention_heads=heads)
+    assert inspect(model_dir).prospects.tensor_parallel == {"sglang": sizes, "vllm": [1, 2]}
+
+
+def test_heads_are_those_of_the_text_model(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    outer = {"architectures": config["architectures"], "num_attention_heads": 3}
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 5}
+    nested = {**outer, "text_config": config, "vision_config": vision}
+    (model_dir / "config.json").write_text(json.dumps(nested))
+    assert inspect(model_dir).prospects.tensor_parallel["sglang"] == [1, 2, 4]

@@ -258,10 +258,11 @@ def test_an_edit_is_what_differs_not_when_it_was_made(source: Path, tmp_path: Pa
     for path in out.iterdir():
         os.utime(path, (0, 0))
     report, notes = run(source, out)
-    assert (report.bytes_written, notes) == (
-        0,
-        [f"resuming: {report.shards} of {report.shards} shards were finished before and are kept"],
-    )
+    count = report.shards
+    assert report.bytes_written == 0
+    assert notes == [
+        f"already finished: {count} of {count} shards were finished before and are kept"
+    ]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -339,7 +340,7 @@ convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
     verify(out, source)
 
 
-LEFT = "left as it is, it was added or changed by hand; no engine reads it"
+LEFT = "left as it is; no engine reads it"
 
 
 def test_a_model_card_that_is_added_is_left_alone(source: Path, tmp_path: Path) -> None:
@@ -561,6 +562,17 @@ def test_a_folder_whose_manifest_is_damaged_is_left_alone(source: Path, tmp_path
         with pytest.raises(OutputError, match=r"nothing tells what .*: fp4moe_manifest\.json: "):
             run(source, out, overwrite=overwrite)
     assert sorted(out.iterdir()) == before
+
+
+def test_a_folder_whose_manifest_was_deleted_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / MANIFEST).unlink()
+    before = state_of(out)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=rf"holds 'config\.json' but no {MANIFEST}$"):
+            run(source, out, overwrite=overwrite)
+    assert state_of(out) == before
 
 
 def test_names_in_a_manifest_lead_to_no_other_folder(source: Path, tmp_path: Path) -> None:

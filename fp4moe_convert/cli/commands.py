@@ -86,6 +86,11 @@ def _say(text: str, style: str | None = None) -> None:
     console.print(line, style=style, markup=False, emoji=False)
 
 
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        _say(f"warning: {warning}", style="yellow")
+
+
 def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
     """The result, on stdout: JSON values as one object, or tables."""
     if isinstance(result, dict):
@@ -165,11 +170,12 @@ def convert_command(
 ) -> None:
     """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels."""
     if dry_run:
-        from ..conversion import prepare
-        from .display import plan_tables
+        from ..conversion import preview
+        from .display import preview_tables
 
-        _, plan = prepare(model_dir, max_shard_nbytes=max_shard_size)
-        _print(plan.as_json() if as_json else plan_tables(plan))
+        foreseen = preview(model_dir, max_shard_nbytes=max_shard_size)
+        _warn(foreseen.warnings)
+        _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     from ..conversion import convert
     from .display import progress_on, report_table
@@ -187,8 +193,7 @@ def convert_command(
             on_progress=on_progress,
             on_note=None if quiet else _say,
         )
-    for warning in report.warnings:
-        _say(f"warning: {warning}", style="yellow")
+    _warn(report.warnings)
     _print(report.as_json() if as_json else [report_table(report)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from rich import box
@@ -22,13 +23,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from ..conversion import ConversionReport
+from ..conversion import ConversionReport, Preview
 from ..errors import printable
 from ..format.contract import Geometry
 from ..inspection import Inspection
-from ..plan import Plan
 from ..progress import OnProgress, Progress
-from ..serving.engines import tensor_parallel_sizes
+from ..prospects import Prospects
 from ..verification import Verified
 from .process import when_interrupted
 
@@ -111,19 +111,18 @@ def report_table(report: ConversionReport) -> Table:
         "passed through": _passed(report.passed_layers),
         "tensors": f"{report.tensors_in:,} -> {report.tensors_out:,}",
         "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
+        "other files": _files(report.other_files, report.other_bytes),
         "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
         if report.shards_kept
         else "",
-        "time": f"{report.seconds:.1f} s, {report.bytes_per_second / 1e9:.2f} GB/s",
+        "time": f"{report.seconds:.1f} s"
+        + (f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""),
         "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
         "verified": ""
         if report.verify_seconds is None
         else f"every byte against the source, {report.verify_seconds:.1f} s",
         "row order": f"{report.row_order} ({_release(report)})",
-        "tensor parallel": _tensor_parallel(report.tensor_parallel),
-        "serve": "\n".join(
-            ["with this package installed beside the engine:", *report.serve.values()]
-        ),
+        **_prospects(report.prospects, report.serve),
     }
     return _table(rows)
 
@@ -153,15 +152,17 @@ def verified_table(verified: Verified) -> Table:
     )
 
 
-def plan_tables(plan: Plan) -> Iterator[Table]:
-    """What a conversion would do."""
+def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
+    """What a conversion to ``out_dir`` would do."""
+    plan, copied = preview.work.plan, preview.work.copied
     yield _table(
         {
             "would convert": _layers(len(plan.layers)),
             "pass through": _passed(plan.passed_reasons),
             "tensors": f"{plan.tensors_in:,} -> {plan.tensors_out:,}",
             "bytes": f"{plan.bytes_in:,} -> {plan.bytes_out:,}",
-            "tensor parallel": _tensor_parallel(tensor_parallel_sizes(plan.geometries.values())),
+            "other files": _files(len(copied), sum(copied.values())),
+            **_prospects(preview.prospects, preview.prospects.commands(str(out_dir))),
         }
     )
     yield _geometry_table(plan.geometries)
@@ -195,7 +196,7 @@ def inspection_tables(inspection: Inspection) -> Iterator[Table]:
                 len(inspection.layers)
             ),
             "passed through": _passed(inspection.passed_layers),
-            "tensor parallel": _tensor_parallel(inspection.tensor_parallel),
+            **_prospects(inspection.prospects, inspection.serve),
             "row order": fingerprint if inspection.row_order else "",
         }
     )
@@ -236,5 +237,16 @@ def _passed(layers: Mapping[str, str]) -> str:
     return "\n".join(f"{prefix}: {reason}" for prefix, reason in layers.items())
 
 
-def _tensor_parallel(sizes: Mapping[str, list[int]]) -> str:
-    return "; ".join(f"{engine} {', '.join(map(str, s))}" for engine, s in sizes.items())
+def _files(count: int, nbytes: int) -> str:
+    return f"{count:,}, {nbytes:,} bytes, copied as they are" if count else ""
+
+
+def _prospects(prospects: Prospects, commands: Mapping[str, str]) -> dict[str, str]:
+    sizes = prospects.tensor_parallel.items()
+    note = ["with this package installed beside the engine:"] if commands else []
+    return {
+        "tensor parallel": "; ".join(f"{name} {', '.join(map(str, s))}" for name, s in sizes),
+        "serve": "\n".join([*note, *commands.values()]),
+        "cannot serve": "\n".join(prospects.cannot_serve.values()),
+        "not tried": "\n".join(prospects.not_tried.values()),
+    }

@@ -74,7 +74,8 @@ class OutputFolder:
                 if entry.is_dir() or not no_engine_reads(entry.name)
             } - FOREIGN_FOLDERS
             if foreign and not known:
-                raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}")
+                lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign else ""
+                raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
         self.journal = Journal(path)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:

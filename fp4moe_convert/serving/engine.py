@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..format.contract import Geometry
 
@@ -11,10 +13,42 @@ MAX_TENSOR_PARALLEL = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """What an engine learns of a model from its config.json, before it has seen a tensor."""
+
+    architectures: tuple[str, ...]
+    """As config.json names them."""
+    text: Mapping[str, Any]
+    """What config.json says of the text model."""
+    section: Mapping[str, Any]
+    """The original's own description of its quantization, which the plugins restore."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModels:
+    """The architectures that one release of an engine has models for."""
+
+    release: str
+    names: frozenset[str]
+
+    @classmethod
+    def read(cls, path: Path) -> KnownModels:
+        """From a file that tests/support/record_models.py has written."""
+        release, *names = path.read_text().split()
+        return cls(release, frozenset(names))
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """One engine that serves converted checkpoints."""
 
     name: str
+    title: str
+    """For messages."""
+    models: KnownModels
+    why_not: Callable[[Model], str | None]
+    """Why the engine cannot serve a model that is converted; None where nothing is known that
+    speaks against it."""
     can_cut: Callable[[Geometry, int], bool]
     """Whether a rank of T holds a slice of the file (docs/format.md, section 4), given that T
     divides I, as every engine requires."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 
 from ..format.contract import Geometry
@@ -14,7 +13,7 @@ ENGINES: tuple[Engine, ...] = (SGLANG, VLLM)
 
 
 def tensor_parallel_sizes(geometries: Iterable[Geometry]) -> dict[str, list[int]]:
-    """The sizes at which each engine can serve all of these layers; none without layers."""
+    """The sizes at which each engine can cut all of these layers; none without layers."""
     geometries = set(geometries)
     if not geometries:
         return {}
@@ -23,8 +22,3 @@ def tensor_parallel_sizes(geometries: Iterable[Geometry]) -> dict[str, list[int]
         for engine in ENGINES
     }
     return {name: sorted(set.intersection(*of_layers)) for name, of_layers in sizes.items()}
-
-
-def serve_commands(folder: str) -> dict[str, str]:
-    """The command that serves a converted folder, by engine."""
-    return {engine.name: engine.serve_command(shlex.quote(folder)) for engine in ENGINES}

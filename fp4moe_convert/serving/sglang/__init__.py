@@ -1,12 +1,32 @@
-"""SGLang: its tensor-parallel rule and its serve command; `hooks` has the plugin."""
+"""SGLang: what it cannot serve, its tensor-parallel rule and its serve command; `hooks` has the
+plugin."""
 
 from __future__ import annotations
 
-from ..engine import Engine
+from pathlib import Path
+
+from ..engine import Engine, KnownModels, Model
+
+_NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
+"""Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
+
+
+def _why_not(model: Model) -> str | None:
+    # model_loader/utils.py:209 in 0.5.23: QuantMixtralForCausalLM, with a module for each expert.
+    if "MixtralForCausalLM" in model.architectures:
+        return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
+    for name in _NO_NAMES:
+        if name in model.architectures:
+            return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
+    return None
+
 
 # SGLang rounds I/T up to a multiple of 64, cuts there and fills with zeros, as the slices do.
 SGLANG = Engine(
     name="sglang",
+    title="SGLang",
+    models=KnownModels.read(Path(__file__).with_name("models.txt")),
+    why_not=_why_not,
     can_cut=lambda _geometry, _size: True,
     serve_command=lambda folder: (
         f"python -m sglang.launch_server --model-path {folder} "

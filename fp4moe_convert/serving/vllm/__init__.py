@@ -1,10 +1,39 @@
-"""vLLM: its tensor-parallel rule and its serve command; `hooks` has the plugin."""
+"""vLLM: what it cannot serve, its tensor-parallel rule and its serve command; `hooks` has the
+plugin."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from ...format.contract import Geometry
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
-from ..engine import Engine
+from ..engine import Engine, KnownModels, Model
+
+_REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
+"""Keys of hf_quant_config.json (quantization/modelopt.py:829 in 0.33.0)."""
+
+
+def _why_not(model: Model) -> str | None:
+    nested = model.section.get("quantization")
+    if isinstance(nested, dict) and (missing := [key for key in _REQUIRED if key not in nested]):
+        return f"vLLM wants {' and '.join(missing)} in hf_quant_config.json"
+    # quantization/modelopt.py:797 in 0.33.0.
+    groups = model.section.get("config_groups")
+    if isinstance(groups, dict) and groups and all(map(_is_weight_only, groups.values())):
+        return (
+            "vLLM takes experts for weight-only (W4A16) where no group of config_groups has "
+            "input_activations, and flashinfer_trtllm has no such kernels"
+        )
+    # models/step3p5.py:365 in 0.33.0: SWIGLUSTEP is not among the backend's activations.
+    limits = model.text.get("swiglu_limits")
+    if "Step3p5ForCausalLM" in model.architectures and isinstance(limits, list) and any(limits):
+        return "vLLM's clamped SwiGLU of Step-3.5 is not among those of flashinfer_trtllm"
+    return None
+
+
+def _is_weight_only(group: Any) -> bool:
+    return isinstance(group, dict) and group.get("input_activations") is None
 
 
 def _can_cut(geometry: Geometry, size: int) -> bool:
@@ -15,6 +44,9 @@ def _can_cut(geometry: Geometry, size: int) -> bool:
 
 VLLM = Engine(
     name="vllm",
+    title="vLLM",
+    models=KnownModels.read(Path(__file__).with_name("models.txt")),
+    why_not=_why_not,
     can_cut=_can_cut,
     serve_command=lambda folder: f"vllm serve {folder} --moe-backend flashinfer_trtllm",
 )

@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Ask an engine whether what the converter says of it without it is true.
+
+    PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python tests/engines/reasons.py RESULTS_JSON
+
+`test_reasons.py` runs it in both engines' environments. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from support import record_models
+from support.cpu_engines import sglang_cpu
+
+from fp4moe_convert.serving.engine import Model
+from fp4moe_convert.serving.sglang import SGLANG
+from fp4moe_convert.serving.vllm import VLLM
+
+W4A4 = {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}
+W4A16 = {"weights": {"num_bits": 4}}
+NESTED = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "no groups": {},
+    "no group": {"config_groups": {}},
+    "W4A4": {"config_groups": {"group_0": W4A4}},
+    "W4A16": {"config_groups": {"group_0": W4A16}},
+    "W4A16 by a null": {"config_groups": {"group_0": {**W4A16, "input_activations": None}}},
+    "an empty object": {"config_groups": {"group_0": {**W4A16, "input_activations": {}}}},
+    "one of two": {"config_groups": {"group_0": W4A16, "group_1": W4A4}},
+    "nested": {"quantization": {**NESTED, "exclude_modules": []}},
+    "nested without exclude_modules": {"quantization": NESTED},
+    "nested without group_size": {
+        "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": []}
+    },
+}
+
+
+def models_on_record(engine: Any) -> None:
+    """The list of architectures is that of this release."""
+    printed = subprocess.run(
+        [sys.executable, record_models.__file__, engine.name],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert printed == [engine.models.release, *sorted(engine.models.names)]
+
+
+# --- vLLM -----------------------------------------------------------------------------------------
+
+
+def section_in_vllm(section: dict[str, Any]) -> None:
+    """vLLM refuses a section, or takes it for one that the backend has no kernels for, exactly
+    where the converter says so."""
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe import (
+        TrtLlmNvFp4ExpertsBase,
+    )
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kNvfp4Dynamic,
+        kNvfp4Static,
+    )
+
+    flat = {} if "quantization" in section else {"quant_algo": "NVFP4"}
+    try:
+        config = ModelOptNvFp4Config.from_config({"quant_method": "modelopt", **flat, **section})
+    except ValueError:
+        served = False
+    else:
+        activations = None if config.quant_method == "W4A16_NVFP4" else kNvfp4Dynamic
+        served = TrtLlmNvFp4ExpertsBase._supports_quant_scheme(kNvfp4Static, activations)
+    assert (VLLM.why_not(Model((), {}, section)) is None) == served
+
+
+def swiglu_step_in_vllm() -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe import (
+        TrtLlmNvFp4ExpertsBase,
+    )
+
+    assert not TrtLlmNvFp4ExpertsBase._supports_activation(MoEActivation.SWIGLUSTEP)
+    assert TrtLlmNvFp4ExpertsBase._supports_activation(MoEActivation.SILU)
+
+
+# --- SGLang ---------------------------------------------------------------------------------------
+
+
+def section_in_sglang(section: dict[str, Any]) -> None:
+    """SGLang serves all of them as W4A4."""
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
+
+    config = ModelOptFp4Config.from_config(
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", **section.get("quantization", section)}
+    )
+    assert not config.is_w4a16
+    assert SGLANG.why_not(Model((), {}, section)) is None
+
+
+def mixtral_in_sglang() -> None:
+    """It takes another model, whose experts are modules of their own."""
+    from sglang.srt.configs.model_config import ModelImpl
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["MixtralForCausalLM"]),
+        quantization="modelopt_fp4",
+        model_impl=ModelImpl.AUTO,
+    )
+    model, _ = get_model_architecture(config)
+    assert model.__name__ == "QuantMixtralForCausalLM"
+    assert FusedMoE not in vars(sys.modules[model.__module__]).values()
+    assert SGLANG.why_not(Model(("MixtralForCausalLM",), {}, {}))
+
+
+def names_in_sglang() -> None:
+    """Just those models give their fused layers no name that the converter says do not."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    nameless = set()
+    for path in Path(spec.submodule_search_locations[0], "srt/models").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and makes_fused_layer(call):
+                keywords = {keyword.arg for keyword in call.keywords}
+                if not keywords & {"prefix", None}:
+                    nameless |= set(record_models.entry_classes(tree))
+    expert_models = {name for name in nameless if "Dense" not in name}
+    assert expert_models
+    for name in SGLANG.models.names:
+        assert bool(SGLANG.why_not(Model((name,), {}, {}))) == (
+            name in expert_models or name == "MixtralForCausalLM"
+        ), name
+
+
+def makes_fused_layer(call: ast.Call) -> bool:
+    made_by = call.func.func if isinstance(call.func, ast.Call) else None
+    return ast.unparse(call.func) == "FusedMoE" or (
+        isinstance(made_by, ast.Name) and made_by.id == "get_moe_impl_class"
+    )
+
+
+CASES: dict[str, dict[str, Callable[[], None]]] = {
+    "vllm": {
+        "models on record": lambda: models_on_record(VLLM),
+        **{f"section: {k}": lambda s=s: section_in_vllm(s) for k, s in SECTIONS.items()},
+        "clamped SwiGLU of Step-3.5": swiglu_step_in_vllm,
+    },
+    "sglang": {
+        "models on record": lambda: models_on_record(SGLANG),
+        **{f"section: {k}": lambda s=s: section_in_sglang(s) for k, s in SECTIONS.items()},
+        "Mixtral": mixtral_in_sglang,
+        "layers without names": names_in_sglang,
+    },
+}
+
+
+def outcomes(engine: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, case in CASES[engine].items():
+        try:
+            case()
+        except Exception:
+            yield name, {"passed": False, "detail": traceback.format_exc()}
+        else:
+            yield name, {"passed": True, "detail": ""}
+
+
+if __name__ == "__main__":
+    here = next(name for name in CASES if importlib.util.find_spec(name))
+    if here == "sglang":
+        sglang_cpu.bootstrap()
+    results = dict(outcomes(here))
+    for name, result in results.items():
+        print(f"{here:7}  {'ok' if result['passed'] else 'FAILED':7}  {name}")
+    Path(sys.argv[1]).write_text(json.dumps(results))

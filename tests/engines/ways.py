@@ -1,0 +1,126 @@
+"""Every way into an engine, times what it is offered, times the server: what both engines share."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SERVERS = ("original", "converted", "original, no plugin")
+"""What the server was started from. Without the plugin no converted checkpoint starts."""
+OFFERS = ("original", "converted", "another order")
+"""Of the same model."""
+
+TO_UNCONVERTED = (
+    "^fp4moe: these weights are converted, the model was built for a checkpoint that is"
+)
+TO_CONVERTED = (
+    "^fp4moe: .*: these weights are not converted, the model was built for a checkpoint that is"
+)
+OTHER_ORDER = "^fp4moe: the weights were laid out for the row order xxh3_128:00"
+
+
+class Case(NamedTuple):
+    model: str
+    way: str
+    server: str
+    offered: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.way}: {self.offered} -> {self.server}"
+
+    @property
+    def has_plugin(self) -> bool:
+        return not self.server.endswith("no plugin")
+
+
+def outcome(case: Case, run: Callable[[], str], stock_stops: str) -> dict[str, Any]:
+    """What became of a case, and whether that is right; a line of it is printed."""
+    expected = _expected(case, stock_stops)
+    try:
+        detail = run()
+        passed = expected is None
+    except Exception as error:
+        detail = " ".join(str(error).split())
+        passed = expected is not None and re.search(expected, detail) is not None
+        if not passed:
+            traceback.print_exc()
+    print(f"{'ok  ' if passed else 'FAIL'} {case!s:64} {detail[:150]}", flush=True)
+    return {"passed": passed, "detail": detail}
+
+
+def _expected(case: Case, stock_stops: str) -> str | None:
+    """A pattern of the message that refuses, or None where the load has to succeed."""
+    if case.server.startswith(case.offered):
+        return None
+    if not case.has_plugin:
+        return stock_stops
+    if case.way == "ipc_cache":
+        return "^the keys of the weight cache differ"
+    if case.server == "original":
+        return TO_UNCONVERTED
+    return TO_CONVERTED if case.offered == "original" else OTHER_ORDER
+
+
+def other_order(converted: Path, folder: Path) -> Path:
+    """A converted folder whose rows are in another order: its marker and its config.json say so."""
+    from safetensors.torch import load_file, save_file
+
+    from fp4moe_convert.format.contract import Marker
+
+    if folder.exists():
+        return folder
+    shutil.copytree(converted, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layout"]["row_order"] = "xxh3_128:00"
+    (folder / "config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"]["fp4moe.layout"]
+    tensors = load_file(shard)
+    marker = tensors["fp4moe.layout"]
+    data = Marker.decode(marker.numpy().tobytes())
+    other = Marker(data.format_version, data.layout, data.parameters, "xxh3_128:00").encode()
+    tensors["fp4moe.layout"] = marker.new_tensor(list(other))
+    save_file(tensors, shard, metadata={"format": "pt"})
+    return folder
+
+
+def names_and_tensors(folder: Path) -> list[tuple[str, Any]]:
+    """All tensors of a folder, in the order of files and names; a converted one's marker first."""
+    from safetensors.torch import load_file
+
+    found = [
+        each for path in sorted(folder.glob("*.safetensors")) for each in load_file(path).items()
+    ]
+    return sorted(found, key=lambda each: each[0] != "fp4moe.layout")
+
+
+class Folders:
+    """What is offered, and folders with the configuration of one and the weights of another."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def make(self, name: str) -> None:
+        """Write ``work/name/original`` and ``work/name/converted``."""
+        raise NotImplementedError
+
+    def folder(self, kind: str, name: str) -> Path:
+        """An original, a converted checkpoint, or one of another row order."""
+        if not (self.work / name).exists():
+            self.make(name)
+        if kind == "another order":
+            return other_order(self.work / name / "converted", self.work / name / "other")
+        return self.work / name / kind
+
+    def mixed(self, server: str, kind: str, name: str) -> Path:
+        """A new folder each time: engines keep configurations by path."""
+        folder = Path(tempfile.mkdtemp(dir=self.work)) / name
+        shutil.copytree(self.folder(kind, name), folder)
+        shutil.copy(self.folder(server, name) / "config.json", folder)
+        return folder

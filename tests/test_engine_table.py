@@ -162,7 +162,7 @@ def test_models_that_an_engine_cannot_serve(
 
 @by_engine
 def test_an_engine_knows_its_models(engine: Engine) -> None:
-    known = {"DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "MiniMaxM2ForCausalLM"}
+    known = {"DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "HunYuanMoEV1ForCausalLM"}
     assert known <= engine.models.names
     assert engine.models.release in {"0.5.23", "0.33.0"}
 

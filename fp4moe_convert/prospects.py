@@ -50,6 +50,7 @@ class Prospects:
             raise CheckpointError(
                 f"{location}: no engine could serve it once it is converted: "
                 + "; ".join(self.cannot_serve.values())
+                + "; serve the original with another MoE backend"
             )
 
 

@@ -534,6 +534,17 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         edit_config(num_hidden_layers=None),
         r"config\.json: num_hidden_layers is missing",
     ),
+    "no engine": (
+        edit_config(
+            architectures=["MixtralForCausalLM"],
+            quantization_config={
+                "quant_algo": "NVFP4",
+                "quant_method": "modelopt",
+                "config_groups": {"group_0": {"weights": {"group_size": 16}}},
+            },
+        ),
+        r"{model_dir}: no engine could serve it once it is converted: SGLang .*; vLLM .*; serve .*",
+    ),
 }
 
 

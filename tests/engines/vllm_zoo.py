@@ -37,10 +37,14 @@ from vllm_driver import (
     Json,
     Setup,
     as_rank,
+    difference,
     edit_tensors,
+    engine_config,
     experts_of,
+    is_ours,
     load,
     load_plugins,
+    state_of,
 )
 
 from fp4moe_convert.format.contract import MARKER_NAME
@@ -56,6 +60,17 @@ others from which the marker is taken away: the empty tensor of an expert has no
 
 DRAFTS = ("deepseek_v3", "glm4_moe", "qwen3_5_moe", "qwen3_next", "qwen3_next-nvfp4-mtp")
 """Families whose MTP layer vLLM makes a draft of."""
+
+WHOLE_DRAFTS = (
+    "gemma4",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe",
+)
+"""Families of which vLLM makes a draft as they are, not of their MTP layer."""
 
 FILE_BESIDE = "glm4_moe-mtp-file"
 """vLLM reads no file that the index does not name, and starts a draft that nothing has filled.
@@ -116,6 +131,8 @@ def cases() -> Iterator[Case]:
             yield Case(f"{family}: original, {served}", False, partial(stock, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: original, draft", False, partial(stock, family, DRAFT))
+        if family in WHOLE_DRAFTS:
+            yield Case(f"{family}: original, whole draft", False, partial(stock_draft, family))
     for family in CONVERTED:
         unmarked = partial(start, family, "unmarked")
         yield Case(f"{family}: mistake, without the marker", False, unmarked, STOPS_UNMARKED)
@@ -132,6 +149,8 @@ def cases() -> Iterator[Case]:
             yield Case(f"{family}: converted, {served}", True, partial(equal, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: converted, draft", True, partial(equal, family, DRAFT))
+        if family in WHOLE_DRAFTS:
+            yield Case(f"{family}: converted, whole draft", True, partial(equal_draft, family))
     yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
 
 
@@ -152,6 +171,38 @@ def stock(family: str, setup: Setup, zoo: Zoo) -> str:
 
 def equal(family: str, setup: Setup, zoo: Zoo) -> str:
     return zoo.equal(key(family, setup), setup, zoo.converted(family))
+
+
+def load_draft(family: str, folder: Path, zoo: Zoo) -> tuple[Any, Any]:
+    """The folder's whole model as vLLM builds it beside another one, here its original."""
+    from vllm.config.utils import replace as with_other
+    from vllm.model_executor.model_loader import get_model
+
+    speculative = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 1}
+    setup = replace(ALONE, options=REMOTE | {"speculative_config": speculative})
+    target = engine_config(zoo.original(family), setup)
+    config = with_other(
+        target, model_config=target.speculative_config.draft_model_config, quant_config=None
+    )
+    with as_rank(config, 1, 0):
+        return get_model(vllm_config=config, prefix="draft_model"), config
+
+
+def stock_draft(family: str, zoo: Zoo) -> str:
+    """`equal_draft` compares with it."""
+    model, config = load_draft(family, zoo.original(family), zoo)
+    zoo.stock[f"{family} draft"] = [state_of(model, config)]
+    return next(experts.layer_name for experts in experts_of(model).values())
+
+
+def equal_draft(family: str, zoo: Zoo) -> str:
+    model, config = load_draft(family, zoo.converted(family), zoo)
+    if found := difference(zoo.stock[f"{family} draft"][0], state_of(model, config)):
+        raise AssertionError(found)
+    taken = [is_ours(experts) for experts in experts_of(model).values()]
+    if not all(taken):
+        raise AssertionError(f"{sum(taken)} of {len(taken)} layers taken over")
+    return f"equal, {len(taken)} layers taken over"
 
 
 def draft_of_all(zoo: Zoo) -> str:

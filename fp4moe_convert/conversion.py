@@ -25,6 +25,8 @@ from .plan import Plan, make_plan
 from .progress import OnProgress, track
 from .prospects import Prospects, prospects
 from .source.checkpoint import Checkpoint, open_checkpoint
+from .source.completeness import remarks
+from .source.experts import require_layers
 from .source.quantization import require_nvfp4
 from .storage.buffers import Bytes
 from .storage.header import spec_nbytes
@@ -154,13 +156,8 @@ def preview(model_dir: str | Path, *, max_shard_nbytes: int = defaults.MAX_SHARD
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
-    if not plan.layers:
-        reasons = "; ".join(f"{layer.prefix}: {layer.reason}" for layer in plan.passed[:3])
-        raise CheckpointError(
-            f"{model_dir}: has no layer with NVFP4 experts to convert"
-            + (f" ({reasons})" if reasons else "")
-        )
-    warnings = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
+    require_layers(checkpoint, plan.layers, plan.passed)
+    warnings = remarks(checkpoint, plan.geometries)
     outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries.values())
     outlook.require_one(checkpoint.location)
     return Preview(Work(checkpoint, plan), outlook, warnings)

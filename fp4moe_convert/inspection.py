@@ -15,7 +15,9 @@ from .format.files import INDEX_NAME
 from .plan import layers_to_convert
 from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
-from .source.experts import PassedLayer, find_layers
+from .source.completeness import remarks
+from .source.converted import is_converted
+from .source.experts import PassedLayer, find_layers, require_layers
 from .source.quantization import describe, require_nvfp4
 from .storage.local import LocalFolder
 
@@ -40,6 +42,8 @@ class Inspection:
     """Layers that would be, or were, converted; by prefix."""
     passed_layers: dict[str, str]
     """The others with experts, and why."""
+    warnings: list[str]
+    """What a conversion would say besides."""
     prospects: Prospects
     """Which engines can serve it, once converted."""
     row_order: str | None
@@ -77,29 +81,30 @@ def inspect(folder: str | Path) -> Inspection:
     state, reason = "source", None
     layers: dict[str, Geometry] = {}
     others: list[PassedLayer] = []
+    warnings: list[str] = []
     outlook = Prospects({}, {}, {})
-    if checkpoint.is_converted:
-        state = "converted"
+    try:
+        if is_converted(checkpoint):
+            state = "converted"
+        else:
+            require_nvfp4(checkpoint)
+            found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
+            layers = {layer.prefix: layer.geometry for layer in found}
+            require_layers(checkpoint, found, others)
+            warnings = remarks(checkpoint, layers)
+            outlook = prospects(checkpoint, section, layers.values())
+            outlook.require_one(checkpoint.location)
+    except CheckpointError as error:
+        state, reason = "unsupported", str(error)
+    if state == "converted":
         if not checkpoint.has_index:
             raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
         converted = ConvertedSection.from_json(section)
         layout = converted.layout
         layouts.layout_of(layout)
         layers = dict(converted.layers)
-        _, others = find_layers(checkpoint)
+        _, others = find_layers(checkpoint, converted=layers)
         outlook = prospects(checkpoint, converted.source, layers.values())
-    else:
-        try:
-            require_nvfp4(checkpoint)
-            found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
-            layers = {layer.prefix: layer.geometry for layer in found}
-            if not layers:
-                state, reason = "unsupported", "no layer has NVFP4 experts"
-            else:
-                outlook = prospects(checkpoint, section, layers.values())
-                outlook.require_one(checkpoint.location)
-        except CheckpointError as error:
-            state, reason = "unsupported", str(error)
     return Inspection(
         folder=str(folder),
         state=state,
@@ -111,6 +116,7 @@ def inspect(folder: str | Path) -> Inspection:
         dtypes=dict(dtypes.most_common()),
         layers=layers,
         passed_layers={layer.prefix: layer.reason for layer in others},
+        warnings=warnings,
         prospects=outlook,
         row_order=layout.row_order if layout else None,
         flashinfer=layout.flashinfer if layout else None,

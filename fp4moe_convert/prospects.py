@@ -50,6 +50,7 @@ class Prospects:
             raise CheckpointError(
                 f"{location}: no engine could serve it once it is converted: "
                 + "; ".join(self.cannot_serve.values())
+                + "; serve the original with another MoE backend"
             )
 
 
@@ -67,7 +68,9 @@ def prospects(
     for key in checkpoint.text.path:
         text = text[key]
     names = checkpoint.config.get("architectures")
-    model = Model(tuple(map(str, names)) if isinstance(names, list) else (), text, section)
+    # Engines take the first that they know. There is one, rarely two.
+    first = [str(name) for name in names[:3]] if isinstance(names, list) else []
+    model = Model(tuple(first), text, section)
     sizes = tensor_parallel_sizes(geometries)
     heads = text.get("num_attention_heads")
     can: dict[str, list[int]] = {}

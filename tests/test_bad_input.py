@@ -21,7 +21,14 @@ from support.folders import INDEX, edit_json, write_byte
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
 from support.processes import FP4MOE_CONVERT
 from support.specs import TINY
-from support.tensors import home_of, range_of, read_header, read_tensors, write_tensors
+from support.tensors import (
+    StoredTensor,
+    home_of,
+    range_of,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
@@ -216,6 +223,46 @@ def drop_an_expert(model_dir: Path) -> None:
         rewrite_header(path, edit)
 
 
+def without(pattern: str) -> Damage:
+    """Take the tensors out whose names have a match."""
+
+    def damage(model_dir: Path) -> None:
+        (model_dir / INDEX).unlink()
+        for path in model_dir.glob("*.safetensors"):
+            tensors = sorted(read_tensors(path).items())
+            write_tensors(path, {n: t for n, t in tensors if not re.search(pattern, n)})
+
+    return damage
+
+
+def stack_the_experts(model_dir: Path) -> None:
+    without(r"\.experts\.")(model_dir)
+    stacked = StoredTensor("U8", (4, 256, 128), bytes(4 * 256 * 128))
+    write_tensors(model_dir / "stacked.safetensors", {f"{LAYER}.gate_up_proj": stacked})
+
+
+def take_an_expert_from_one_layer(model_dir: Path) -> None:
+    without(r"layers\.2\.mlp\.experts\.3\.")(model_dir)
+    edit_config(n_routed_experts=None)(model_dir)
+
+
+def convert_all_but_the_config(model_dir: Path) -> None:
+    config = (model_dir / "config.json").read_bytes()
+    conversion.convert(model_dir, model_dir.parent / "converted")
+    shutil.rmtree(model_dir)
+    (model_dir.parent / "converted").rename(model_dir)
+    (model_dir / "config.json").write_bytes(config)
+
+
+def convert_one_layer(model_dir: Path) -> None:
+    """Its stacked tensors beside the other's single ones."""
+    conversion.convert(model_dir, model_dir.parent / "converted")
+    tensors = sorted(read_tensors(model_dir.parent / "converted").items())
+    without(rf"{LAYER}\.")(model_dir)
+    layer = {n: t for n, t in tensors if n.startswith(f"{LAYER}.")}
+    write_tensors(model_dir / "converted.safetensors", layer)
+
+
 def narrow_the_experts(model_dir: Path) -> None:
     """A checkpoint with H = 192 in place of the good one."""
     shutil.rmtree(model_dir)
@@ -225,6 +272,12 @@ def narrow_the_experts(model_dir: Path) -> None:
 
 GROUPS_OF_32 = quantization_section(TINY)
 GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
+
+MIXED_PRECISION = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {LAYER: {"quant_algo": "NVFP4"}, "lm_head": {"quant_algo": "FP8"}},
+}
 
 LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -254,6 +307,26 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     "FP8": (
         edit_config(quantization_config={"quant_method": "fp8"}),
         r"config\.json: not ModelOpt NVFP4: the quantization is fp8",
+    ),
+    "weight-only NVFP4": (
+        edit_config(quantization_config={"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}),
+        r"config\.json: .* modelopt W4A16_NVFP4, whose experts are weight-only \(W4A16\), which .*",
+    ),
+    "mixed precision": (
+        edit_config(quantization_config=MIXED_PRECISION),
+        r"config\.json: .* modelopt MIXED_PRECISION, whose experts are NVFP4; this release .*",
+    ),
+    "config of a converted checkpoint": (
+        edit_config(quantization_config={"quant_method": "fp4moe", "format_version": 2}),
+        rf"config\.json: is that of a converted checkpoint, but {SECOND}: '.+' is as in an .*",
+    ),
+    "converted, but the config is the original's": (
+        convert_all_but_the_config,
+        r"{model_dir}: is already converted, as model-.*: 'fp4moe\.layout' says, but .*",
+    ),
+    "half converted": (
+        convert_one_layer,
+        r"{model_dir}: holds shards of an original and of a converted checkpoint: .*",
     ),
     "group size": (
         edit_config(quantization_config=GROUPS_OF_32),
@@ -405,6 +478,22 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         edit_config(n_routed_experts=3),
         rf"model-.*: '{LAYER}\.3\..+' is of expert 3, config\.json allows 3",
     ),
+    "fewer experts than another layer": (
+        take_an_expert_from_one_layer,
+        rf"model\.layers\.2\.mlp\.experts: has 3 experts, {LAYER} has 4, and config\.json .*",
+    ),
+    "experts without a gate": (
+        without(r"\.experts\.\d+\.gate_proj\."),
+        rf"model-.*: '{LAYER}\.0\.down_proj\.weight' is of experts without a gate: .*",
+    ),
+    "experts without input scales": (
+        without(r"\.experts\..*\.input_scale"),
+        rf"model-.*: '{LAYER}\.0\.down_proj\.weight' is of experts without an input_scale: .*",
+    ),
+    "experts in one tensor": (
+        stack_the_experts,
+        rf"stacked\.safetensors: '{LAYER}\.gate_up_proj' is U8 \[4, 256, 128\]: all experts .*",
+    ),
     "leaf missing": (
         lambda model_dir: rename_tensor(model_dir, f"{UP}.input_scale", "elsewhere"),
         rf"model-.*: '{UP}\.input_scale' is missing from every shard",
@@ -425,6 +514,18 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         narrow_the_experts,
         rf"model-.*: '{LAYER}\.0\.gate_proj\.weight' gives .* H = 192, which is not a multiple .*",
     ),
+    "layer missing": (
+        without(r"^model\.layers\.2\."),
+        r"{model_dir}: config\.json counts 3 layers, but no shard has a tensor of .*\.2; .*",
+    ),
+    "experts alone": (
+        without(r"^model\.layers\.1\.(?!.*\.experts\.)"),
+        r"{model_dir}: no shard has anything but experts of model\.layers\.1; are all .*",
+    ),
+    "layers alone": (
+        without(r"^(?!model\.layers)"),
+        r"{model_dir}: no shard has embeddings, a head, or anything outside the layers; are all .*",
+    ),
     "no layers to convert": (
         edit_config(num_hidden_layers=1),
         r"{model_dir}: has no layer with NVFP4 experts to convert \(.*\(MTP\).*\)",
@@ -432,6 +533,17 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     "no number of layers": (
         edit_config(num_hidden_layers=None),
         r"config\.json: num_hidden_layers is missing",
+    ),
+    "no engine": (
+        edit_config(
+            architectures=["MixtralForCausalLM"],
+            quantization_config={
+                "quant_algo": "NVFP4",
+                "quant_method": "modelopt",
+                "config_groups": {"group_0": {"weights": {"group_size": 16}}},
+            },
+        ),
+        r"{model_dir}: no engine could serve it once it is converted: SGLang .*; vLLM .*; serve .*",
     ),
 }
 

@@ -68,7 +68,6 @@ def test_shards_that_an_index_names(tiny: Path) -> None:
     assert checkpoint.other_files == OTHER_FILES
     assert checkpoint.left_out == {}
     assert checkpoint.text.layer_count == 3
-    assert not checkpoint.is_converted
 
 
 def test_shards_without_an_index(model_dir: Path) -> None:
@@ -523,12 +522,7 @@ def test_refuses_a_quantization_that_is_not_an_object(model_dir: Path, value: ob
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        (
-            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "compressed-tensors nvfp4-pack-quantized",
-        ),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt FP8"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "modelopt NVFP4_AWQ"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "modelopt MIXED_PRECISION"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}, "modelopt W4A8_NVFP4_FP8"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt W4A8_AWQ"),
@@ -541,6 +535,96 @@ def test_refuses_another_quantization_and_says_which(
 ) -> None:
     edit_json(model_dir / "config.json", quantization_config=section)
     refuses(model_dir, f"config.json: not ModelOpt NVFP4: the quantization is {kind}")
+
+
+def groups(**input_activations: Any) -> dict[str, Any]:
+    """A section's only group, of FP4 weights."""
+    weights = {"num_bits": 4, "type": "float", "group_size": 16}
+    return {"config_groups": {"group_0": {"weights": weights, **input_activations}}}
+
+
+MODELOPT = {"quant_method": "modelopt"}
+MIXED = {**MODELOPT, "quant_algo": "MIXED_PRECISION"}
+PACKED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+WEIGHT_ONLY = (
+    ", whose experts are weight-only (W4A16), which no engine serves with flashinfer_trtllm, the "
+    "backend that this layout is for; serve the original with another MoE backend"
+)
+AWQ = (
+    ", whose experts multiply their input by a pre_quant_scale, which no engine does for experts; "
+    "export the model as NVFP4"
+)
+MODELOPTS = "; this release converts the exports of ModelOpt"
+AS_A_WHOLE = "; this release converts checkpoints that are NVFP4 as a whole"
+
+
+def mixed(**algorithms: str) -> dict[str, Any]:
+    """What MIXED_PRECISION says of some modules of layer 1 and of multi-token prediction."""
+    modules = {f"model.layers.1.{name.replace('_', '.')}": algorithms[name] for name in algorithms}
+    modules["mtp.layers.0.mlp.experts.0.up_proj"] = "MXFP4"
+    return {"quantized_layers": {name: {"quant_algo": modules[name]} for name in modules}}
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ({**MODELOPT, "quant_algo": "W4A16_NVFP4"}, f"modelopt W4A16_NVFP4{WEIGHT_ONLY}"),
+        (
+            MIXED | mixed(mlp_experts="W4A16_NVFP4", attn="FP8"),
+            f"modelopt MIXED_PRECISION{WEIGHT_ONLY}",
+        ),
+        (
+            MIXED | mixed(mlp_experts_0_w1="NVFP4", mlp_experts_1_w1="NVFP4", attn="FP8"),
+            f"modelopt MIXED_PRECISION, whose experts are NVFP4{AS_A_WHOLE}",
+        ),
+        (
+            MIXED | mixed(mlp_experts_0_w1="NVFP4", mlp_experts_1_w1="FP8"),
+            f"modelopt MIXED_PRECISION, whose experts are FP8 and NVFP4{AS_A_WHOLE}",
+        ),
+        (MIXED | mixed(mlp_shared="NVFP4"), "modelopt MIXED_PRECISION"),
+        (
+            {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"},
+            f"fp8 MIXED_PRECISION, whose experts are NVFP4{AS_A_WHOLE}",
+        ),
+        (
+            {**MODELOPT, "quant_algo": "NVFP4_AWQ"},
+            f"modelopt NVFP4_AWQ{AWQ}",
+        ),
+        (
+            PACKED | groups(input_activations={"num_bits": 4}),
+            f"compressed-tensors nvfp4-pack-quantized{MODELOPTS}",
+        ),
+        (
+            PACKED | groups(input_activations=None),
+            f"compressed-tensors nvfp4-pack-quantized{WEIGHT_ONLY}",
+        ),
+        (PACKED | groups(), f"compressed-tensors nvfp4-pack-quantized{WEIGHT_ONLY}"),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, str) else "",
+)
+def test_says_why_experts_of_four_bits_are_not_converted(
+    model_dir: Path, section: dict[str, Any], kind: str
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, f"config.json: not ModelOpt NVFP4: the quantization is {kind}")
+
+
+def test_the_algorithm_of_the_experts_may_stand_in_hf_quant_config(model_dir: Path) -> None:
+    edit_json(model_dir / "config.json", quantization_config=MIXED)
+    described = {"quantization": mixed(mlp_experts="NVFP4")}
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
+    refuses(
+        model_dir,
+        "config.json: not ModelOpt NVFP4: the quantization is modelopt MIXED_PRECISION, whose "
+        f"experts are NVFP4{AS_A_WHOLE}",
+    )
+
+
+def test_what_a_section_does_not_say_of_activations_is_no_reason(model_dir: Path) -> None:
+    """The experts have input scales, so SGLang serves them in four bits."""
+    section = {**MODELOPT, "quant_algo": "NVFP4", **groups()}
+    edit_json(model_dir / "config.json", quantization_config=section)
+    require_nvfp4(open_checkpoint(model_dir))
 
 
 def test_refuses_another_quantization_in_hf_quant_config(model_dir: Path) -> None:
@@ -566,12 +650,6 @@ def test_refuses_another_group_size(model_dir: Path, size: object) -> None:
     section["config_groups"]["group_0"]["weights"]["group_size"] = size
     edit_json(model_dir / "config.json", quantization_config=section)
     refuses(model_dir, f"config.json: group size is {size}, NVFP4 has 16")
-
-
-def test_refuses_a_converted_checkpoint(model_dir: Path) -> None:
-    section = {"quant_method": "fp4moe", "format_version": 1, "source": quantization_section(TINY)}
-    edit_json(model_dir / "config.json", quantization_config=section)
-    refuses(model_dir, f"{model_dir}: is already converted")
 
 
 def test_copying_a_folder_does_not_change_what_it_is(tiny: Path, tmp_path: Path) -> None:

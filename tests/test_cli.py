@@ -508,18 +508,19 @@ builtins.__import__ = slow
 
 
 @pytest.mark.parametrize(
-    ("options", "signals", "code"),
+    ("options", "signals", "codes"),
     [
-        (["--threads=1"], [signal.SIGINT], 130),
-        (["--max-shard-size=300KB"], [signal.SIGINT], 130),
-        (["--max-shard-size=300KB"], [signal.SIGTERM], 143),
-        ([], [signal.SIGINT] * 3, 130),
-        (["--verify"], [signal.SIGTERM, signal.SIGINT], 143),
+        (["--threads=1"], [signal.SIGINT], {130}),
+        (["--max-shard-size=300KB"], [signal.SIGINT], {130}),
+        (["--max-shard-size=300KB"], [signal.SIGTERM], {143}),
+        ([], [signal.SIGINT] * 3, {130}),
+        # On a busy machine both are there before Python looks, and it takes them by number.
+        (["--verify"], [signal.SIGTERM, signal.SIGINT], {130, 143}),
     ],
     ids=["one thread", "many shards", "SIGTERM", "impatience", "both"],
 )
 def test_ctrl_c(
-    tiny: Path, tmp_path: Path, options: list[str], signals: list[signal.Signals], code: int
+    tiny: Path, tmp_path: Path, options: list[str], signals: list[signal.Signals], codes: set[int]
 ) -> None:
     out_dir = tmp_path / "out"
     process = subprocess.Popen(
@@ -540,7 +541,7 @@ def test_ctrl_c(
             time.sleep(0.02)
         stdout, stderr = process.communicate(timeout=60)
         seconds = time.perf_counter() - started
-    assert process.returncode == code
+    assert process.returncode in codes
     assert stdout == ""
     assert stderr == "error: interrupted; run the same command again to resume\n"
     assert partial

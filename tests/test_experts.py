@@ -265,6 +265,56 @@ def test_refuses_more_experts_than_config_counts() -> None:
     refuses(message, layer(), n_routed_experts=2)
 
 
+OTHER = "model.layers.2.mlp.experts"
+
+
+@pytest.mark.parametrize("fewer", [PREFIX, OTHER])
+def test_layers_tell_of_a_missing_last_expert_where_config_does_not_count(fewer: str) -> None:
+    more = OTHER if fewer == PREFIX else PREFIX
+    message = (
+        f"{fewer}: has 2 experts, {more} has 3, and config.json does not say how many there should "
+        "be; are all shards there?"
+    )
+    shards = (layer(more), layer(fewer, experts=2))
+    refuses(message, *shards, n_routed_experts=None)
+    refuses(message, *shards[::-1], n_routed_experts=None, unheard_of_experts=E)
+
+
+@pytest.mark.parametrize("name", ["gate", "router"])
+def test_so_does_the_router(name: str) -> None:
+    router: Tensors = {f"model.layers.1.mlp.{name}.weight": ("BF16", (E, H))}
+    message = (
+        f"{PREFIX}: has 2 experts, model.layers.1.mlp.{name}.weight has 3, and config.json does "
+        "not say how many there should be; are all shards there?"
+    )
+    refuses(message, layer(experts=2), router, n_routed_experts=None)
+    assert len(found(layer(), router, n_routed_experts=None)) == 1
+
+
+def test_config_knows_better_than_a_router() -> None:
+    """LongCat's has rows for experts that do nothing and have no tensors."""
+    router: Tensors = {"model.layers.1.mlp.gate.weight": ("BF16", (E + 2, H))}
+    assert len(found(layer(), router)) == 1
+    moe = {"moe": {"num_experts": E}}  # as Mistral has it
+    assert len(found(layer(), router, n_routed_experts=None, **moe)) == 1
+
+
+def test_what_is_no_router_counts_no_experts() -> None:
+    others: Tensors = {
+        "model.layers.1.mlp.gate.weight": ("BF16", (H, 64)),
+        "model.layers.1.mlp.router.weight": ("BF16", (64,)),
+    }
+    assert len(found(layer(), others, n_routed_experts=None)) == 1
+
+
+def test_each_layer_may_have_its_own_number_of_experts() -> None:
+    shards = (layer(), layer(OTHER, experts=2))
+    layers = found(*shards, n_routed_experts=[1, 3, 2])
+    assert [moe.geometry.experts for moe in layers] == [3, 2]
+    message = f"config.json: layer {OTHER!r} should have 3 experts, but no shard has expert 2"
+    refuses(message, *shards, n_routed_experts=[1, 3, 3])
+
+
 def test_a_huge_number_of_experts_is_refused_at_once() -> None:
     tensors = layer() | {f"{PREFIX}.999999999999.up_proj.weight": ("U8", (I, H // 2))}
     refuses(
@@ -283,6 +333,86 @@ def test_a_number_of_thousands_of_digits_is_no_reason_to_crash(name: str) -> Non
     """To be passed through is allowed, as is any refusal in words."""
     with suppress(CheckpointError):  # int() raises ValueError beyond 4300 digits
         find_layers(checkpoint(layer(), {name: ("U8", (1,))}))
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
+def test_refuses_experts_without_a_gate(projection: str) -> None:
+    tensors = {name: t for name, t in layer().items() if f".{projection}." not in name}
+    refuses(
+        f"1.safetensors: '{PREFIX}.0.down_proj.weight' is of experts without a gate: they have two "
+        "projections, not three (as in Nemotron-H); this release converts gated experts; serve "
+        "the original",
+        tensors,
+    )
+
+
+def test_a_gate_that_one_expert_lacks_is_missing() -> None:
+    tensors = {name: t for name, t in layer().items() if f"{PREFIX}.1.gate_proj." not in name}
+    name = f"{PREFIX}.1.gate_proj.weight"
+    refuses(f"1.safetensors: '{name}' is missing from every shard", tensors)
+
+
+def test_refuses_experts_of_weights_alone() -> None:
+    tensors = {name: t for name, t in layer().items() if not name.endswith(".input_scale")}
+    refuses(
+        f"1.safetensors: '{PREFIX}.0.down_proj.weight' is of experts without an input_scale: "
+        "weight-only (W4A16), which no engine serves with flashinfer_trtllm, the backend that this "
+        "layout is for; serve the original with another MoE backend",
+        tensors,
+    )
+
+
+def test_refuses_experts_that_scale_their_input() -> None:
+    """An NVFP4_AWQ export whose section says NVFP4."""
+    name = f"{PREFIX}.1.down_proj.pre_quant_scale"
+    refuses(
+        f"1.safetensors: '{name}' is of an NVFP4_AWQ expert, which multiplies its input by it; no "
+        "engine does that for experts; export the model as NVFP4",
+        layer() | {name: ("BF16", (I,))},
+    )
+
+
+STACKED = {
+    "fused": ("mlp.experts.gate_up_proj", (E, 2 * I, H // 2)),
+    "Llama 4": ("feed_forward.experts.gate_up_proj", (E, H // 2, 2 * I)),
+    "with a leaf": ("mlp.experts.gate_up_proj.weight", (E, 2 * I, H // 2)),
+    "Step": ("moe.down_proj.weight", (E, H, I // 2)),
+    "of two dimensions": ("ffn.experts.mlp.w1", (E * I, H // 2)),
+}
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_refuses_experts_that_are_stacked(case: str) -> None:
+    part, shape = STACKED[case]
+    name = f"model.layers.1.{part}"
+    tensors: Tensors = {f"{name}_weight_scale": ("F8_E4M3", (1,)), name: ("U8", shape)}
+    message = (
+        f"2.safetensors: {name!r} is U8 {list(shape)}: all experts of the layer stacked in one "
+        "tensor; this release converts experts that have tensors of their own; serve the original"
+    )
+    refuses(message, {}, tensors)
+    refuses(message, layer("model.layers.0.mlp.experts"), tensors)
+
+
+@pytest.mark.parametrize("layers", ["mtp.layers.0", "model.layers.3"])
+def test_stacked_experts_of_multi_token_prediction_do_not_matter(layers: str) -> None:
+    tensors: Tensors = {f"{layers}.mlp.experts.gate_up_proj": ("U8", (E, 2 * I, H // 2))}
+    assert len(found(layer(), tensors)) == 1
+
+
+def test_stacked_experts_that_are_not_nvfp4_pass_through() -> None:
+    tensors: Tensors = {
+        f"model.layers.{n}.mlp.experts.{part}": ("BF16", (E, H, I))
+        for n in (1, 2)
+        for part in ("gate_up_proj", "down_proj")
+    }
+    reason = "its experts are BF16, not NVFP4"
+    assert passed(tensors) == {PREFIX: reason, OTHER: reason}
+
+
+def test_three_dimensions_are_not_always_experts() -> None:
+    conv: Tensors = {"model.layers.1.linear_attn.conv1d.weight": ("BF16", (512, 1, 4))}
+    assert len(found(layer(), conv)) == 1
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BF16", "F4"])

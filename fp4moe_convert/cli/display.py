@@ -196,6 +196,7 @@ def inspection_tables(inspection: Inspection) -> Iterator[Table]:
                 len(inspection.layers)
             ),
             "passed through": _passed(inspection.passed_layers),
+            "warnings": "\n".join(inspection.warnings),
             **_prospects(inspection.prospects, inspection.serve),
             "row order": fingerprint if inspection.row_order else "",
         }

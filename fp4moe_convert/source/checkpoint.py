@@ -16,7 +16,6 @@ from typing import Any
 import xxhash
 
 from ..errors import CheckpointError, MissingFileError
-from ..format.contract import QUANT_METHOD
 from ..format.files import (
     CONFIG_NAME,
     GENERATED,
@@ -104,10 +103,6 @@ class Checkpoint:
                 raise CheckpointError(f"{CONFIG_NAME}: {'.'.join((*path, key))} is not an object")
             return section
         return self.hf_quant_config
-
-    @property
-    def is_converted(self) -> bool:
-        return (self.quantization or {}).get("quant_method") == QUANT_METHOD
 
 
 def open_checkpoint(store: Store) -> Checkpoint:

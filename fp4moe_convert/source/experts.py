@@ -6,13 +6,14 @@ Works on names, dtypes and shapes alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import CheckpointError
 from ..format.contract import GROUP_SIZE, Geometry
 from .checkpoint import Checkpoint
+from .converted import is_named_as_converted
 from .families import (
     FAMILIES,
     LEAVES,
@@ -23,7 +24,10 @@ from .families import (
     Role,
 )
 from .names import is_mtp_by_name, layer_number
+from .quantization import WEIGHT_ONLY
 from .spans import Matrix, Shard
+
+_UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
 
 MAX_SIZE = 2**20
 """Of H and I. A move has at least 128 rows, which a worker holds in memory: 64 MiB at this limit,
@@ -65,9 +69,17 @@ class _Named(NamedTuple):
 
 
 def find_layers(
-    checkpoint: Checkpoint, families: Sequence[Family] = FAMILIES
+    checkpoint: Checkpoint,
+    families: Sequence[Family] = FAMILIES,
+    *,
+    converted: Collection[str] = (),
 ) -> tuple[list[MoeLayer], list[PassedLayer]]:
     """Sort the checkpoint's expert layers into those to convert and those to pass through.
+
+    Args:
+        checkpoint: an original, or a converted one.
+        families: the table.
+        converted: prefixes of layers that are converted already; they are neither.
 
     Raises:
         CheckpointError: a layer with NVFP4 experts is incomplete or not uniform.
@@ -75,7 +87,10 @@ def find_layers(
     text = checkpoint.text
     layers: list[MoeLayer] = []
     passed: list[PassedLayer] = []
-    for prefix, tensors in _by_layer(checkpoint.shards, families).items():
+    by_layer, unknown = _by_layer(checkpoint.shards, families)
+    for prefix, tensors in by_layer.items():
+        if prefix in converted:
+            continue
         number = layer_number(prefix)
         reason = _reason_to_pass(prefix, number, text.layer_count, tensors)
         if reason is None and number is not None:
@@ -84,25 +99,50 @@ def find_layers(
             layers.append(_check_layer(prefix, number, family, tensors, expert_count))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
+    passed += _stacked(unknown, text.layer_count)
+    _check_counts([layer for layer in layers if text.expert_count(layer.number) is None], unknown)
     layers.sort(key=lambda layer: (layer.number, layer.prefix))
     passed.sort(key=lambda layer: (layer_number(layer.prefix) or 0, layer.prefix))
     return layers, passed
 
 
-def _by_layer(shards: Iterable[Shard], families: Iterable[Family]) -> dict[str, list[_Named]]:
+def require_layers(
+    checkpoint: Checkpoint, layers: Sequence[object], passed: Sequence[PassedLayer]
+) -> None:
+    """Make sure that `find_layers` has found something to convert.
+
+    Raises:
+        CheckpointError: it has not; the reasons why layers pass are given.
+    """
+    if not layers:
+        reasons = "; ".join(f"{layer.prefix}: {layer.reason}" for layer in passed[:3])
+        raise CheckpointError(
+            f"{checkpoint.location}: has no layer with NVFP4 experts to convert"
+            + (f" ({reasons})" if reasons else "")
+        )
+
+
+def _by_layer(
+    shards: Iterable[Shard], families: Iterable[Family]
+) -> tuple[dict[str, list[_Named]], list[Matrix]]:
+    """The tensors that some family takes for experts', by layer, and all others."""
     patterns = list(dict.fromkeys(family.tensors for family in families))
     found: dict[str, list[_Named]] = {}
+    others: list[Matrix] = []
     for shard in shards:
         for info in shard.header.tensors:
+            matrix = Matrix.whole(shard, info)
             for pattern in patterns:
                 if match := pattern.fullmatch(info.name):
                     groups = match.groupdict()
                     number = groups.get("expert")
                     expert = None if number is None else int(number)
-                    named = _Named(pattern, expert, groups["part"], Matrix.whole(shard, info))
+                    named = _Named(pattern, expert, groups["part"], matrix)
                     found.setdefault(groups["prefix"], []).append(named)
                     break
-    return found
+            else:
+                others.append(matrix)
+    return found, others
 
 
 def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
@@ -134,6 +174,7 @@ def _check_layer(
     expert_count: int | None,
 ) -> MoeLayer:
     matrices = _roles(family, tensors)
+    _refuse_other_experts(matrices)
     experts = {expert for expert, _, _ in matrices}
     count = expert_count if expert_count is not None else max(experts, default=-1) + 1
     for expert in range(count):
@@ -156,10 +197,75 @@ def _check_layer(
     return MoeLayer(prefix, number, family, geometry, matrices)
 
 
+def _refuse_other_experts(matrices: Mapping[Role, Matrix]) -> None:
+    """Refuse experts of which all lack the same thing: they are of another kind, not damaged."""
+    projections = {projection for _, projection, _ in matrices}
+    leaves = {leaf for _, _, leaf in matrices}
+    first = matrices[min(matrices, key=lambda role: (role[2] != "weight", role))]
+    name = f"{first.shard.name}: {first.tensor.name!r}"
+    if "down" in projections and len(projections) == 2:
+        raise CheckpointError(
+            f"{name} is of experts without a gate: they have two projections, not three (as in "
+            "Nemotron-H); this release converts gated experts; serve the original"
+        )
+    if "weight" in leaves and "input_scale" not in leaves:
+        raise CheckpointError(f"{name} is of experts without an input_scale: {WEIGHT_ONLY}")
+
+
+def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[PassedLayer]:
+    """Layers of the decoder that have all experts in one tensor, where no family of the table says
+    how.
+
+    Raises:
+        CheckpointError: those are NVFP4.
+    """
+    prefixes: set[str] = set()
+    for shard, tensor, *_ in others:
+        number = layer_number(tensor.name)
+        if number is None or number >= (layer_count or 0) or is_mtp_by_name(tensor.name):
+            continue
+        named = _UNNUMBERED.search(tensor.name)
+        deep = len(tensor.shape) > 2
+        if tensor.dtype == "U8" and (named or deep) and not is_named_as_converted(tensor.name):
+            raise CheckpointError(
+                f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
+                "experts of the layer stacked in one tensor; this release converts experts that "
+                "have tensors of their own; serve the original"
+            )
+        if named and deep and tensor.dtype in ("BF16", "F16", "F32") and named[1] not in prefixes:
+            prefixes.add(named[1])
+            yield PassedLayer(named[1], f"its experts are {tensor.dtype}, not NVFP4")
+
+
+def _check_counts(layers: Sequence[MoeLayer], others: Iterable[Matrix]) -> None:
+    """Where config.json does not say how many experts a layer has, the other layers do, and its own
+    router, which has a row for each."""
+    shapes = {matrix.tensor.name: matrix.shape for matrix in others}
+    most = max(layers, key=lambda layer: layer.geometry.experts, default=None)
+    for layer in layers:
+        found, expected = layer.geometry.experts, most.geometry.experts if most else 0
+        where = most.prefix if most else ""
+        for router in ("gate.weight", "router.weight"):
+            name = layer.prefix.removesuffix("experts") + router
+            shape = shapes.get(name, ())
+            if shape[1:] == (layer.geometry.hidden,) and shape[0] > expected:
+                expected, where = shape[0], name
+        if found < expected:
+            raise CheckpointError(
+                f"{layer.prefix}: has {found} experts, {where} has {expected}, and config.json "
+                "does not say how many there should be; are all shards there?"
+            )
+
+
 def _roles(family: Family, tensors: Iterable[_Named]) -> dict[Role, Matrix]:
     matrices: dict[Role, Matrix] = {}
     for pattern, expert, part, whole in tensors:
         name, shard = whole.tensor.name, whole.shard.name
+        if part.endswith(".pre_quant_scale"):
+            raise CheckpointError(
+                f"{shard}: {name!r} is of an NVFP4_AWQ expert, which multiplies its input by it; "
+                "no engine does that for experts; export the model as NVFP4"
+            )
         if pattern is not family.tensors or part not in family.parts:
             raise CheckpointError(
                 f"{shard}: {name!r} is not a tensor of a ModelOpt NVFP4 expert "

@@ -71,8 +71,9 @@ def header_of(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
 
 
 def source_folder(quantization: str = "config") -> tuple[bytes, ...]:
-    """One layer of two experts, H = 128 and I = 16, a norm and an MTP layer; both shards."""
-    shards: tuple[dict[str, Any], dict[str, Any]] = ({}, {"norm.weight": ("BF16", [128], 256)})
+    """One layer of two experts, H = 128 and I = 16, norms and an MTP layer; both shards."""
+    norms = dict.fromkeys(("norm.weight", "layers.0.norm.weight"), ("BF16", [128], 256))
+    shards: tuple[dict[str, Any], dict[str, Any]] = ({}, {**norms})
     for expert, shard in enumerate(shards):
         for name, rows, cols in (
             ("gate_proj", 16, 128),

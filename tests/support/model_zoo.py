@@ -428,7 +428,12 @@ FAMILIES: dict[str, Family] = {
         QWEN3_NEXT,
         # SGLang builds its q_proj, k_proj and v_proj unquantized, whatever the section says.
         quantized=r"^mtp\.layers\.0\.(self_attn\.o_proj|mlp\.(experts|shared_expert)\.)",
-        ignore=QWEN3_NEXT.ignore[:-1],
+        ignore=(
+            *QWEN3_NEXT.ignore[:-1],
+            "mtp.fc",
+            "mtp.layers.0.self_attn.{q,k,v}_proj",
+            "mtp.layers.0.mlp.{gate,shared_expert_gate}",
+        ),
     ),
     "qwen3_vl_moe": Family(
         QWEN,

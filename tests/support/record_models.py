@@ -17,11 +17,13 @@ from pathlib import Path
 
 
 def architectures_of_vllm(root: Path) -> Iterator[str]:
-    """Keys of the registry's tables of models that generate."""
+    """Keys of the registry's tables of models that generate; some of them run through the
+    Transformers backend, which makes fused MoE layers as well."""
+    tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
     for node in ast.parse((root / "model_executor/models/registry.py").read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-            if names & {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS"}:
+            if names & tables:
                 yield from (key.value for key in node.value.keys if isinstance(key, ast.Constant))
 
 

@@ -21,6 +21,9 @@ LAID_OUT = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 # engine merges them. The input scales are those of all experts, whatever the rank.
 RAW_SCALES = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
 
+PATTERN = 0xA5
+"""The byte that `poison` fills parameters with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -106,12 +109,23 @@ def tensors_below(checkpoint: str, prefix: str) -> Iterator[tuple[str, Any]]:
 def poison(module: Any) -> None:
     """Fill all parameters with a pattern, so that a part that nothing writes shows in the result.
 
-    0xA5 is a finite number in every dtype involved.
+    `PATTERN` is a finite number in every dtype involved.
     """
     import torch
 
     for parameter in module.parameters():
-        parameter.data.view(torch.uint8).fill_(0xA5)
+        parameter.data.view(torch.uint8).fill_(PATTERN)
+
+
+def never_written(module: Any) -> list[str]:
+    """Parameters with an expert of which nothing has overwritten what `poison` left."""
+    import torch
+
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if (parameter.data.view(torch.uint8).view(len(parameter), -1) == PATTERN).all(1).any()
+    ]
 
 
 def interleave_block_scales(scales: Any) -> Any:

@@ -1,0 +1,77 @@
+"""Whether a folder is converted, and whether all of it is: its shards and its config.json can come
+from different folders."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import CheckpointError
+from ..format.contract import MARKER_NAME, QUANT_METHOD
+from ..format.files import CONFIG_NAME
+from .checkpoint import Checkpoint
+from .families import NUMBERED_EXPERTS
+from .names import is_mtp_by_name, layer_number
+
+_STACKED = re.compile(
+    r".*\.experts\.w(?:13|2)_(?:weight|weight_scale|weight_scale_2|input_scale)", re.DOTALL
+)
+"""What an expert layer becomes. Others may use these names for an order of their own."""
+
+
+def is_named_as_converted(tensor: str) -> bool:
+    """Whether a tensor has the name of one that an expert layer becomes."""
+    return _STACKED.fullmatch(tensor) is not None
+
+
+def is_converted(checkpoint: Checkpoint) -> bool:
+    """Whether all of a folder is converted; False if all of it is as in an original.
+
+    Raises:
+        CheckpointError: config.json and the shards say different things, or the shards do.
+    """
+    marker, stacked, single = _telltales(checkpoint)
+    section = (checkpoint.quantization or {}).get("quant_method") == QUANT_METHOD
+    converted = stacked or marker
+    if converted and single:
+        raise CheckpointError(
+            f"{checkpoint.location}: holds shards of an original and of a converted checkpoint: "
+            f"{single} is of the one, {converted} of the other; take all of them from one"
+        )
+    if section and not converted:
+        what = f"{single} is as in an original" if single else f"no shard has {MARKER_NAME!r}"
+        raise CheckpointError(
+            f"{CONFIG_NAME}: is that of a converted checkpoint, but {what}; put back the "
+            f"original's {CONFIG_NAME}"
+        )
+    if marker and not section:
+        raise CheckpointError(
+            f"{checkpoint.location}: is already converted, as {marker} says, but {CONFIG_NAME} is "
+            "not its own; put back the one that the conversion wrote"
+        )
+    if stacked and not section:
+        raise CheckpointError(
+            f"{stacked} is named as in a converted checkpoint, but no {MARKER_NAME!r} tells the "
+            "order of its rows; convert the original"
+        )
+    return section
+
+
+def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | None]:
+    """The marker, the first stacked weight of experts, and the first NVFP4 weight of a single
+    expert of the decoder, each with its shard."""
+    layer_count = checkpoint.text.layer_count
+    marker = stacked = single = None
+    for shard in checkpoint.shards:
+        for tensor in shard.header.tensors:
+            where = f"{shard.name}: {tensor.name!r}"
+            if tensor.name == MARKER_NAME:
+                marker = where
+            elif tensor.dtype != "U8" or not tensor.nbytes:
+                continue
+            elif is_named_as_converted(tensor.name):
+                stacked = stacked or where
+            elif not single and NUMBERED_EXPERTS.fullmatch(tensor.name):
+                number = layer_number(tensor.name)
+                of_decoder = number is not None and number < (layer_count or 0)
+                single = where if of_decoder and not is_mtp_by_name(tensor.name) else None
+    return marker, stacked, single

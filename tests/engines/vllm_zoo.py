@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""Load a tiny model of each family through vLLM: originals, converted ones, and by mistake.
+
+    PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python \\
+        tests/engines/vllm_zoo.py RESULTS.json [FAMILY ...]
+
+`test_vllm_zoo.py` runs it in vLLM's environment. `vllm_driver` and `support.cpu_engines` say what
+is replaced on a CPU. First without any plugin, then with this project's:
+
+- An original is loaded, and the loader fills all of its experts.
+- The mistake is the original's config.json in a converted folder, or that folder offered to an
+  engine that serves the original. vLLM has to stop: weights that no loader has filled, or that are
+  laid out for another kernel, do not crash, they answer nonsense.
+- A converted checkpoint is served as its original is: every tensor of the model is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import vllm_driver
+from support import model_zoo
+from vllm_driver import (
+    EP,
+    MTP,
+    Bench,
+    Json,
+    Setup,
+    as_rank,
+    difference,
+    edit_tensors,
+    engine_config,
+    experts_of,
+    is_ours,
+    load,
+    load_plugins,
+    state_of,
+)
+
+from fp4moe_convert.format.contract import MARKER_NAME
+
+# --- what vLLM's models do ------------------------------------------------------------------------
+
+STOPS = "There is no module or parameter named 'fp4moe'"
+"""The marker is a converted checkpoint's first tensor, and no model has a part of that name."""
+
+STOPS_UNMARKED = "tuple index out of range"
+"""Some loaders (Bailing V3's, Nemotron Nano VL's) pass over the marker. What stops them is shown by
+others from which the marker is taken away: the empty tensor of an expert has no axis to cut."""
+
+DRAFTS = ("deepseek_v3", "glm4_moe", "qwen3_5_moe", "qwen3_next", "qwen3_next-nvfp4-mtp")
+"""Families whose MTP layer vLLM makes a draft of."""
+
+WHOLE_DRAFTS = (
+    "gemma4",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe",
+)
+"""Families of which vLLM makes a draft as they are, not of their MTP layer."""
+
+FILE_BESIDE = "glm4_moe-mtp-file"
+"""vLLM reads no file that the index does not name, and starts a draft that nothing has filled.
+The converted checkpoint's index names all."""
+
+NO_RELOAD = {"minimax_m2": "'functools.partial' object has no attribute '__name__'"}
+"""Families that vLLM cannot load again into a running engine, and what it says."""
+
+CONVERTED = [name for name in model_zoo.FAMILIES if name != "nemotron_h"]
+"""Nemotron-H's experts have no gate."""
+
+REFUSED = "fp4moe: these weights are converted, the model was built for a checkpoint that is not"
+"""The mistake, with the plugin."""
+
+# --- the run --------------------------------------------------------------------------------------
+
+REMOTE = {"trust_remote_code": True}  # some configurations are code beside the checkpoint
+ALONE = Setup("", 1, REMOTE)
+SERVED = {"tp 2": Setup("", 2, REMOTE), "ep 2": Setup("", 2, REMOTE | EP)}
+DRAFT = Setup("", 1, REMOTE | MTP, draft=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    plugin: bool
+    run: Callable[[Zoo], str]
+    refusal: str | None = None
+    """Part of the message that it must fail with."""
+
+
+class Zoo(Bench):
+    """The zoo's checkpoints instead of the driver's own."""
+
+    def original(self, name: str) -> Path:
+        folder = self.work / name
+        if not folder.exists():
+            model_zoo.make(folder, name)
+        return folder
+
+    def disguised(self, family: str) -> Path:
+        """A converted checkpoint with its original's config.json."""
+        config = self.original(family) / "config.json"
+        return self.edited(family, lambda folder: shutil.copy(config, folder))
+
+    def unmarked(self, family: str) -> Path:
+        """The same without the marker."""
+        folder = self.disguised(family)
+        edit_tensors(folder, lambda tensors: tensors.pop(MARKER_NAME))
+        return folder
+
+
+def cases() -> Iterator[Case]:
+    """All of them, in the order of the run: first those without the plugin."""
+    for family in model_zoo.FAMILIES:
+        yield Case(f"{family}: original", False, partial(start, family, "original"))
+        for served, setup in SERVED.items():
+            yield Case(f"{family}: original, {served}", False, partial(stock, family, setup))
+        if family in DRAFTS:
+            yield Case(f"{family}: original, draft", False, partial(stock, family, DRAFT))
+        if family in WHOLE_DRAFTS:
+            yield Case(f"{family}: original, whole draft", False, partial(stock_draft, family))
+    for family in CONVERTED:
+        unmarked = partial(start, family, "unmarked")
+        yield Case(f"{family}: mistake, without the marker", False, unmarked, STOPS_UNMARKED)
+    loads_draft = partial(stock, FILE_BESIDE, DRAFT)
+    yield Case(f"{FILE_BESIDE}: original, draft", False, loads_draft, "never written")
+    for plugin, stops in (False, STOPS), (True, REFUSED):
+        for family in CONVERTED:
+            label = f"{family}: mistake{', with the plugin' if plugin else ''}"
+            yield Case(label, plugin, partial(start, family, "disguised"), stops)
+            wrong = stops if plugin else NO_RELOAD.get(family, stops)
+            yield Case(f"{label}, reload", plugin, partial(reload, family), wrong)
+    for family in CONVERTED:
+        for served, setup in SERVED.items():
+            yield Case(f"{family}: converted, {served}", True, partial(equal, family, setup))
+        if family in DRAFTS:
+            yield Case(f"{family}: converted, draft", True, partial(equal, family, DRAFT))
+        if family in WHOLE_DRAFTS:
+            yield Case(f"{family}: converted, whole draft", True, partial(equal_draft, family))
+    yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
+
+
+def key(family: str, setup: Setup) -> str:
+    return f"{family} {setup}"
+
+
+def start(family: str, kind: str, zoo: Zoo) -> str:
+    model, _ = load(getattr(zoo, kind)(family), ALONE)
+    return f"{type(model).__name__}, {len(experts_of(model))} layers with experts"
+
+
+def stock(family: str, setup: Setup, zoo: Zoo) -> str:
+    """Every rank; `equal` compares with it."""
+    zoo.load_stock(key(family, setup), replace(setup, checkpoint=family))
+    return f"loaded on {setup.ranks} rank{'s' * (setup.ranks > 1)}"
+
+
+def equal(family: str, setup: Setup, zoo: Zoo) -> str:
+    return zoo.equal(key(family, setup), setup, zoo.converted(family))
+
+
+def load_draft(family: str, folder: Path, zoo: Zoo) -> tuple[Any, Any]:
+    """The folder's whole model as vLLM builds it beside another one, here its original."""
+    from vllm.config.utils import replace as with_other
+    from vllm.model_executor.model_loader import get_model
+
+    speculative = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 1}
+    setup = replace(ALONE, options=REMOTE | {"speculative_config": speculative})
+    target = engine_config(zoo.original(family), setup)
+    config = with_other(
+        target, model_config=target.speculative_config.draft_model_config, quant_config=None
+    )
+    with as_rank(config, 1, 0):
+        return get_model(vllm_config=config, prefix="draft_model"), config
+
+
+def stock_draft(family: str, zoo: Zoo) -> str:
+    """`equal_draft` compares with it."""
+    model, config = load_draft(family, zoo.original(family), zoo)
+    zoo.stock[f"{family} draft"] = [state_of(model, config)]
+    return next(experts.layer_name for experts in experts_of(model).values())
+
+
+def equal_draft(family: str, zoo: Zoo) -> str:
+    model, config = load_draft(family, zoo.converted(family), zoo)
+    if found := difference(zoo.stock[f"{family} draft"][0], state_of(model, config)):
+        raise AssertionError(found)
+    taken = [is_ours(experts) for experts in experts_of(model).values()]
+    if not all(taken):
+        raise AssertionError(f"{sum(taken)} of {len(taken)} layers taken over")
+    return f"equal, {len(taken)} layers taken over"
+
+
+def draft_of_all(zoo: Zoo) -> str:
+    model, _ = load(zoo.converted(FILE_BESIDE), DRAFT)
+    return type(model).__name__
+
+
+def reload(family: str, zoo: Zoo) -> str:
+    """The converted folder into an engine that serves the original, as a worker would load it."""
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.model_loader.reload import inplace
+
+    model, config = load(zoo.original(family), ALONE)
+    try:
+        with as_rank(config, 1, 0):
+            inplace.reload_weights(config, model, None, str(zoo.disguised(family)), True)
+    finally:
+        # Models of a process share these, and vLLM leaves them empty where a reload fails.
+        rotary_embedding._ROPE_DICT.clear()
+    return "loaded again"
+
+
+def start_vllm() -> None:
+    """The driver's start, what more families need, and a look at the experts after each loading."""
+    vllm_driver.start_vllm()
+    from support.cpu_engines import jobs, vllm_cpu
+
+    vllm_cpu.bootstrap()
+
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load_weights = DefaultModelLoader.load_weights
+
+    def load_all_weights(self: Any, model: Any, model_config: Any) -> None:
+        load_weights(self, model, model_config)
+        for name, experts in experts_of(model).items():
+            if leaves := jobs.never_written(experts):
+                raise AssertionError(f"{name}: never written: {', '.join(leaves)}")
+
+    DefaultModelLoader.load_weights = load_all_weights
+
+
+def case_names() -> list[str]:
+    """What `run` reports, in its order."""
+    return [case.name for case in cases()]
+
+
+def run(work: Path, families: list[str]) -> dict[str, Json]:
+    start_vllm()
+    load_plugins("")
+    zoo = Zoo(work)
+    with_plugin = False
+    for case in cases():
+        if case.name.partition(":")[0] not in families:
+            continue
+        if case.plugin and not with_plugin:
+            load_plugins("fp4moe")
+            with_plugin = True
+        zoo.case(case.name, partial(case.run, zoo), case.refusal)
+    return zoo.results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("results", type=Path, help="JSON file to write")
+    parser.add_argument("families", nargs="*", default=list(model_zoo.FAMILIES))
+    arguments = parser.parse_args()
+    os.environ["VLLM_PLUGINS"] = ""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as work:
+        results = run(Path(work), arguments.families)
+    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(not all(result["ok"] for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

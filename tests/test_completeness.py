@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_nothing_around_the_layers(without: Callable[..., Path]) -> None:
     refuses(folder, f"{message}; {ALL_THERE}")
 
 
+def test_multi_token_prediction_is_not_what_is_around_the_layers(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint(folder, SPEC)
+    tensors = read_tensors(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    left = {n: t for n, t in tensors.items() if n.startswith("model.layers.")}
+    renamed = {f"mtp.{n}": t for n, t in tensors.items() if n not in left}
+    write(folder, left | renamed, indexed=True)
+    message = "no shard has embeddings, a head, or anything outside the layers"
+    refuses(folder, f"{message}; {ALL_THERE}")
+
+
 def test_a_shard_that_the_index_does_not_name_is_pointed_at(tmp_path: Path) -> None:
     """As where the index was made from what had arrived by then."""
     folder = tmp_path / "model"
@@ -140,25 +154,55 @@ def test_a_shard_that_the_index_does_not_name_is_pointed_at(tmp_path: Path) -> N
 
 # --- warned of ------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("pattern", "said"),
-    [
-        (r"layers\.2\.self_attn", "model.layers.2: no self_attn"),
-        (r"layers\.[13]\.self_attn", "model.layers.1, 3: no self_attn"),
-        (r"layers\.3\.mlp\.gate\.", "model.layers.3: no mlp.gate"),
-        (r"layers\.3\.mlp\.shared", "model.layers.3: no mlp.shared_experts"),
-        (r"layers\.4\.mlp\.experts", "model.layers.4: no mlp.experts"),
-        (
-            r"layers\.4\.(self_attn|input_layernorm)",
-            "model.layers.4: no input_layernorm, self_attn",
-        ),
-    ],
+NOT_BOTH = (
+    "no shard has both embeddings and a head, and config.json says that they are not the same"
 )
-def test_a_layer_that_differs_from_its_neighbours(
-    without: Callable[..., Path], pattern: str, said: str
-) -> None:
-    warns(without(pattern), f"{said} in any shard, unlike other layers")
+WARNED: dict[str, tuple[str, str]] = {
+    "a layer without attention": (
+        r"layers\.2\.self_attn",
+        "model.layers.2: no self_attn in any shard, unlike other layers",
+    ),
+    "two layers without attention": (
+        r"layers\.[13]\.self_attn",
+        "model.layers.1, 3: no self_attn in any shard, unlike other layers",
+    ),
+    "a layer without a router": (
+        r"layers\.3\.mlp\.gate\.",
+        "model.layers.3: no mlp.gate in any shard, unlike other layers",
+    ),
+    "a layer without shared experts": (
+        r"layers\.3\.mlp\.shared",
+        "model.layers.3: no mlp.shared_experts in any shard, unlike other layers",
+    ),
+    "a layer without experts": (
+        r"layers\.4\.mlp\.experts",
+        "model.layers.4: no mlp.experts in any shard, unlike other layers",
+    ),
+    "a layer without several things": (
+        r"layers\.4\.(self_attn|input_layernorm)",
+        "model.layers.4: no input_layernorm, self_attn in any shard, unlike other layers",
+    ),
+    "no attention": (r"\.self_attn\.", "model.layers: no attention in any shard"),
+    "no embeddings and no head": (
+        r"embed_tokens|lm_head",
+        "no shard has embeddings: config.json counts 300 tokens",
+    ),
+    "no embeddings": ("embed_tokens", NOT_BOTH),
+    "no head": ("lm_head", NOT_BOTH),
+    "no norm at the end": (r"^model\.norm", "no shard has a norm after the layers"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_seems_to_be_missing_is_named(without: Callable[..., Path], case: str) -> None:
+    pattern, line = WARNED[case]
+    warns(without(pattern), line)
+
+
+def test_the_documented_warnings_are_those_that_are_tested() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+    documented = re.findall(r"^\| (.*?) \| `warning: (.*)` \|$", text, re.MULTILINE)
+    assert documented == [(case, line) for case, (_, line) in WARNED.items()]
 
 
 def test_one_of_two_layers_may_be_the_broken_one(without: Callable[..., Path]) -> None:
@@ -166,26 +210,25 @@ def test_one_of_two_layers_may_be_the_broken_one(without: Callable[..., Path]) -
     warns(folder, "model.layers.2: no self_attn in any shard, unlike other layers")
 
 
-@pytest.mark.parametrize("spec", [SPEC, QWEN], ids=["deepseek", "qwen"])
-def test_a_model_without_attention(without: Callable[..., Path], spec: Spec) -> None:
-    warns(without(r"\.self_attn\.", spec), "model.layers: no attention in any shard")
+@pytest.mark.parametrize("broken", [False, True])
+def test_some_layers_may_have_more_than_most(tmp_path: Path, broken: bool) -> None:
+    """Such as an n-gram memory. What one lacks is told by the layers that are most like it."""
+    folder = tmp_path / "model"
+    make_checkpoint(folder, replace(SPEC, layers=6))
+    tensors = read_tensors(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    for number in (4, 5):
+        tensors[f"model.layers.{number}.engram.weight"] = tensors["model.norm.weight"]
+    if broken:
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("model.layers.6.self_attn")}
+    write(folder, tensors, indexed=True)
+    said = "model.layers.6: no self_attn in any shard, unlike other layers"
+    warns(folder, *[said] * broken)
 
 
-def test_a_model_without_embeddings(without: Callable[..., Path]) -> None:
-    folder = without(r"embed_tokens|lm_head")
-    warns(folder, "no shard has embeddings: config.json counts 300 tokens")
-
-
-NOT_BOTH = (
-    "no shard has both embeddings and a head, and config.json says that they are not the same"
-)
-
-
-@pytest.mark.parametrize("pattern", ["embed_tokens", "lm_head"])
-def test_a_model_without_embeddings_or_without_a_head(
-    without: Callable[..., Path], pattern: str
-) -> None:
-    warns(without(pattern), NOT_BOTH)
+def test_attention_is_not_in_the_name_of_a_norm(without: Callable[..., Path]) -> None:
+    warns(without(r"\.self_attn\.", QWEN), "model.layers: no attention in any shard")
 
 
 @pytest.mark.parametrize("tied", [True, None])
@@ -193,8 +236,30 @@ def test_the_head_may_be_the_embedding(without: Callable[..., Path], tied: bool 
     warns(without("lm_head", tie_word_embeddings=tied))
 
 
-def test_a_model_without_a_last_norm(without: Callable[..., Path]) -> None:
-    warns(without(r"^model\.norm"), "no shard has a norm after the layers")
+@pytest.mark.parametrize(("kept", "more"), [((1, 3), ""), ((2,), ", and 1 more")])
+def test_names_that_count_a_shard_that_nobody_has(
+    tmp_path: Path, kept: tuple[int, ...], more: str
+) -> None:
+    """The index was made without it. What was in it may be in another file."""
+    folder = tmp_path / "model"
+    make_checkpoint(folder, SPEC)
+    tensors = read_tensors(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    files = {names[number - 1]: {} for number in kept} | {names[kept[0] - 1]: tensors}
+    for name in files:
+        write_tensors(folder / name, files[name] or {"extra": tensors["model.norm.weight"]})
+    weight_map = {tensor: name for name in files for tensor in files[name] or ["extra"]}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    missing = next(name for name in names if name not in files)
+    warns(
+        folder,
+        f"{missing}: {INDEX} does not name it, nor is it there, though the names of other shards "
+        f"count it{more}",
+    )
+    write_tensors(folder / missing, {"stray": tensors["model.norm.weight"]})
+    assert inspect(folder).warnings[0] == f"{missing}: is not named by {INDEX}, left out"
 
 
 def test_a_config_without_a_vocabulary_tells_nothing(without: Callable[..., Path]) -> None:

@@ -81,6 +81,15 @@ def test_a_nested_text_config_is_preferred_to_the_top() -> None:
     assert find_text_config(config).layer_count == 3
 
 
+def test_a_name_tells_more_than_experts() -> None:
+    """A draft has experts, too, and keys that nobody has heard of may count the text model's."""
+    draft = {"num_hidden_layers": 1, "num_experts": 64}
+    text = find_text_config({"text_config": {"num_hidden_layers": 3}, "draft_config": draft})
+    assert (text.layer_count, text.expert_count(0)) == (3, None)
+    text = find_text_config({"text_config": {"num_hidden_layers": 3, "draft_config": draft}})
+    assert (text.layer_count, text.expert_count(0)) == (3, None)
+
+
 def test_two_of_which_nothing_tells_are_refused() -> None:
     config = {"first": TEXT, "second": {**TEXT, "num_hidden_layers": 5}, "vision_config": VISION}
     message = (

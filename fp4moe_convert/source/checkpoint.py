@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,7 +136,11 @@ def open_checkpoint(store: Store) -> Checkpoint:
     weight_map = _read_weight_map(store) if INDEX_NAME in files else None
     if weight_map is None:
         named = present
-        _check_numbering(store.location, present)
+        # Without an index, only names that count shards can tell of a missing one.
+        for missing in missing_by_name(present):
+            raise CheckpointError(
+                f"{store.location}: {missing} is missing, and there is no {INDEX_NAME}"
+            )
     else:
         named = set(weight_map.values())
     if not named:
@@ -202,16 +206,14 @@ def _read_weight_map(store: Store) -> dict[str, str]:
     return weight_map
 
 
-def _check_numbering(location: str, names: Set[str]) -> None:
-    """Without an index, only names that count shards can tell of a missing one."""
+def missing_by_name(names: Set[str]) -> Iterator[str]:
+    """Shards that are not among some, though these are counted in their names."""
     matches = filter(None, map(_COUNTED_NAME.fullmatch, sorted(names)))
-    for stem, digits, count in {(match[1], len(match[2]), match[3]) for match in matches}:
+    for stem, digits, count in sorted({(match[1], len(match[2]), match[3]) for match in matches}):
         for number in range(1, min(int(count[:18]), MAX_SHARDS) + 1):
             name = f"{stem}{number:0{digits}d}-of-{count}.safetensors"
             if name not in names:
-                raise CheckpointError(
-                    f"{location}: {name} is missing, and there is no {INDEX_NAME}"
-                )
+                yield name
 
 
 def _check_downloads(files: Set[str], shards: Set[str]) -> None:

@@ -14,7 +14,7 @@ from itertools import islice
 from ..errors import CheckpointError
 from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, missing_by_name
 from .names import is_mtp_by_name
 from .text_config import TextConfig
 
@@ -54,7 +54,12 @@ def remarks(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
         if stray is not None:
             hint = f"is it in {stray}, which {INDEX_NAME} does not name?"
         raise CheckpointError(f"{checkpoint.location}: {error}; {hint}") from None
-    return [*lines, *decoder.differences(), *_around_the_layers(decoder.outside, checkpoint.text)]
+    return [
+        *lines,
+        *_counted(checkpoint),
+        *decoder.differences(),
+        *_around_the_layers(decoder.outside, checkpoint.text),
+    ]
 
 
 class _Decoder:
@@ -130,6 +135,18 @@ class _Decoder:
                 yield f"{where}: no {names} in any shard, unlike other layers"
         if self.layers and not self.has_attention:
             yield f"{', '.join(self.layers)}: no attention in any shard"
+
+
+def _counted(checkpoint: Checkpoint) -> Iterator[str]:
+    """Shards that the names of others count. An index may have been made without them."""
+    names = {shard.name for shard in checkpoint.shards}
+    missing = [name for name in missing_by_name(names) if name not in checkpoint.left_out]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield (
+            f"{missing[0]}: {INDEX_NAME} does not name it, nor is it there, though the names of "
+            f"other shards count it{more}"
+        )
 
 
 def _module(rest: str, experts: Set[str], parents: Set[str]) -> str:

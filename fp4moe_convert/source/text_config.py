@@ -99,7 +99,7 @@ class TextConfig:
         found = {
             (path, key): content[key]
             for path, content in objects_in(self.config)
-            if path in own or all(name in _NAMES for name in path)
+            if path in own or _is_named(path)
             for key in SECTION_KEYS
             if content.get(key) is not None
         }
@@ -115,14 +115,16 @@ class TextConfig:
 
 
 def find_text_config(config: Json) -> TextConfig:
-    """Find the object that has the text model's layers. Experts tell it from one of vision.
+    """Find the object that has the text model's layers. Its name or its experts tell it from one of
+    vision.
 
     Raises:
         CheckpointError: several may be meant, and they differ.
     """
     layered = {path: each for path, each in objects_in(config) if _describes_layers(each)}
-    with_experts = {p: each for p, each in layered.items() if any(_expert_counts(each))}
-    candidates = sorted(with_experts or layered or {(): config}, key=_rank)
+    by_name = {p: each for p, each in layered.items() if p and _is_named(p)} or layered
+    with_experts = [p for p, each in by_name.items() if any(_expert_counts(each))]
+    candidates = sorted(with_experts or by_name or [()], key=_rank)
     first, *others = (TextConfig(config, path) for path in candidates)
     for other in others:
         if _rank(other.path) == _rank(first.path) and other.layer_count != first.layer_count:
@@ -158,6 +160,10 @@ def without_sections(text: TextConfig) -> dict[str, Any]:
         }
 
     return copied((), text.config)
+
+
+def _is_named(path: Path) -> bool:
+    return all(key in _NAMES for key in path)
 
 
 def _rank(path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Fuzz the readers of headers, index, configuration and manifest, guided by coverage.
+"""Fuzz the readers of headers, index, configuration, manifest and marker, guided by coverage.
 
     python -m venv /tmp/fuzz-venv && /tmp/fuzz-venv/bin/pip install atheris numpy xxhash
     /tmp/fuzz-venv/bin/pip install --no-deps -e .
@@ -14,6 +14,7 @@ Targets:
     index     model.safetensors.index.json of a folder that is otherwise valid
     config    config.json and hf_quant_config.json of such a folder, a NUL between them
     manifest  fp4moe_manifest.json of a converted folder; its own checksum is put right
+    marker    the tensor that tells a plugin how the others are laid out
     folder    all files at once, a NUL between them, in the order of `PARTS`; offsets are put right
 
 ``--keep`` fuzzes nothing: it goes through the corpus, the smallest input first, and copies to
@@ -122,6 +123,8 @@ def converted_folder() -> tuple[bytes, ...]:
         spec.name: (spec.dtype, spec.shape, spec_nbytes(spec.dtype, spec.shape))
         for spec in layout.tensors(prefix, geometry)
     }
+    tensors[contract.MARKER_NAME] = ("U8", (4096,), 4096)
+    tensors[f"{prefix}.0.down_proj.weight"] = ("U8", (0,), 0)
     section = contract.ConvertedSection(
         layout=contract.LayoutRecord(layout.name, layout.parameters, "1234", "0.7.2"),
         layers={prefix: geometry},
@@ -151,6 +154,15 @@ def converted_folder() -> tuple[bytes, ...]:
     )
 
 
+def marker() -> bytes:
+    """What a plugin reads first, less the spaces at its end."""
+    from fp4moe_convert import layouts
+    from fp4moe_convert.format.contract import FORMAT_VERSION, Marker
+
+    layout = layouts.DEFAULT
+    return Marker(FORMAT_VERSION, layout.name, layout.parameters, "1234").encode().rstrip()
+
+
 def seeds(target: str) -> list[bytes]:
     source, hf, converted = source_folder(), source_folder("hf"), converted_folder()
     return {
@@ -158,6 +170,7 @@ def seeds(target: str) -> list[bytes]:
         "index": [source[2]],
         "config": [b"\0".join(folder[:2]) for folder in (source, hf, converted)],
         "manifest": [converted[3]],
+        "marker": [marker()],
         "folder": [b"\0".join(folder) for folder in (source, hf, converted)],
     }[target]
 
@@ -223,6 +236,15 @@ def check_header(text: bytes) -> None:
             position = tensor.stop
 
 
+def check_marker(text: bytes) -> None:
+    from fp4moe_convert.errors import FormatError
+    from fp4moe_convert.format.contract import Marker
+
+    with suppress(FormatError):
+        read = Marker.decode(text)
+        assert repr(Marker.decode(read.encode())) == repr(read)  # a NaN equals nothing
+
+
 class Folder:
     """A model folder whose files are rewritten where they change."""
 
@@ -279,6 +301,8 @@ def make_check(target: str, root: Path) -> Check:
     """What to call with each input; ``root`` is an empty folder to work in."""
     if target == "header":
         return check_header
+    if target == "marker":
+        return check_marker
     names = {
         "index": (INDEX,),
         "config": (CONFIG, HF_QUANT_CONFIG),
@@ -296,7 +320,7 @@ def make_check(target: str, root: Path) -> Check:
     return check
 
 
-TARGETS = ("header", "index", "config", "manifest", "folder")
+TARGETS = ("header", "index", "config", "manifest", "marker", "folder")
 
 
 def corpus(target: str) -> Iterator[tuple[str, bytes]]:

@@ -175,7 +175,7 @@ def convert(
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> ConversionReport:
-    """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels.
+    """Convert a checkpoint with NVFP4 experts to the layout of FlashInfer's TRT-LLM MoE kernels.
 
     All checks that headers and sizes allow come before the first byte. After a failure, or a kill
     at any moment, the same call keeps the shards that are finished and ends with the same bytes.

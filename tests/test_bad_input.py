@@ -276,7 +276,7 @@ GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
 MIXED_PRECISION = {
     "quant_method": "modelopt",
     "quant_algo": "MIXED_PRECISION",
-    "quantized_layers": {LAYER: {"quant_algo": "NVFP4"}, "lm_head": {"quant_algo": "FP8"}},
+    "quantized_layers": {LAYER: {"quant_algo": "FP8"}, "lm_head": {"quant_algo": "NVFP4"}},
 }
 
 LFS_POINTER = (
@@ -306,7 +306,7 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "FP8": (
         edit_config(quantization_config={"quant_method": "fp8"}),
-        r"config\.json: not ModelOpt NVFP4: the quantization is fp8",
+        r"config\.json: no NVFP4 experts to convert: the quantization is fp8",
     ),
     "weight-only NVFP4": (
         edit_config(quantization_config={"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}),
@@ -314,7 +314,7 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "mixed precision": (
         edit_config(quantization_config=MIXED_PRECISION),
-        r"config\.json: .* modelopt MIXED_PRECISION, whose experts are NVFP4; this release .*",
+        r"config\.json: .* modelopt MIXED_PRECISION, whose experts are FP8",
     ),
     "config of a converted checkpoint": (
         edit_config(quantization_config={"quant_method": "fp4moe", "format_version": 2}),

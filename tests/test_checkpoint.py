@@ -534,7 +534,7 @@ def test_refuses_another_quantization_and_says_which(
     model_dir: Path, section: dict[str, Any], kind: str
 ) -> None:
     edit_json(model_dir / "config.json", quantization_config=section)
-    refuses(model_dir, f"config.json: not ModelOpt NVFP4: the quantization is {kind}")
+    refuses(model_dir, f"config.json: no NVFP4 experts to convert: the quantization is {kind}")
 
 
 def groups(**input_activations: Any) -> dict[str, Any]:
@@ -554,8 +554,7 @@ AWQ = (
     ", whose experts multiply their input by a pre_quant_scale, which no engine does for experts; "
     "export the model as NVFP4"
 )
-MODELOPTS = "; this release converts the exports of ModelOpt"
-AS_A_WHOLE = "; this release converts checkpoints that are NVFP4 as a whole"
+KNOWN = "; this release knows such experts from modelopt and compressed-tensors"
 
 
 def mixed(**algorithms: str) -> dict[str, Any]:
@@ -574,25 +573,21 @@ def mixed(**algorithms: str) -> dict[str, Any]:
             f"modelopt MIXED_PRECISION{WEIGHT_ONLY}",
         ),
         (
-            MIXED | mixed(mlp_experts_0_w1="NVFP4", mlp_experts_1_w1="NVFP4", attn="FP8"),
-            f"modelopt MIXED_PRECISION, whose experts are NVFP4{AS_A_WHOLE}",
-        ),
-        (
-            MIXED | mixed(mlp_experts_0_w1="NVFP4", mlp_experts_1_w1="FP8"),
-            f"modelopt MIXED_PRECISION, whose experts are FP8 and NVFP4{AS_A_WHOLE}",
+            MIXED | mixed(mlp_experts_0_w1="MXFP8", mlp_experts_1_w1="FP8", attn="NVFP4"),
+            "modelopt MIXED_PRECISION, whose experts are FP8 and MXFP8",
         ),
         (MIXED | mixed(mlp_shared="NVFP4"), "modelopt MIXED_PRECISION"),
         (
             {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"},
-            f"fp8 MIXED_PRECISION, whose experts are NVFP4{AS_A_WHOLE}",
+            f"fp8 MIXED_PRECISION, whose experts are NVFP4{KNOWN}",
         ),
         (
             {**MODELOPT, "quant_algo": "NVFP4_AWQ"},
             f"modelopt NVFP4_AWQ{AWQ}",
         ),
         (
-            PACKED | groups(input_activations={"num_bits": 4}),
-            f"compressed-tensors nvfp4-pack-quantized{MODELOPTS}",
+            PACKED | groups(input_activations={"num_bits": 8, "type": "float"}),
+            "compressed-tensors nvfp4-pack-quantized",
         ),
         (
             PACKED | groups(input_activations=None),
@@ -606,18 +601,61 @@ def test_says_why_experts_of_four_bits_are_not_converted(
     model_dir: Path, section: dict[str, Any], kind: str
 ) -> None:
     edit_json(model_dir / "config.json", quantization_config=section)
-    refuses(model_dir, f"config.json: not ModelOpt NVFP4: the quantization is {kind}")
+    refuses(model_dir, f"config.json: no NVFP4 experts to convert: the quantization is {kind}")
+
+
+FOUR_BITS = {"num_bits": 4, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        MIXED | mixed(mlp_experts="NVFP4", attn="FP8"),
+        MIXED | mixed(mlp_experts_0_w1="nvfp4", mlp_experts_1_w1="FP8"),
+        PACKED | groups(input_activations=FOUR_BITS),
+        {**PACKED, "quant_method": "compressed_tensors", **groups(input_activations=FOUR_BITS)},
+    ],
+)
+def test_takes_what_says_that_some_experts_are_nvfp4(
+    model_dir: Path, section: dict[str, Any]
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=section)
+    require_nvfp4(open_checkpoint(model_dir))
 
 
 def test_the_algorithm_of_the_experts_may_stand_in_hf_quant_config(model_dir: Path) -> None:
     edit_json(model_dir / "config.json", quantization_config=MIXED)
     described = {"quantization": mixed(mlp_experts="NVFP4")}
     (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
-    refuses(
-        model_dir,
-        "config.json: not ModelOpt NVFP4: the quantization is modelopt MIXED_PRECISION, whose "
-        f"experts are NVFP4{AS_A_WHOLE}",
-    )
+    require_nvfp4(open_checkpoint(model_dir))
+    described = {"quantization": mixed(mlp_experts="FP8")}
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
+    kind = "modelopt MIXED_PRECISION, whose experts are FP8"
+    refuses(model_dir, f"config.json: no NVFP4 experts to convert: the quantization is {kind}")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        MIXED
+        | {
+            "quantized_layers": {
+                "model.layers.1.mlp.experts": {"quant_algo": "NVFP4", "group_size": 32}
+            }
+        },
+        PACKED
+        | {
+            "config_groups": {
+                "a": {"weights": {**FOUR_BITS, "group_size": 32}, "input_activations": FOUR_BITS}
+            }
+        },
+    ],
+)
+def test_refuses_another_group_size_of_some_experts(
+    model_dir: Path, section: dict[str, Any]
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, "config.json: group size is 32, NVFP4 has 16")
 
 
 def test_what_a_section_does_not_say_of_activations_is_no_reason(model_dir: Path) -> None:
@@ -632,7 +670,10 @@ def test_refuses_another_quantization_in_hf_quant_config(model_dir: Path) -> Non
     described = hf_quant_config(TINY)
     described["quantization"]["quant_algo"] = "FP8"
     (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
-    refuses(model_dir, "hf_quant_config.json: not ModelOpt NVFP4: the quantization is modelopt FP8")
+    refuses(
+        model_dir,
+        "hf_quant_config.json: no NVFP4 experts to convert: the quantization is modelopt FP8",
+    )
 
 
 def test_names_the_file_that_describes_the_quantization(model_dir: Path) -> None:

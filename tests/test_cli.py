@@ -366,7 +366,7 @@ def test_inspect_says_why_a_folder_is_unsupported(model_dir: Path) -> None:
     assert result.exit_code == 0
     content = one_json(result.stdout)
     assert content["state"] == "unsupported"
-    assert content["reason"] == "config.json: not ModelOpt NVFP4: the quantization is fp8"
+    assert content["reason"] == "config.json: no NVFP4 experts to convert: the quantization is fp8"
 
 
 @pytest.mark.parametrize("with_source", [False, True])

@@ -21,6 +21,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.serving.converted_layer import (
+    COMPRESSED_TENSORS_NAMES,
     LEAVES,
     ConvertedLayer,
     check_taken_over,
@@ -96,6 +97,26 @@ def refuses(reason: str, remedy: str | None = None) -> Any:
 
 
 AGAIN = "convert the checkpoint again"
+
+
+def test_an_engine_may_have_names_of_its_own() -> None:
+    """Those of compressed-tensors, of which two are the file's once the engine has renamed them."""
+    own = ConvertedLayer(PREFIX, GEOMETRY, COMPRESSED_TENSORS_NAMES)
+    leaves = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    names = [f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in leaves]
+    holder = SimpleNamespace(**{name: torch.nn.Parameter(torch.ones(1)) for name in names})
+    assert own.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
+    assert [own.leaf_of(holder, getattr(holder, name)) for name in names] == [
+        f"{matrix}_{leaf}"
+        for matrix in ("w13", "w2")
+        for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    ]
+    packed = holder.w13_weight = vars(holder).pop("w13_weight_packed")
+    holder.w2_weight_scale_2 = 1 / holder.w2_weight_global_scale
+    assert own.leaf_of(holder, packed) == "w13_weight"
+    assert own.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
+    with pytest.raises(LookupError, match="has no such parameter"):
+        own.leaf_of(holder, torch.ones(1))
 
 
 # --- every rank that was recorded -----------------------------------------------------------------

@@ -126,6 +126,8 @@ NESTED = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
         ({"quantization": {**NESTED, "exclude_modules": []}}, True),
         ({"quantization": NESTED}, False),
         ({"quantization": {}}, False),
+        ({"quantization": {"quant_algo": "MIXED_PRECISION"}}, True),
+        ({"quant_algo": "MIXED_PRECISION", "config_groups": {"group_0": W4A16}}, True),
     ],
     ids=str,
 )
@@ -134,6 +136,12 @@ def test_sections_that_vllm_cannot_serve(section: dict[str, Any], served: bool) 
     model = Model(("DeepseekV3ForCausalLM",), {}, section)
     assert SGLANG.why_not(model) is None
     assert (VLLM.why_not(model) is None) == served
+
+
+def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
+    compressed = Model(("MixtralForCausalLM",), {}, {"quant_method": "compressed-tensors"})
+    assert SGLANG.why_not(compressed) is None
+    assert SGLANG.why_not(Model(("MixtralForCausalLM",), {}, {"quant_method": "modelopt"}))
 
 
 @pytest.mark.parametrize(

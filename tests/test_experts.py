@@ -362,6 +362,121 @@ def test_refuses_experts_of_weights_alone() -> None:
     )
 
 
+# --- sources whose layers may differ --------------------------------------------------------------
+
+WEIGHT_ONLY = (
+    "its experts are weight-only (W4A16), which no engine serves with flashinfer_trtllm, the "
+    "backend that this layout is for; serve the original with another MoE backend"
+)
+COMPRESSED = {"quantization_config": {"quant_method": "compressed-tensors"}}
+
+
+def mixed(**algorithms: str) -> dict[str, Any]:
+    """A section of mixed precision that says the algorithms of modules of layer 1."""
+    layers = {
+        f"model.layers.1.mlp.{name.replace('__', '.')}": {"quant_algo": algorithm}
+        for name, algorithm in algorithms.items()
+    }
+    section = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    return {"quantization_config": {**section, "quantized_layers": layers}}
+
+
+def compressed(tensors: Tensors) -> Tensors:
+    """The same under the names of compressed-tensors."""
+    for old, new in (
+        (".weight_scale_2", ".weight_global_scale"),
+        (".input_scale", ".input_global_scale"),
+    ):
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return {re.sub(r"\.weight$", ".weight_packed", name): tensors[name] for name in tensors}
+
+
+def without_input_scales(tensors: Tensors) -> Tensors:
+    return {name: t for name, t in tensors.items() if not name.endswith(".input_scale")}
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "reason"),
+    [
+        ({"experts": "W4A16_NVFP4"}, WEIGHT_ONLY),
+        ({"experts__0__up_proj": "NVFP4", "experts__1__up_proj": "FP8"}, "FP8 and NVFP4"),
+        ({"experts": "W4A8_NVFP4_FP8"}, "its experts are W4A8_NVFP4_FP8, not NVFP4"),
+    ],
+)
+def test_packed_experts_that_are_said_to_be_of_another_kind_pass(
+    algorithms: dict[str, str], reason: str
+) -> None:
+    [(prefix, found)] = passed(layer(), **mixed(**algorithms)).items()
+    assert prefix == PREFIX
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    "algorithms", [{"experts": "NVFP4"}, {"experts__0__up_proj": "nvfp4"}, {"shared": "FP8"}]
+)
+def test_packed_experts_that_are_said_to_be_nvfp4_or_nothing_are_converted(
+    algorithms: dict[str, str],
+) -> None:
+    assert found(layer(), **mixed(**algorithms))
+
+
+def test_a_layer_of_its_own_kind_passes_beside_others() -> None:
+    eight_bits = {
+        f"model.layers.2.mlp.experts.{n}.up_proj.weight": ("F8_E4M3", (I, H)) for n in (0, 1)
+    }
+    alone = without_input_scales(layer("model.layers.0.mlp.experts"))
+    for source, tensors in (
+        (mixed(experts="NVFP4"), layer() | alone),
+        (COMPRESSED, compressed(layer() | alone)),
+    ):
+        [moe], others = find_layers(checkpoint(tensors | eight_bits, **source))
+        assert moe.prefix == PREFIX
+        assert [each.reason for each in others] == [
+            WEIGHT_ONLY,
+            "its experts are F8_E4M3, not NVFP4",
+        ]
+
+
+def test_packed_experts_with_other_block_scales_pass() -> None:
+    tensors = {
+        name: ("U8", shape) if name.endswith("weight_scale") else (dtype, shape)
+        for name, (dtype, shape) in compressed(layer()).items()
+    }
+    assert passed(tensors, **COMPRESSED) == {
+        PREFIX: "its block scales are U8, those of NVFP4 are F8_E4M3"
+    }
+
+
+def test_experts_of_compressed_tensors() -> None:
+    tensors = compressed(layer())
+    [moe] = found(tensors, **COMPRESSED)
+    assert moe.tensors == set(tensors)
+    assert moe.matrices[2, "gate", "weight_scale_2"].tensor.name == (
+        f"{PREFIX}.2.gate_proj.weight_global_scale"
+    )
+    missing = f"{PREFIX}.1.up_proj.weight_global_scale"
+    del tensors[missing]
+    refuses(f"1.safetensors: '{missing}' is missing from every shard", tensors, **COMPRESSED)
+
+
+def test_names_must_be_those_of_the_source() -> None:
+    name = f"{PREFIX}.0.gate_proj.weight"
+    tensors = layer() | {f"{PREFIX}.0.gate_proj.input_global_scale": ("F32", ())}
+    refuses(
+        f"1.safetensors: '{name}' is not a tensor of a compressed-tensors NVFP4 expert "
+        "(gate_proj, up_proj, down_proj with weight_packed, weight_scale, weight_global_scale, "
+        "input_global_scale)",
+        tensors,
+        **COMPRESSED,
+    )
+    other = f"{PREFIX}.0.gate_proj.weight_packed"
+    refuses(
+        f"1.safetensors: '{other}' is not a tensor of a ModelOpt NVFP4 expert "
+        "(gate_proj, up_proj, down_proj with weight, weight_scale, weight_scale_2, input_scale)",
+        {other: ("U8", (I, H // 2))} | layer(),
+    )
+
+
 def test_refuses_experts_that_scale_their_input() -> None:
     """An NVFP4_AWQ export whose section says NVFP4."""
     name = f"{PREFIX}.1.down_proj.pre_quant_scale"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.folders import INDEX
+from support.folders import INDEX, edit_json
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import read_header, read_tensors
 
@@ -28,6 +28,18 @@ NAMES: dict[str, dict[str, str]] = {
         r"(\.experts\.\d+)\.up_proj": r"\1.w3",
         r"(\.experts\.\d+)\.down_proj": r"\1.w2",
     },
+}
+
+
+COMPRESSED_TENSORS = {
+    r"(\.experts\..*)\.weight$": r"\1.weight_packed",
+    r"(\.experts\..*)\.weight_scale_2$": r"\1.weight_global_scale",
+    r"(\.experts\..*)\.input_scale$": r"\1.input_global_scale",
+}
+FOUR_BITS = {"num_bits": 4, "type": "float", "group_size": 16}
+COMPRESSED_TENSORS_SECTION = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": FOUR_BITS, "input_activations": FOUR_BITS}},
 }
 
 
@@ -53,11 +65,18 @@ def test_every_family_has_a_case() -> None:
     assert list(NAMES) == [family.name for family in FAMILIES]
 
 
+@pytest.mark.parametrize("exporter", ["ModelOpt", "llm-compressor"])
 @pytest.mark.parametrize("family", NAMES)
-def test_a_family_gives_the_same_layers_as_the_usual_names(family: str, tmp_path: Path) -> None:
+def test_a_family_gives_the_same_layers_as_the_usual_names(
+    family: str, exporter: str, tmp_path: Path
+) -> None:
     for name in ("usual", "other"):
         make_checkpoint(tmp_path / name, SPEC)
     rename(tmp_path / "other", NAMES[family])
+    if exporter == "llm-compressor":  # the same values, as divisors
+        rename(tmp_path / "other", COMPRESSED_TENSORS)
+        path = tmp_path / "other" / "config.json"
+        edit_json(path, quantization_config=COMPRESSED_TENSORS_SECTION)
     outcomes = []
     for name in ("usual", "other"):
         out = tmp_path / f"{name}-out"

@@ -118,7 +118,7 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
 
 # readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
 _argument = functools.partial(typer.Argument, show_default=False, readable=False)
-ModelDir = Annotated[Path, _argument(help="A local ModelOpt NVFP4 model folder.")]
+ModelDir = Annotated[Path, _argument(help="A local model folder with NVFP4 experts.")]
 OutDir = Annotated[
     Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
@@ -168,7 +168,7 @@ def convert_command(
     direct_io: DirectIo = True,
     threads: Threads = defaults.THREADS,
 ) -> None:
-    """Convert a ModelOpt NVFP4 checkpoint to the layout of FlashInfer's TRT-LLM MoE kernels."""
+    """Convert a checkpoint with NVFP4 experts to the layout of FlashInfer's TRT-LLM MoE kernels."""
     if dry_run:
         from ..conversion import preview
         from .display import preview_tables

@@ -127,6 +127,23 @@ class Marker:
         return cls(FORMAT_VERSION, form.name, parameters, form.row_order)
 
 
+def settings_of(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A source's description of its quantization, flat: hf_quant_config.json nests what
+    config.json has at the top."""
+    nested = section.get("quantization")
+    return nested if isinstance(nested, dict) else section
+
+
+def is_mixed_precision(section: Mapping[str, Any]) -> bool:
+    """Whether a source's description, one of ModelOpt's, gives each layer its own algorithm."""
+    return settings_of(section).get("quant_algo") == "MIXED_PRECISION"
+
+
+def is_compressed_tensors(section: Mapping[str, Any]) -> bool:
+    """Whether a source's description is one of compressed-tensors, as llm-compressor writes it."""
+    return str(section.get("quant_method")).replace("_", "-") == "compressed-tensors"
+
+
 def check_format_version(where: str, content: Mapping[str, Any]) -> None:
     """Make sure that a converted checkpoint has this release's format version.
 

@@ -6,7 +6,7 @@ and when loading has ended.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,20 @@ from .checks import CONVERT_AGAIN, refusal
 from .slices import copy_share
 
 LEAVES = LayerTensors._fields
-"""Names of the parameters, in the file and in the engines."""
+"""Names of the parameters in the file."""
+
+MODELOPT_NAMES: Mapping[str, str] = {}
+COMPRESSED_TENSORS_NAMES: Mapping[str, str] = {
+    f"{matrix}_{leaf}": f"{matrix}_{name}"
+    for matrix in ("w13", "w2")
+    for leaf, name in (
+        ("weight", "weight_packed"),
+        ("weight_scale_2", "weight_global_scale"),
+        ("input_scale", "input_global_scale"),
+    )
+}
+"""What engines call the parameters of compressed-tensors until they are loaded. From the global
+scales, which are divisors, they make those that have the file's names."""
 
 
 def converted_layer_of(module: str, converted: Collection[str]) -> str | None:
@@ -48,22 +61,33 @@ class ConvertedLayer:
     It refers to no module, so that engines may keep it wherever they keep a weight loader.
     """
 
-    def __init__(self, prefix: str, geometry: Geometry) -> None:
+    def __init__(
+        self, prefix: str, geometry: Geometry, names: Mapping[str, str] = MODELOPT_NAMES
+    ) -> None:
         """
         Args:
             prefix: the layer's name in the file, up to and including ``.experts``.
             geometry: its sizes, as config.json has them.
+            names: what the engine calls the parameters that it does not call as the file does.
         """
         self.prefix = prefix
         self.geometry = geometry
+        self.names = names
         specs = TRTLLM_NVFP4.tensors(prefix, geometry)
         self.specs: dict[str, TensorSpec] = specs._asdict()
         self._loaded: set[str] = set()
 
+    def parameter_of(self, holder: Any, leaf: str) -> torch.nn.Parameter:
+        """The parameter of the module ``holder`` that one of `LEAVES` fills."""
+        name = self.names.get(leaf, leaf)
+        # What an engine renames once it is loaded may be loaded again.
+        parameter: torch.nn.Parameter = getattr(holder, name if hasattr(holder, name) else leaf)
+        return parameter
+
     def leaf_of(self, holder: Any, parameter: torch.Tensor) -> str:
         """Which of `LEAVES` a parameter of the module ``holder`` is."""
         for leaf in LEAVES:
-            if getattr(holder, leaf) is parameter:
+            if self.parameter_of(holder, leaf) is parameter:
                 return leaf
         raise LookupError(f"{self.prefix} has no such parameter")
 
@@ -82,8 +106,8 @@ class ConvertedLayer:
             leaf: one of `LEAVES`.
             target: the parameter's slots for these experts.
             tensor: from the file.
-            experts: for each slot, the expert it holds. The slots of ``*_input_scale`` are those
-                of all ranks: engines serve with the maximum over all experts.
+            experts: for each slot, the expert it holds. The slots of ``*_input_scale`` may be those
+                of all ranks: engines serve ModelOpt's with the maximum over all experts.
             tp_rank: which of the shares of the target's size; 0 without tensor parallelism.
 
         Raises:

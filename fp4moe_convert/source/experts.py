@@ -24,7 +24,7 @@ from .families import (
     Role,
 )
 from .names import is_mtp_by_name, layer_number
-from .quantization import WEIGHT_ONLY
+from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
@@ -78,13 +78,15 @@ def find_layers(
 
     Args:
         checkpoint: an original, or a converted one.
-        families: the table.
+        families: the table, in ModelOpt's spelling.
         converted: prefixes of layers that are converted already; they are neither.
 
     Raises:
         CheckpointError: a layer with NVFP4 experts is incomplete or not uniform.
     """
     text = checkpoint.text
+    source = described_by(checkpoint)
+    families = [family.spelled(source.leaves) for family in families]
     layers: list[MoeLayer] = []
     passed: list[PassedLayer] = []
     by_layer, unknown = _by_layer(checkpoint.shards, families)
@@ -92,11 +94,11 @@ def find_layers(
         if prefix in converted:
             continue
         number = layer_number(prefix)
-        reason = _reason_to_pass(prefix, number, text.layer_count, tensors)
+        reason = _reason_to_pass(prefix, number, text.layer_count, tensors, source)
         if reason is None and number is not None:
             family = max(families, key=lambda family: _parts_known(family, tensors))
             expert_count = text.expert_count(number)
-            layers.append(_check_layer(prefix, number, family, tensors, expert_count))
+            layers.append(_check_layer(prefix, number, family, tensors, expert_count, source))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
     passed += _stacked(unknown, text.layer_count)
@@ -150,7 +152,11 @@ def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
 
 
 def _reason_to_pass(
-    prefix: str, number: int | None, layer_count: int | None, tensors: Iterable[_Named]
+    prefix: str,
+    number: int | None,
+    layer_count: int | None,
+    tensors: Iterable[_Named],
+    source: Nvfp4Source,
 ) -> str | None:
     if is_mtp_by_name(prefix):
         return "it is a layer of multi-token prediction (MTP), not of the decoder"
@@ -160,9 +166,27 @@ def _reason_to_pass(
         raise CheckpointError("config.json: num_hidden_layers is missing")
     if number >= layer_count:
         return f"layer {number} is not among the {layer_count} hidden layers (MTP)"
-    dtypes = {t.matrix.tensor.dtype for t in tensors if t.part.endswith("weight")}
-    if "U8" not in dtypes:
-        return f"its experts are {' and '.join(sorted(dtypes)) or 'without weights'}, not NVFP4"
+    dtypes: dict[str, set[str]] = {}
+    for tensor in tensors:
+        dtypes.setdefault(tensor.part.rpartition(".")[2], set()).add(tensor.matrix.tensor.dtype)
+    weights = dtypes.get("weight", set()) | dtypes.get(source.leaves["weight"], set())
+    if "U8" not in weights:
+        return f"its experts are {' and '.join(sorted(weights)) or 'without weights'}, not NVFP4"
+    return _another_kind(source.algorithms.get(number), dtypes, source) if source.mixed else None
+
+
+def _another_kind(
+    algorithms: Collection[str] | None, dtypes: Mapping[str, Collection[str]], source: Nvfp4Source
+) -> str | None:
+    """Why packed experts of a source whose layers may differ are not W4A4 in NVFP4."""
+    has_input_scales = source.leaves["input_scale"] in dtypes
+    if algorithms == {"W4A16_NVFP4"} or not (algorithms or has_input_scales):
+        return f"its experts are {WEIGHT_ONLY}"
+    if algorithms and algorithms != {"NVFP4"}:
+        return f"its experts are {' and '.join(sorted(algorithms))}, not NVFP4"
+    scales = dtypes.get(source.leaves["weight_scale"], {"missing"})
+    if "F8_E4M3" not in scales:
+        return f"its block scales are {' and '.join(sorted(scales))}, those of NVFP4 are F8_E4M3"
     return None
 
 
@@ -172,8 +196,9 @@ def _check_layer(
     family: Family,
     tensors: Iterable[_Named],
     expert_count: int | None,
+    source: Nvfp4Source,
 ) -> MoeLayer:
-    matrices = _roles(family, tensors)
+    matrices = _roles(family, tensors, source)
     _refuse_other_experts(matrices)
     experts = {expert for expert, _, _ in matrices}
     count = expert_count if expert_count is not None else max(experts, default=-1) + 1
@@ -257,7 +282,7 @@ def _check_counts(layers: Sequence[MoeLayer], others: Iterable[Matrix]) -> None:
             )
 
 
-def _roles(family: Family, tensors: Iterable[_Named]) -> dict[Role, Matrix]:
+def _roles(family: Family, tensors: Iterable[_Named], source: Nvfp4Source) -> dict[Role, Matrix]:
     matrices: dict[Role, Matrix] = {}
     for pattern, expert, part, whole in tensors:
         name, shard = whole.tensor.name, whole.shard.name
@@ -268,8 +293,8 @@ def _roles(family: Family, tensors: Iterable[_Named]) -> dict[Role, Matrix]:
             )
         if pattern is not family.tensors or part not in family.parts:
             raise CheckpointError(
-                f"{shard}: {name!r} is not a tensor of a ModelOpt NVFP4 expert "
-                f"({', '.join(family.part_names)} with {', '.join(LEAVES)})"
+                f"{shard}: {name!r} is not a tensor of a {source.title} expert "
+                f"({', '.join(family.part_names)} with {', '.join(source.leaves.values())})"
             )
         try:
             roles = list(family.roles(part, expert, whole))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from .spans import Matrix
@@ -22,6 +22,15 @@ Role: TypeAlias = tuple[int, Projection, Leaf]
 
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 LEAVES: tuple[Leaf, ...] = get_args(Leaf)
+
+MODELOPT_LEAVES: Mapping[Leaf, str] = {leaf: leaf for leaf in LEAVES}
+COMPRESSED_TENSORS_LEAVES: Mapping[Leaf, str] = {
+    "weight": "weight_packed",
+    "weight_scale": "weight_scale",
+    # The two tensor scales are divisors here, ModelOpt's are factors.
+    "weight_scale_2": "weight_global_scale",
+    "input_scale": "input_global_scale",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,14 @@ class Family:
     def part_names(self) -> list[str]:
         """The parts without their leaves, such as ``gate_proj``."""
         return list(dict.fromkeys(part.rpartition(".")[0] for part in self.parts))
+
+    def spelled(self, leaves: Mapping[Leaf, str]) -> Family:
+        """The same row in a checkpoint that has other names for the leaves."""
+        parts = {
+            part.removesuffix(leaf) + leaves[leaf]: (projections, leaf)
+            for part, (projections, leaf) in self.parts.items()
+        }
+        return replace(self, parts=parts)
 
     def tensor_name(self, prefix: str, role: Role) -> str:
         """The name of the tensor that should play a role."""

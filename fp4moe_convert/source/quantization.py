@@ -1,17 +1,26 @@
-"""How a checkpoint says that it is quantized, and whether that is ModelOpt's NVFP4."""
+"""How a checkpoint says that it is quantized, and whether it has NVFP4 experts to convert: those of
+ModelOpt, throughout or in mixed precision, and of llm-compressor (compressed-tensors)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format.contract import GROUP_SIZE
+from ..format.contract import (
+    GROUP_SIZE,
+    QUANT_METHOD,
+    is_compressed_tensors,
+    is_mixed_precision,
+    settings_of,
+)
 from ..format.files import CONFIG_NAME, HF_QUANT_CONFIG_NAME
 from .checkpoint import Checkpoint
 from .converted import is_converted
-from .names import is_mtp_by_name
+from .families import COMPRESSED_TENSORS_LEAVES, MODELOPT_LEAVES, Leaf
+from .names import is_mtp_by_name, layer_number
 
 WEIGHT_ONLY = (
     "weight-only (W4A16), which no engine serves with flashinfer_trtllm, the backend that this "
@@ -20,8 +29,38 @@ WEIGHT_ONLY = (
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:[.*]|$)")
 
 
+@dataclass(frozen=True, slots=True)
+class Nvfp4Source:
+    """How a source describes NVFP4 experts, whatever else is in it."""
+
+    title: str
+    """For messages."""
+    leaves: Mapping[Leaf, str]
+    """What it calls the tensors of an expert."""
+    mixed: bool
+    """Whether its layers may differ in their quantization, so that others than NVFP4 pass."""
+    algorithms: Mapping[int, frozenset[str]]
+    """Of the decoder's experts, by the layer's number, where it names layers."""
+
+
+def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
+    """What a checkpoint, an original or a converted one, says of its NVFP4 experts. One that
+    `require_nvfp4` refuses is taken for an export of ModelOpt."""
+    source, file = checkpoint.quantization or {}, checkpoint.hf_quant_config
+    if source.get("quant_method") == QUANT_METHOD:
+        file, source = source.get("source_hf_quant_config"), source.get("source", {})
+    if is_compressed_tensors(source):
+        return Nvfp4Source("compressed-tensors NVFP4", COMPRESSED_TENSORS_LEAVES, True, {})
+    algorithms: dict[int, frozenset[str]] = {}
+    for name, algorithm in _quantized_experts(settings_of(source), file):
+        if (number := layer_number(f"{name}.")) is not None:
+            algorithms[number] = algorithms.get(number, frozenset()) | {algorithm}
+    return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, is_mixed_precision(source), algorithms)
+
+
 def require_nvfp4(checkpoint: Checkpoint) -> None:
-    """Refuse what is not a ModelOpt NVFP4 checkpoint with blocks of 16, and say what it is.
+    """Refuse what has no NVFP4 experts with blocks of 16 as ModelOpt or llm-compressor describe
+    them, and say what it is.
 
     Raises:
         CheckpointError: already converted, another quantization, or none.
@@ -36,25 +75,51 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
             + (f" ({CONFIG_NAME} says {dtype})" if dtype else "")
         )
     file = CONFIG_NAME if checkpoint.text.sections else HF_QUANT_CONFIG_NAME
-    settings = _settings(section)
+    settings = settings_of(section)
     producer = section.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
     method = section.get("quant_method", maker or "modelopt")
-    algorithm = settings.get("quant_algo")
-    # transformers' reader of ModelOpt's section also knows the method as "modelopt_fp4".
-    if not str(method).startswith("modelopt") or algorithm != "NVFP4":
-        kind = _words(method, algorithm, section.get("format"))
-        why = _why_not(settings, checkpoint.hf_quant_config or {})
-        raise CheckpointError(f"{file}: not ModelOpt NVFP4: the quantization is {kind}{why}")
-    for group_size in _group_sizes(settings):
-        if group_size != GROUP_SIZE:
+    sizes = _group_sizes(section, str(method), checkpoint.hf_quant_config)
+    if sizes is None:
+        kind = _words(method, settings.get("quant_algo"), section.get("format"))
+        why = _why_not(settings, checkpoint.hf_quant_config)
+        raise CheckpointError(
+            f"{file}: no NVFP4 experts to convert: the quantization is {kind}{why}"
+        )
+    for group_size in sizes:
+        if group_size not in (GROUP_SIZE, None):
             raise CheckpointError(f"{file}: group size is {group_size}, NVFP4 has {GROUP_SIZE}")
 
 
-def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any]) -> str:
+def _group_sizes(
+    section: Mapping[str, Any], method: str, hf_quant_config: Mapping[str, Any] | None
+) -> list[Any] | None:
+    """The group sizes that are given for NVFP4, a None where none is given; None if a section does
+    not describe experts that can be converted."""
+    settings = settings_of(section)
+    groups = _groups(settings)
+    if is_compressed_tensors(section):
+        four_bits = [group for group in groups if _is_nvfp4(group)]
+        return [group["weights"].get("group_size") for group in four_bits] or None
+    # transformers' reader of ModelOpt's section also knows the method as "modelopt_fp4".
+    if not method.startswith("modelopt"):
+        return None
+    if is_mixed_precision(section):
+        experts = _algorithms_of_experts(settings, hf_quant_config)
+        layers = _quantized_layers(settings, hf_quant_config).values()
+        four_bits = [layer for layer in layers if _algorithm(layer) == "NVFP4"]
+        return [layer.get("group_size") for layer in four_bits] if "NVFP4" in experts else None
+    if settings.get("quant_algo") != "NVFP4":
+        return None
+    weights = [group.get("weights") for group in groups]
+    described = [settings, *(each for each in weights if isinstance(each, dict))]
+    return [each.get("group_size") for each in described]
+
+
+def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> str:
     """What there is to say of experts that have four bits and yet are not converted."""
     algorithm = settings.get("quant_algo")
-    experts = _algorithms_of_experts(settings) or _algorithms_of_experts(_settings(hf_quant_config))
+    experts = _algorithms_of_experts(settings, hf_quant_config)
     if not experts:
         experts = {"W4A16_NVFP4"} if _has_weights_alone(settings) else {str(algorithm)}
     if experts == {"W4A16_NVFP4"}:
@@ -65,35 +130,66 @@ def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any]) ->
             "experts; export the model as NVFP4"
         )
     if experts != {str(algorithm)}:
-        return (
-            f", whose experts are {' and '.join(sorted(experts))}; this release converts "
-            "checkpoints that are NVFP4 as a whole"
-        )
-    if "nvfp4" in str(settings.get("format")):
-        return "; this release converts the exports of ModelOpt"
+        known = "; this release knows such experts from modelopt and compressed-tensors"
+        words = " and ".join(sorted(experts))
+        return f", whose experts are {words}{known if 'NVFP4' in experts else ''}"
     return ""
 
 
-def _algorithms_of_experts(settings: Mapping[str, Any]) -> set[str]:
+def _algorithms_of_experts(
+    settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
+) -> set[str]:
     """Those that a description of mixed precision gives the decoder's experts."""
     if algorithm := settings.get("moe_quant_algo"):  # DeepSeek-V4: the rest is FP8
         return {str(algorithm)}
+    return {algorithm for _, algorithm in _quantized_experts(settings, hf_quant_config)}
+
+
+def _quantized_experts(
+    settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str]]:
+    """Modules of the decoder's experts, whole ones or their linear layers, with the algorithm."""
+    for name, layer in _quantized_layers(settings, hf_quant_config).items():
+        if _EXPERTS.search(name) and not is_mtp_by_name(name):
+            yield name, _algorithm(layer)
+
+
+def _quantized_layers(
+    settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
+) -> dict[str, Mapping[str, Any]]:
+    """By module. Engines read the file where the section does not say it."""
     layers = settings.get("quantized_layers")
-    return {
-        str(layer.get("quant_algo"))
-        for name, layer in (layers.items() if isinstance(layers, dict) else ())
-        if _EXPERTS.search(name) and not is_mtp_by_name(name) and isinstance(layer, dict)
-    }
+    if not layers and hf_quant_config is not None:
+        layers = settings_of(hf_quant_config).get("quantized_layers")
+    found = layers.items() if isinstance(layers, dict) else ()
+    return {name: layer for name, layer in found if isinstance(layer, dict)}
+
+
+def _algorithm(layer: Mapping[str, Any]) -> str:
+    return str(layer.get("quant_algo")).upper()
+
+
+def _is_nvfp4(group: Mapping[str, Any]) -> bool:
+    """Whether a group of compressed-tensors has weights and activations in FP4."""
+    both = (group.get("weights"), group.get("input_activations"))
+    return all(
+        isinstance(each, dict) and (each.get("num_bits"), each.get("type")) == (4, "float")
+        for each in both
+    )
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = settings.get("config_groups")
+    each = groups.values() if isinstance(groups, dict) else ()
+    return [group for group in each if isinstance(group, dict)]
 
 
 def _has_weights_alone(settings: Mapping[str, Any]) -> bool:
     """Whether compressed-tensors quantizes the activations of nothing that has FP4 weights."""
-    groups = settings.get("config_groups")
     four_bits = [
         group.get("input_activations")
-        for group in (groups.values() if isinstance(groups, dict) else ())
-        if isinstance(group, dict)
-        and isinstance(weights := group.get("weights"), dict)
+        for group in _groups(settings)
+        if isinstance(weights := group.get("weights"), dict)
         and (weights.get("num_bits"), weights.get("type")) == (4, "float")
     ]
     return bool(four_bits) and not any(four_bits)
@@ -103,27 +199,9 @@ def describe(section: Mapping[str, Any]) -> str:
     """A few words on a section, a source's or a converted one: its method and algorithm."""
     source = section.get("source")
     own = source if isinstance(source, dict) else section
-    algorithm = _settings(own).get("quant_algo") or own.get("format")
+    algorithm = settings_of(own).get("quant_algo") or own.get("format")
     return _words(section.get("quant_method"), algorithm) or "none"
-
-
-def _settings(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """hf_quant_config.json nests what config.json has at the top."""
-    nested = section.get("quantization")
-    return nested if isinstance(nested, dict) else section
 
 
 def _words(*values: object) -> str:
     return " ".join(str(value) for value in values if value)
-
-
-def _group_sizes(settings: Mapping[str, Any]) -> Iterator[Any]:
-    groups = settings.get("config_groups")
-    described = [settings]
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict):
-            described.append(weights)
-    for each in described:
-        if each.get("group_size") is not None:
-            yield each["group_size"]

@@ -528,7 +528,7 @@ REFUSED = {
         checkpoint="mixtral",
     ),
     "layer not among the converted": Refused(
-        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.w",
+        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.",
         section=lambda section: section["layers"].pop(LAYER),
     ),
     "layer excluded from NVFP4": Refused(

@@ -247,6 +247,8 @@ REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
 
 LAYOUT_FUNCTIONS = {
     "vllm.model_executor.layers.quantization.modelopt": ["convert_to_nvfp4_moe_kernel_format"],
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+    ".compressed_tensors_moe_w4a4_nvfp4": ["convert_to_nvfp4_moe_kernel_format"],
     "vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe": [
         "align_fp4_moe_hidden_dim_for_fi",
         "align_fp4_moe_weights_for_fi",
@@ -513,7 +515,8 @@ class Bench:
             for module in taken:
                 for leaf in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
                     parameter = getattr(module, leaf)
-                    if module.as_created[leaf] != (parameter.shape, parameter.data_ptr()):
+                    created = module.as_created.get(leaf) or module.as_created[f"{leaf}_packed"]
+                    if created != (parameter.shape, parameter.data_ptr()):
                         raise AssertionError(f"rank {rank}: {leaf} was created anew")
         work = f"{layers} layers taken over, no layout work" if layers else "no layer taken over"
         return f"equal on {setup.ranks} rank{'s' * (setup.ranks > 1)}, {work}"

@@ -76,7 +76,9 @@ FILE_BESIDE = "glm4_moe-mtp-file"
 """vLLM reads no file that the index does not name, and starts a draft that nothing has filled.
 The converted checkpoint's index names all."""
 
-NO_RELOAD = {"minimax_m2": "'functools.partial' object has no attribute '__name__'"}
+NO_RELOAD = dict.fromkeys(
+    ("minimax_m2", "minimax_m2-ct"), "'functools.partial' object has no attribute '__name__'"
+)
 """Families that vLLM cannot load again into a running engine, and what it says."""
 
 CONVERTED = [name for name in model_zoo.FAMILIES if name != "nemotron_h"]
@@ -91,6 +93,15 @@ REMOTE = {"trust_remote_code": True}  # some configurations are code beside the 
 ALONE = Setup("", 1, REMOTE)
 SERVED = {"tp 2": Setup("", 2, REMOTE), "ep 2": Setup("", 2, REMOTE | EP)}
 DRAFT = Setup("", 1, REMOTE | MTP, draft=True)
+
+
+def setups(family: str) -> dict[str, Setup]:
+    also = {}
+    if family in model_zoo.OTHER_SECTIONS:
+        also["tp 1"] = ALONE
+        if model_zoo.FAMILIES[family].spec.intermediate == model_zoo.WIDE.intermediate:
+            also["tp 4"] = Setup("", 4, REMOTE)
+    return SERVED | also
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ def cases() -> Iterator[Case]:
     """All of them, in the order of the run: first those without the plugin."""
     for family in model_zoo.FAMILIES:
         yield Case(f"{family}: original", False, partial(start, family, "original"))
-        for served, setup in SERVED.items():
+        for served, setup in setups(family).items():
             yield Case(f"{family}: original, {served}", False, partial(stock, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: original, draft", False, partial(stock, family, DRAFT))
@@ -145,12 +156,17 @@ def cases() -> Iterator[Case]:
             wrong = stops if plugin else NO_RELOAD.get(family, stops)
             yield Case(f"{label}, reload", plugin, partial(reload, family), wrong)
     for family in CONVERTED:
-        for served, setup in SERVED.items():
+        for served, setup in setups(family).items():
             yield Case(f"{family}: converted, {served}", True, partial(equal, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: converted, draft", True, partial(equal, family, DRAFT))
         if family in WHOLE_DRAFTS:
             yield Case(f"{family}: converted, whole draft", True, partial(equal_draft, family))
+        if family in model_zoo.OTHER_SECTIONS and family not in NO_RELOAD:
+            read = partial(read_without_plugin, family)
+            refuses = "no attribute 'items'" if "-ct" in family else "Missing 'quant_algo'"
+            yield Case(f"{family}: converted, read without the plugin", True, read, refuses)
+            yield Case(f"{family}: converted, reload", True, partial(reload_converted, family))
     yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
 
 
@@ -223,6 +239,28 @@ def reload(family: str, zoo: Zoo) -> str:
         # Models of a process share these, and vLLM leaves them empty where a reload fails.
         rotary_embedding._ROPE_DICT.clear()
     return "loaded again"
+
+
+def reload_converted(family: str, zoo: Zoo) -> str:
+    """A converted folder into an engine that serves it."""
+    from vllm.model_executor.model_loader.reload import inplace
+
+    folder = zoo.converted(family)
+    model, config = load(folder, ALONE)
+    with as_rank(config, 1, 0):
+        inplace.reload_weights(config, model, None, str(folder), True)
+    if found := difference(zoo.stock[key(family, ALONE)][0], state_of(model, config)):
+        raise AssertionError(found)
+    return "equal"
+
+
+def read_without_plugin(family: str, zoo: Zoo) -> str:
+    """What another process would make of the section that one with the plugin hands on."""
+    from fp4moe_convert.serving.vllm.hooks import CONFIGS
+
+    model_config = engine_config(zoo.converted(family), ALONE).model_config
+    stock = CONFIGS[model_config.quantization].stock
+    return repr(stock.from_config(model_config.hf_config.quantization_config))
 
 
 def start_vllm() -> None:

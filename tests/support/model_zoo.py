@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from .make_checkpoint import (
     BLOCK,
@@ -82,6 +83,12 @@ class Family:
     rename: Mapping[str, str] = field(default_factory=dict)
     """Patterns and replacements, in order, for names of tensors and of ignored modules, in the end.
     All patterns above are of names before that."""
+    section: Literal["modelopt", "mixed by module", "mixed by linear", "compressed-tensors"] = (
+        "modelopt"
+    )
+    """Who describes the quantization, and how."""
+    fp8: str = r"$^"
+    """Pattern of the bf16 weights that are FP8 here, as the section has it."""
     remote: bool = False
     """Whether its configuration class travels with it, in a file that config.json names."""
     ignore: tuple[str, ...] = ()
@@ -100,6 +107,8 @@ class Config(PretrainedConfig):
 
 DEEPSEEK = Spec(experts=E, hidden=H, intermediate=I, vocab_size=64)
 QWEN = replace(DEEPSEEK, style="qwen3_moe", dense_layers=0)
+WIDE = replace(QWEN, intermediate=2 * I)
+"""What vLLM can cut in four."""
 W1_W3_W2 = {r"\.gate_proj\b": ".w1", r"\.up_proj\b": ".w3", r"\.down_proj\b": ".w2"}
 
 QWEN_VISION = (
@@ -311,29 +320,33 @@ MINIMAX_M2 = Family(
     rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
 )
 
+# MiniMax-M3 without its vision tower, which SGLang serves.
+MINIMAX_M3 = replace(
+    MINIMAX_M2,
+    config=MINIMAX_M2.config
+    | {
+        "architectures": ["MiniMaxM3SparseForCausalLM"],
+        "model_type": "minimax_m3",
+        "dense_intermediate_size": 2 * I,
+        "hidden_act": "swigluoai",
+        "qk_norm_type": "per_head",
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "swiglu_alpha": 1.702,
+        "swiglu_beta": 1.0,
+        "swiglu_limit": 7.0,
+    },
+    shapes={},
+    remote=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
-    # MiniMax-M3 without its vision tower, which SGLang serves; NVIDIA's own export also has MXFP8.
-    "minimax_m3_text": replace(
-        MINIMAX_M2,
-        config=MINIMAX_M2.config
-        | {
-            "architectures": ["MiniMaxM3SparseForCausalLM"],
-            "model_type": "minimax_m3",
-            "dense_intermediate_size": 2 * I,
-            "hidden_act": "swigluoai",
-            "qk_norm_type": "per_head",
-            "partial_rotary_factor": 0.5,
-            "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
-            "rope_scaling": None,
-            "rope_theta": 5000000.0,
-            "swiglu_alpha": 1.702,
-            "swiglu_beta": 1.0,
-            "swiglu_limit": 7.0,
-        },
-        shapes={},
-        remote=True,
-    ),
+    "minimax_m3_text": MINIMAX_M3,
+    "minimax_m3_text-mixed": replace(MINIMAX_M3, section="mixed by linear", fp8=r"self_attn\b"),
+    "minimax_m2-ct": replace(MINIMAX_M2, section="compressed-tensors"),
     "glm4_moe": GLM4_MOE,
     "glm4_moe-mtp-file": replace(GLM4_MOE, beside=("mtp.safetensors", r"^model\.layers\.3\.")),
     "kimi_k25": KIMI_K25,
@@ -423,6 +436,9 @@ FAMILIES: dict[str, Family] = {
         ignore=("lm_head", "model.vision_tower*", "model.embed_vision*"),
     ),
     "qwen3_5_moe": QWEN3_5,
+    "qwen3_5_moe-mixed": replace(
+        QWEN3_5, spec=WIDE, section="mixed by module", fp8=r"^model\.layers\.1\.self_attn\b"
+    ),
     "qwen3_next": QWEN3_NEXT,
     "qwen3_next-nvfp4-mtp": replace(
         QWEN3_NEXT,
@@ -500,7 +516,15 @@ FAMILIES: dict[str, Family] = {
         without=r"\.[qk]_norm\.weight$",
     ),
     "deepseek_v3": Family(replace(DEEPSEEK, mtp=True, kv_scales=True), {}),
+    "deepseek_v3-ct": Family(DEEPSEEK, {}, section="compressed-tensors"),
     "qwen3_moe": Family(QWEN, {}),
+    "qwen3_moe-ct": Family(
+        replace(WIDE, differing_scales=True),
+        {},
+        section="compressed-tensors",
+        quantized=r"self_attn",
+    ),
+    "qwen3_moe-ct-fp8": Family(QWEN, {}, section="compressed-tensors", fp8=r"self_attn"),
     # SGLang's Transformers backend does not find lm_head in an ignore list.
     "qwen3_moe-nvfp4-head": Family(QWEN, {}, quantized=r"self_attn|^lm_head"),
     "qwen2_moe": Family(
@@ -690,6 +714,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.section != "modelopt")
+"""Families that are described otherwise than by ModelOpt's plain NVFP4."""
+
+
 def make(folder: Path, name: str) -> None:
     """Write the original checkpoint of a family into ``folder``, which is created.
 
@@ -716,10 +744,15 @@ def make(folder: Path, name: str) -> None:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in indexed)},
         "weight_map": weight_map,
     }
-    files = other_files(QWEN) | {
-        "config.json": to_json(config_of(family)),
-        "model.safetensors.index.json": to_json(index),
-    }
+    config = config_of(family)
+    files = (
+        other_files(QWEN)
+        | describe(family, config["quantization_config"])
+        | {
+            "config.json": to_json(config),
+            "model.safetensors.index.json": to_json(index),
+        }
+    )
     if family.remote:
         files["configuration.py"] = REMOTE_CONFIGURATION.format_map(family.config)
     for path, text in files.items():
@@ -734,8 +767,15 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
         for pattern, shape in family.shapes.items():
             if re.search(pattern, tensor.name):
                 tensor = tensor._replace(shape=shape)
-        quantized = len(tensor.shape) == 2 and re.search(family.quantized, tensor.name)
-        for part in nvfp4(tensor) if quantized else (tensor,):
+        parts: Iterator[Tensor] = iter((tensor,))
+        if len(tensor.shape) == 2 and tensor.dtype == "BF16":
+            if re.search(family.quantized, tensor.name):
+                parts = nvfp4(tensor)
+            elif re.search(family.fp8, tensor.name):
+                parts = FP8[family.section](tensor)
+        for part in parts:
+            if family.section == "compressed-tensors":
+                part = as_compressed_tensors(part)
             yield part._replace(name=renamed(family, part.name))
 
 
@@ -753,6 +793,121 @@ def nvfp4(weight: Tensor) -> Iterator[Tensor]:
         yield Tensor(f"{module}.{leaf}", dtype, shape, f"{origin}.{leaf}")
 
 
+def fp8(weight: Tensor) -> Iterator[Tensor]:
+    """ModelOpt's FP8: a scale for the tensor and one for the activations."""
+    yield weight._replace(dtype="F8_E4M3")
+    yield f32(f"{weight.name}_scale")
+    yield f32(f"{weight.name.removesuffix('weight')}input_scale")
+
+
+def mxfp8(weight: Tensor) -> Iterator[Tensor]:
+    """ModelOpt's MXFP8: an E8M0 scale for 32 values."""
+    rows, cols = weight.shape
+    yield weight._replace(dtype="F8_E4M3")
+    yield Tensor(f"{weight.name}_scale", "U8", (rows, cols // 32), f"{weight.name}_scale")
+
+
+def fp8_channels(weight: Tensor) -> Iterator[Tensor]:
+    """compressed-tensors' FP8: a scale for each row, none for the activations."""
+    yield weight._replace(dtype="F8_E4M3")
+    yield bf16(f"{weight.name}_scale", weight.shape[0], 1)
+
+
+FP8 = {
+    "mixed by module": fp8,
+    "mixed by linear": mxfp8,
+    "compressed-tensors": fp8_channels,
+}
+
+
+def as_compressed_tensors(tensor: Tensor) -> Tensor:
+    """A tensor of a linear layer in NVFP4 under the name that llm-compressor gives it."""
+    module, _, leaf = tensor.name.rpartition(".")
+    if tensor.dtype == "U8":
+        return tensor._replace(name=f"{module}.weight_packed")
+    if leaf in ("weight_scale_2", "input_scale"):
+        kind = leaf.partition("_")[0]
+        return tensor._replace(name=f"{module}.{kind}_global_scale", shape=(1,))
+    return tensor
+
+
+def describe(family: Family, section: Json) -> dict[str, str]:
+    """Turn ModelOpt's description of a checkpoint that is NVFP4 throughout into that of a family.
+
+    Returns:
+        Files that say more, name to text.
+    """
+    if family.section == "modelopt":
+        return {}
+    tensors = {tensor.name: tensor for tensor in tensors_of_family(family)}
+    if family.section == "compressed-tensors":
+        groups = compressed_groups(tensors)
+        formats = {group["format"] for group in groups}
+        ignore = [f"re:{name[:-1]}.*" if name.endswith("*") else name for name in section["ignore"]]
+        section.clear()
+        section.update(
+            config_groups={f"group_{n}": group for n, group in enumerate(groups)},
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            ignore=ignore,
+            kv_cache_scheme=None,
+            quant_method="compressed-tensors",
+            quantization_status="compressed",
+        )
+        return {}
+    layers: Json = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or tensor.dtype not in ("U8", "F8_E4M3"):
+            continue
+        if family.section == "mixed by module":
+            module = re.sub(r"\.experts\..*", ".experts", module)
+        if tensor.dtype == "U8":
+            layers[module] = {"quant_algo": "NVFP4", "group_size": BLOCK}
+        elif tensors[f"{name}_scale"].dtype == "U8":
+            layers[module] = {"quant_algo": "MXFP8", "group_size": 32}
+        else:
+            layers[module] = {"quant_algo": "FP8"}
+    section.pop("config_groups")
+    section.update(quant_algo="MIXED_PRECISION", quantized_layers=layers)
+    # Published ones say of the KV cache only here.
+    described = {
+        "producer": section["producer"],
+        "quantization": {
+            "quant_algo": "MIXED_PRECISION",
+            "kv_cache_quant_algo": "FP8",
+            "exclude_modules": section["ignore"],
+            "quantized_layers": layers,
+        },
+    }
+    return {"hf_quant_config.json": to_json(described)}
+
+
+def compressed_groups(tensors: Mapping[str, Tensor]) -> list[Json]:
+    """What llm-compressor says of NVFP4 modules, and of FP8 ones where there are any."""
+    float_ = {"symmetric": True, "type": "float"}
+    blocks = {"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, **float_}
+    nvfp4_group: Json = {
+        "format": "nvfp4-pack-quantized",
+        "weights": {"dynamic": False, **blocks},
+        "input_activations": {"dynamic": "local", **blocks},
+        "targets": ["Linear"],
+    }
+    modules = sorted(
+        name.removesuffix(".weight")
+        for name, each in tensors.items()
+        if each.dtype == "F8_E4M3" and name.endswith(".weight")
+    )
+    if not modules:
+        return [nvfp4_group]
+    fp8_group = {
+        "format": "float-quantized",
+        "weights": {"dynamic": False, "num_bits": 8, "strategy": "channel", **float_},
+        "input_activations": {"dynamic": True, "num_bits": 8, "strategy": "token", **float_},
+        "targets": modules,
+    }
+    return [nvfp4_group | {"targets": [r"re:.*\.experts\..*"]}, fp8_group]
+
+
 def renamed(family: Family, name: str) -> str:
     for pattern, replacement in family.rename.items():
         name = re.sub(pattern, replacement, name)
@@ -766,7 +921,7 @@ def config_of(family: Family) -> Json:
     if family.remote:
         text["auto_map"] = {"AutoConfig": "configuration.Config"}
     text = {key: value for key, value in text.items() if value is not None}
-    no_longer = f"{family.quantized}|{family.without}"
+    no_longer = f"{family.quantized}|{family.fp8}|{family.without}"
     ignore = [module for module in section["ignore"] if not re.search(no_longer, module)]
     ignore += [tensor.name for module in family.ignore for tensor in many(module)]
     section["ignore"] = sorted(renamed(family, module) for module in ignore)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...format.contract import is_compressed_tensors
 from ..engine import Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
@@ -13,7 +14,8 @@ _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausal
 
 def _why_not(model: Model) -> str | None:
     # model_loader/utils.py:209 in 0.5.23: QuantMixtralForCausalLM, with a module for each expert.
-    if "MixtralForCausalLM" in model.architectures:
+    is_modelopt = not is_compressed_tensors(model.section)
+    if is_modelopt and "MixtralForCausalLM" in model.architectures:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
     for name in _NO_NAMES:
         if name in model.architectures:

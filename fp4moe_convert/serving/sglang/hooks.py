@@ -1,10 +1,11 @@
 """SGLang's hooks, in the order in which a start meets them.
 
 1. SGLang reads config.json. The hook puts the source's own ``quantization_config`` back, with the
-   converted section below `CONVERTED_KEY`. From here on SGLang sees the ModelOpt checkpoint that it
-   knows, and chooses models, backends and options as it would for the original.
-2. SGLang makes the quantization config, on each rank. The hook checks the checkpoint and returns a
-   config that gives converted layers an MoE method of ours, and other layers what stock gives.
+   converted section below `CONVERTED_KEY`. From here on SGLang sees the checkpoint that it knows,
+   and chooses models, backends and options as it would for the original.
+2. SGLang makes the quantization config, on each rank. The hook checks the checkpoint and returns
+   the same config, but for what it gives to converted layers: an MoE method of ours in the place
+   of the method, or of the scheme, that stock chose.
 3. That method creates stock's parameters, which already have their final shapes.
 4. SGLang has built a model, of any checkpoint. The hook puts a `gate.Gate` before it: all that is
    loaded now or later is judged there. The gate hands the tensors of converted layers to their
@@ -30,23 +31,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ServingError
-from ...format.contract import FORMAT_VERSION, QUANT_METHOD, ConvertedSection, Geometry
+from ...format.contract import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    ConvertedSection,
+    is_mixed_precision,
+    settings_of,
+)
 from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
-from ..gate import Deliver, Gate, gate_of, guard
+from ..gate import Gate, gate_of, guard
 from . import SGLANG
 
 if TYPE_CHECKING:
     import torch
 
+    from ...format.contract import Geometry
     from ..converted_layer import ConvertedLayer
 
 logger = logging.getLogger(__name__)
 
 TESTED = ("0.5.23",)
+
+LOADER = "fp4moe_loader"
+"""Where a FusedMoE that is taken over keeps its `ExpertLoader`."""
 
 CLASSES_KEY = "fp4moe_architectures"
 """Where config.json's ``architectures`` are kept: SGLang writes a draft's own over them."""
@@ -62,7 +73,7 @@ def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    source = read_section(section).source
+    converted = read_section(section)
     # SGLang goes on without the hooks whose targets it does not have.
     if unhooked := HOOKS.keys() - HookRegistry._patched:
         raise refusal(
@@ -70,10 +81,14 @@ def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
         )
     # hf_quant_config.json nests what config.json has flat. SGLang reads both, but takes the first
     # for the second once it has written its own name for the method into it.
-    flat = source.get("quantization", source)
+    source = settings_of(converted.source)
+    if is_mixed_precision(source):
+        # SGLang reads that file, too, for what the section lacks (model_loader/weight_utils.py:283
+        # in 0.5.23): the layers' algorithms, or that of the KV cache.
+        source = {**settings_of(converted.source_hf_quant_config or {}), **source}
     config.quantization_config = {
         "quant_method": "modelopt",
-        **flat,
+        **source,
         CONVERTED_KEY: section,
         CLASSES_KEY: list(config.architectures or ()),
     }
@@ -103,18 +118,27 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
         return None
     section = model_config.hf_config.quantization_config
     import sglang
-    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from sglang.srt.layers.quantization.modelopt_quant import (
+        ModelOptFp4Config,
+        ModelOptMixedPrecisionConfig,
+    )
     from sglang.srt.runtime_context import get_parallel
 
     converted = check_section(section[CONVERTED_KEY], engine="SGLang")
     warn_if_untested("SGLang", sglang.__version__, TESTED)
-    if type(quant_config) is not ModelOptFp4Config or quant_config.is_w4a16:
+    known = (ModelOptFp4Config, ModelOptMixedPrecisionConfig, CompressedTensorsConfig)
+    own = getattr(quant_config, "nvfp4_config", quant_config)  # of a mixed one, that of NVFP4
+    if type(quant_config) not in known or getattr(own, "is_w4a16", False):
         raise refusal(
-            f"{section.get('quant_algo')} experts served as {model_config.quantization} are not "
-            "supported, NVFP4 as modelopt_fp4 is",
+            f"{section.get('quant_algo') or section.get('format')} experts served as "
+            f"{model_config.quantization} are not supported, NVFP4 as modelopt_fp4, modelopt_mixed "
+            "or compressed-tensors is",
             "leave --quantization out",
         )
-    if quant_config.use_per_token_activation:
+    if getattr(own, "use_per_token_activation", False):
         raise refusal(
             "per-token activation scales are not supported",
             "unset SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
@@ -129,7 +153,29 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
                 "choose --tp-size and --ep-size for one of "
                 f"{', '.join(map(str, sizes))} ranks to an expert",
             )
-    return _engine_classes()(quant_config, converted, is_draft=model_config.is_draft_model)
+    take_over = partial(_engine_classes(), is_draft=model_config.is_draft_model)
+    # A class of its own, so that SGLang finds the config to be of the class that it knows.
+    quant_config.__class__ = _with_converted_layers(type(quant_config), converted, take_over)
+    return quant_config
+
+
+def _with_converted_layers(
+    stock: type[Any], converted: ConvertedSection, take_over: Callable[..., Any]
+) -> type[Any]:
+    """A subclass of a quantization config that lets ``take_over`` replace what ``stock`` gives to
+    the converted layers."""
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    from ..converted_layer import converted_layer_of
+
+    def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
+        method = stock.get_quant_method(self, layer, prefix)
+        if not isinstance(layer, FusedMoE):
+            return method
+        own = converted_layer_of(prefix, converted.layers)
+        return method if own is None else take_over(layer, method, own, converted.layers[own])
+
+    return type(f"Converted{stock.__name__}", (stock,), {"get_quant_method": get_quant_method})
 
 
 def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -141,9 +187,9 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
     from ..converted_layer import check_taken_over
 
     layers = {
-        module.quant_method.prefix: _delivery(name, module)
+        loader.own.prefix: partial(_deliver, name, loader)
         for name, module in model.named_modules()
-        if hasattr(getattr(module, "quant_method", None), "expert_loader")
+        if (loader := getattr(module, LOADER, None)) is not None
     }
     if _is_whole(model_config):
         check_taken_over(
@@ -164,13 +210,9 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
     guard(model, Gate(converted, layers))
 
 
-def _delivery(name: str, layer: Any) -> Deliver:
-    def deliver(leaf: str, tensor: torch.Tensor) -> str:
-        parameter = getattr(layer, leaf)
-        parameter.weight_loader(parameter, tensor)
-        return f"{name}.{leaf}"
-
-    return deliver
+def _deliver(name: str, loader: ExpertLoader, leaf: str, tensor: torch.Tensor) -> str:
+    loader(loader.own.parameter_of(loader.layer, leaf), tensor)
+    return f"{name}.{leaf}"
 
 
 def _judge_update(
@@ -235,7 +277,9 @@ class ExpertLoader:
     ) -> None:
         leaf = self.own.leaf_of(self.layer, param)
         if expert_id is None:
-            experts = self._experts(every_rank=leaf.endswith("_input_scale"))
+            # Stock's own mark: of ModelOpt's input scales it keeps those of all ranks.
+            every_rank = getattr(param, "_sglang_require_global_experts", False)
+            experts = self._experts(every_rank=every_rank)
             # Fused shared experts come after the routed ones, in slots of their own.
             slots = param.data[: len(experts)]
             self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
@@ -284,71 +328,95 @@ def _of_shared_expert(leaf: str, shard_id: str | None) -> str:
 
 @cache
 def _engine_classes() -> Callable[..., Any]:
-    """The quantization config of a converted checkpoint; a function, as SGLang is the base."""
+    """What takes over a converted layer; a function, as its classes have SGLang's as bases.
+
+    Returns:
+        A function of a FusedMoE, the method that stock chose for it, its prefix in the file and its
+        geometry; and of ``is_draft``. It returns the method to use.
+    """
     import torch
-    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.layers.moe.moe_runner.flashinfer_trtllm import _compute_g1_scale_c
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
-    from sglang.srt.layers.quantization.modelopt_quant import (
-        ModelOptFp4Config,
-        ModelOptNvFp4FusedMoEMethod,
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW4A4Nvfp4MoE,
     )
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod
     from sglang.srt.layers.utils import copy_or_rebind_param
 
-    from ..converted_layer import ConvertedLayer, converted_layer_of
+    from ..converted_layer import COMPRESSED_TENSORS_NAMES, MODELOPT_NAMES, ConvertedLayer
 
-    # FusedMoE looks for "ModelOpt" in the name to tell per-tensor scales from block scales.
-    class ConvertedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):
-        """The method of one converted layer."""
+    def take_over(
+        layer: Any, method: Any, prefix: str, geometry: Geometry, *, is_draft: bool
+    ) -> Any:
+        if type(method) is ModelOptNvFp4FusedMoEMethod:
+            check_backend(method.enable_flashinfer_trtllm_moe, is_draft)
+            own = ConvertedLayer(prefix, geometry, MODELOPT_NAMES)
+            return ConvertedModelOptNvFp4FusedMoEMethod(method.quant_config, own)
+        scheme = layer.scheme  # None for ModelOpt's
+        if type(scheme) is CompressedTensorsW4A4Nvfp4MoE:
+            check_backend(scheme.use_flashinfer_trtllm, is_draft)
+            own = ConvertedLayer(prefix, geometry, COMPRESSED_TENSORS_NAMES)
+            layer.scheme = ConvertedCompressedTensorsW4A4Nvfp4MoE(own)
+        return method
 
-        def __init__(self, quant_config: Any, prefix: str, geometry: Geometry) -> None:
-            super().__init__(quant_config)
-            draft = "speculative-" if quant_config.is_draft else ""
-            if get_moe_a2a_backend().is_megamoe():
-                raise refusal(
-                    "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
-                    "MegaMoE has a byte order of its own",
-                    f"leave --{draft}moe-a2a-backend megamoe out, or what stands for it, "
-                    "--moe-runner-backend megamoe",
-                )
-            if not self.use_flashinfer_trtllm_weight_layout:
-                raise refusal(
-                    "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
-                    f"this is {get_moe_runner_backend().value}",
-                    f"pass --{draft}moe-runner-backend flashinfer_trtllm",
-                )
-            self.prefix = prefix
-            self.geometry = geometry
+    def check_backend(is_flashinfer_trtllm: bool, is_draft: bool) -> None:
+        draft = "speculative-" if is_draft else ""
+        if get_moe_a2a_backend().is_megamoe():
+            raise refusal(
+                "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
+                "MegaMoE has a byte order of its own",
+                f"leave --{draft}moe-a2a-backend megamoe out, or what stands for it, "
+                "--moe-runner-backend megamoe",
+            )
+        if not is_flashinfer_trtllm:
+            raise refusal(
+                "the checkpoint is laid out for the MoE runner backend flashinfer_trtllm, "
+                f"this is {get_moe_runner_backend().value}",
+                f"pass --{draft}moe-runner-backend flashinfer_trtllm",
+            )
+
+    class ConvertedExperts:
+        """Of a method or a scheme: its parameters are filled by slices."""
+
+        own: ConvertedLayer
 
         def create_weights(
             self, layer: Any, num_experts: int, hidden_size: int, *args: Any, **extra: Any
         ) -> None:
             sizes = (hidden_size, extra["moe_intermediate_size"], layer.moe_runner_config.is_gated)
-            own = self.geometry
+            own = self.own.geometry
             if sizes != (own.hidden, own.intermediate, own.gated):
                 raise refusal(
-                    f"{self.prefix} has {own}, SGLang wants (hidden, intermediate, gated) = {sizes}"
+                    f"{self.own.prefix} has {own}, "
+                    f"SGLang wants (hidden, intermediate, gated) = {sizes}"
                 )
-            converted = ConvertedLayer(self.prefix, own)
-            self.expert_loader = ExpertLoader(layer, converted, extra["weight_loader"])
-            extra["weight_loader"] = self.expert_loader
-            super().create_weights(layer, num_experts, hidden_size, *args, **extra)
+            loader = ExpertLoader(layer, self.own, extra["weight_loader"])
+            setattr(layer, LOADER, loader)
+            extra["weight_loader"] = loader
+            super().create_weights(layer, num_experts, hidden_size, *args, **extra)  # type: ignore[misc]
+
+    # FusedMoE looks for "ModelOpt" in the name to tell per-tensor scales from block scales.
+    class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedMoEMethod):
+        """Of ModelOpt's experts, wherever their config comes from."""
+
+        def __init__(self, quant_config: Any, own: ConvertedLayer) -> None:
+            super().__init__(quant_config)
+            self.own = own
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            self.expert_loader.check_loaded()
+            getattr(layer, LOADER).check_loaded()
             runner = layer.moe_runner_config
             gate, up = layer.w13_weight_scale_2.unbind(dim=1)
             if (runner.gemm1_clamp_limit or runner.swiglu_limit) and not torch.equal(gate, up):
                 # Stock would move both halves onto one scale, through linear block scales.
                 raise refusal(
-                    f"{self.prefix}: a clamped SwiGLU whose gate and up differ in "
+                    f"{self.own.prefix}: a clamped SwiGLU whose gate and up differ in "
                     "weight_scale_2 is not supported"
                 )
             super().process_weights_after_loading(layer)
 
         def _align_fp4_moe_weights_for_flashinfer_trtllm(self, layer: Any) -> None:
-            if layer.num_fused_shared_experts:
-                lay_out_shared_experts(layer)
+            lay_out_shared_experts(layer)
             layer.trtllm_padded_hidden_size = None
             g1_scale_c = _compute_g1_scale_c(
                 layer.w2_input_scale_quant,
@@ -359,8 +427,47 @@ def _engine_classes() -> Callable[..., Any]:
             )
             copy_or_rebind_param(layer, "g1_scale_c", g1_scale_c)
 
-    def lay_out_shared_experts(layer: Any) -> None:
-        from sglang.srt.layers.quantization.utils import prepare_static_weights_for_trtllm_fp4_moe
+    class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensorsW4A4Nvfp4MoE):
+        """Of llm-compressor's experts."""
+
+        def __init__(self, own: ConvertedLayer) -> None:
+            super().__init__()
+            self.own = own
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            """What stock does to the scales; the layout is there."""
+            getattr(layer, LOADER).check_loaded()
+            for name in ("w13_weight", "w2_weight"):
+                if (packed := getattr(layer, f"{name}_packed", None)) is not None:
+                    delattr(layer, f"{name}_packed")
+                    bind(layer, name, packed.data)
+            gate, up = layer.w13_weight_global_scale.unbind(dim=1)
+            if not torch.allclose(gate, up):
+                logger.warning(
+                    "fp4moe: %s: gate and up weight_global_scale differ", self.own.prefix
+                )
+            lay_out_shared_experts(layer, gate_first=True)
+            bind(layer, "w13_weight_scale_2", 1 / gate)
+            bind(layer, "w2_weight_scale_2", 1 / layer.w2_weight_global_scale.data)
+            for matrix, alphas in (("w13", "g1_alphas"), ("w2", "g2_alphas")):
+                divisors = getattr(layer, f"{matrix}_input_global_scale")
+                smallest = divisors.min().to(torch.float32).expand(layer.num_local_experts)
+                scale = getattr(layer, f"{matrix}_weight_scale_2")
+                bind(layer, alphas, ((1 / smallest) * scale).to(torch.float32))
+                bind(layer, f"{matrix}_input_scale_quant", smallest)
+            g1_scale_c = layer.w2_input_scale_quant * layer.g1_alphas
+            bind(layer, "g1_scale_c", g1_scale_c.to(torch.float32))
+
+    def bind(layer: Any, name: str, value: Any) -> None:
+        setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
+
+    def lay_out_shared_experts(layer: Any, *, gate_first: bool = False) -> None:
+        if not layer.num_fused_shared_experts:
+            return
+        from sglang.srt.layers.quantization.utils import (
+            prepare_static_weights_for_trtllm_fp4_moe,
+            reorder_w1w3_to_w3w1,
+        )
 
         shared = [
             parameter.data[layer._num_local_routed :]
@@ -372,6 +479,8 @@ def _engine_classes() -> Callable[..., Any]:
             )
         ]
         w13, w13_scale, w2, w2_scale = shared
+        if gate_first:
+            w13, w13_scale = reorder_w1w3_to_w3w1(w13, w13_scale, dim=-2)
         laid_out = prepare_static_weights_for_trtllm_fp4_moe(
             w13,
             w2,
@@ -384,21 +493,4 @@ def _engine_classes() -> Callable[..., Any]:
         for slots, result in zip(shared, laid_out, strict=True):
             slots.copy_(result)
 
-    class ConvertedModelOptFp4Config(ModelOptFp4Config):
-        """Stock's config with `ConvertedModelOptNvFp4FusedMoEMethod` for converted layers."""
-
-        def __init__(self, stock: Any, converted: ConvertedSection, *, is_draft: bool) -> None:
-            self.__dict__.update(stock.__dict__)
-            self.converted = converted
-            self.is_draft = is_draft
-
-        def get_quant_method(self, layer: Any, prefix: str) -> Any:
-            stock = super().get_quant_method(layer, prefix)
-            if type(stock) is not ModelOptNvFp4FusedMoEMethod or not isinstance(layer, FusedMoE):
-                return stock
-            own = converted_layer_of(prefix, self.converted.layers)
-            if own is None:
-                return stock
-            return ConvertedModelOptNvFp4FusedMoEMethod(self, own, self.converted.layers[own])
-
-    return ConvertedModelOptFp4Config
+    return take_over

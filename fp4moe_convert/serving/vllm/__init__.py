@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...format.contract import Geometry
+from ...format.contract import Geometry, is_mixed_precision
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
 from ..engine import Engine, KnownModels, Model
 
@@ -15,6 +15,12 @@ _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 
 
 def _why_not(model: Model) -> str | None:
+    # models/step3p5.py:365 in 0.33.0: SWIGLUSTEP is not among the backend's activations.
+    limits = model.text.get("swiglu_limits")
+    if "Step3p5ForCausalLM" in model.architectures and isinstance(limits, list) and any(limits):
+        return "vLLM's clamped SwiGLU of Step-3.5 is not among those of flashinfer_trtllm"
+    if is_mixed_precision(model.section):  # each layer has its own algorithm there
+        return None
     nested = model.section.get("quantization")
     if isinstance(nested, dict) and (missing := [key for key in _REQUIRED if key not in nested]):
         return f"vLLM wants {' and '.join(missing)} in hf_quant_config.json"
@@ -25,10 +31,6 @@ def _why_not(model: Model) -> str | None:
             "vLLM takes experts for weight-only (W4A16) where no group of config_groups has "
             "input_activations, and flashinfer_trtllm has no such kernels"
         )
-    # models/step3p5.py:365 in 0.33.0: SWIGLUSTEP is not among the backend's activations.
-    limits = model.text.get("swiglu_limits")
-    if "Step3p5ForCausalLM" in model.architectures and isinstance(limits, list) and any(limits):
-        return "vLLM's clamped SwiGLU of Step-3.5 is not among those of flashinfer_trtllm"
     return None
 
 

@@ -2,34 +2,48 @@
 
 vLLM imports this module in every process, through the entry point group ``vllm.general_plugins``.
 If the import fails, vLLM logs that and goes on without the plugin. It pickles its configuration,
-`ConvertedConfig` included, for its workers. So the module imports vLLM at its top and defines its
+those of `CONFIGS` included, for its workers. So the module imports vLLM at its top and defines its
 classes there.
 
 All that is loaded passes a `gate.Gate`, in models of other checkpoints, too.
 
-The rest of vLLM sees a converted checkpoint as ``modelopt_fp4``, like its source, because the dtype
-of the KV cache and some fusions depend on that name. So the plugin replaces that method's config,
-passes ordinary checkpoints on to it, and rewrites a converted checkpoint's section where vLLM looks
-for the method. The code follows vLLM 0.33.0 line by line.
+The rest of vLLM sees a converted checkpoint under the method of its source (``modelopt_fp4``,
+``modelopt_mixed``, ``compressed-tensors``), because the dtype of the KV cache and some fusions
+depend on that name. So the plugin replaces these methods' configs, passes ordinary checkpoints on
+to them, and rewrites a converted checkpoint's section where vLLM looks for the method. A config of
+ours gives what stock's gives; only the method that stock chooses for a converted layer is replaced.
+The code follows vLLM 0.33.0 line by line.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm
 from vllm.config import get_current_vllm_config
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
+    NvFp4MoeBackend,
+    make_nvfp4_moe_kernel,
+)
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 import (  # noqa: E501
+    CompressedTensorsW4A4Nvfp4MoEMethod,
+)
 from vllm.model_executor.layers.quantization.modelopt import (
+    ModelOptMixedPrecisionConfig,
     ModelOptNvFp4Config,
     ModelOptNvFp4FusedMoE,
 )
@@ -47,24 +61,31 @@ from ...format.contract import (
     QUANT_METHOD,
     ConvertedSection,
     Geometry,
+    is_mixed_precision,
     round_up,
 )
 from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
-from ..converted_layer import ConvertedLayer, check_taken_over, converted_layer_of
+from ..converted_layer import (
+    COMPRESSED_TENSORS_NAMES,
+    MODELOPT_NAMES,
+    ConvertedLayer,
+    check_taken_over,
+    converted_layer_of,
+)
 from ..gate import Deliver, Gate, gate_of, guard
 from . import VLLM
 
 TESTED = ("0.33.*",)
-METHOD = "modelopt_fp4"
 
 logger = init_logger("vllm.fp4moe")  # vLLM prints what is logged below its own name
 
 
 @cache  # a process may be told to load its plugins more than once
 def register() -> None:
-    """Put `ConvertedConfig` in the place of stock's, and a gate before every model."""
-    register_quantization_config(METHOD)(ConvertedConfig)
+    """Put `CONFIGS` in the place of stock's, and a gate before every model."""
+    for name, config in CONFIGS.items():
+        register_quantization_config(name)(config)
     for loader in (base_loader, ipc_loader, tensorizer_loader):
         loader.initialize_model = _guarding(loader.initialize_model)
     stock, inplace.reload_weights = inplace.reload_weights, _judging(inplace.reload_weights)
@@ -110,7 +131,7 @@ def _gate_for(
     layers = {
         module.quant_method.own.prefix: _delivery(name, module)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "quant_method", None), ConvertedModelOptMoE)
+        if isinstance(getattr(module, "quant_method", None), _ConvertedExperts)
     }
     speculative = vllm_config.speculative_config
     is_draft = speculative is not None and model_config is speculative.draft_model_config
@@ -135,7 +156,8 @@ def _gate_for(
 
 def _delivery(name: str, layer: RoutedExperts) -> Deliver:
     def deliver(leaf: str, tensor: torch.Tensor) -> str:
-        parameter = getattr(layer, leaf)  # a reload creates them anew
+        # A reload creates them anew.
+        parameter: Any = layer.quant_method.own.parameter_of(layer, leaf)
         parameter.weight_loader(parameter, tensor)
         return f"{name}.{leaf}"
 
@@ -165,40 +187,23 @@ def _judging(reload_weights: Callable[..., None]) -> Callable[..., None]:
     return judging
 
 
-class ConvertedConfig(ModelOptNvFp4Config):
-    """The source's quantization, and the layers that are converted."""
+class _ConvertedLayers(QuantizationConfig):
+    """A source's quantization, and the layers that are converted. The other base is stock's."""
 
+    stock: ClassVar[type[QuantizationConfig]]
     converted: ConvertedSection
     row_order_checked: bool
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Asked for every model with a section, before anything else is read from it."""
-        if hf_quant_cfg:  # a copy of what the model's configuration has
-            configs = (hf_config, getattr(hf_config, "text_config", None))
-            sections = (getattr(config, "quantization_config", None) for config in configs)
-            for section in (hf_quant_cfg, *sections):
-                if section and section.get("quant_method") == QUANT_METHOD:
-                    _present_as_source(section)
-            if CONVERTED_KEY in hf_quant_cfg:
-                return METHOD
-        method: str | None = super().override_quantization_method(
-            hf_quant_cfg, user_quant, hf_config
-        )
-        return method
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ModelOptNvFp4Config:
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         if CONVERTED_KEY not in config:
-            return ModelOptNvFp4Config.from_config(config)
+            return cls.stock.from_config(config)
         converted = read_section(config[CONVERTED_KEY])
-        # vLLM adds what the user asks of activations, under a private key.
-        private = {key: value for key, value in config.items() if key.startswith("_")}
         try:
-            self: ConvertedConfig = super().from_config({**converted.source, **private})
-        except ValueError as error:
+            # vLLM adds what the user asks of activations, and numbers of heads.
+            added = {k: v for k, v in config.items() if k not in (CONVERTED_KEY, "quant_method")}
+            self: _ConvertedLayers = super().from_config({**added, **_as_read(converted)})
+        except (KeyError, ValueError) as error:
             raise refusal(f"vLLM cannot read the source's quantization: {error}") from error
         self.converted = converted
         self.row_order_checked = False
@@ -215,29 +220,73 @@ class ConvertedConfig(ModelOptNvFp4Config):
                 "drop that from --quantization-config",
             )
         stock = super().get_quant_method(layer, prefix)
-        if type(stock) is not ModelOptNvFp4FusedMoE:
+        if type(stock) not in _TAKE_OVER:
             return stock
         if not self.row_order_checked:
             check_row_order(self.converted, engine="vLLM")
             warn_if_untested("vLLM", vllm.__version__, TESTED)
             self.row_order_checked = True
-        return ConvertedModelOptMoE(self, layer.moe_config, own)
+        return _TAKE_OVER[type(stock)](stock, layer, own, self.converted.layers[own])
 
 
-class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
-    """Experts whose parameters are created as the kernel wants them and filled by slices."""
+class ConvertedNvFp4Config(_ConvertedLayers, ModelOptNvFp4Config):
+    stock = ModelOptNvFp4Config
 
-    def __init__(self, quant_config: ConvertedConfig, moe_config: Any, prefix: str) -> None:
-        super().__init__(quant_config, moe_config)
-        self.own = ConvertedLayer(prefix, quant_config.converted.layers[prefix])
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Asked for every model with a section, before anything else is read from it."""
+        if hf_quant_cfg:  # a copy of what the model's configuration has
+            configs = (hf_config, getattr(hf_config, "text_config", None))
+            sections = (getattr(config, "quantization_config", None) for config in configs)
+            for section in (hf_quant_cfg, *sections):
+                if section and section.get("quant_method") == QUANT_METHOD:
+                    _present_as_source(section)
+            if CONVERTED_KEY in hf_quant_cfg:
+                name: str = hf_quant_cfg["quant_method"]
+                return name
+        method: str | None = super().override_quantization_method(
+            hf_quant_cfg, user_quant, hf_config
+        )
+        return method
 
+
+class ConvertedMixedConfig(_ConvertedLayers, ModelOptMixedPrecisionConfig):
+    stock = ModelOptMixedPrecisionConfig
+
+
+class ConvertedCompressedTensorsConfig(_ConvertedLayers, CompressedTensorsConfig):
+    stock = CompressedTensorsConfig
+
+
+CONFIGS: dict[str, type[_ConvertedLayers]] = {
+    "modelopt_fp4": ConvertedNvFp4Config,
+    "modelopt_mixed": ConvertedMixedConfig,
+    "compressed-tensors": ConvertedCompressedTensorsConfig,
+}
+"""In the place of stock's, by the name that vLLM gives them."""
+
+
+class _ConvertedExperts(FusedMoEMethodBase):
+    """Experts whose parameters are created as the kernel wants them and filled by slices. The other
+    base is stock's method."""
+
+    def adopt(self, own: ConvertedLayer) -> None:
+        """Make sure that a layer of the file is what the model has.
+
+        Raises:
+            ServingError: it is not, or it cannot be served as the user wants it.
+        """
+        self.own = own
+        moe_config = self.moe
         if self.nvfp4_backend != NvFp4MoeBackend.FLASHINFER_TRTLLM:
             raise refusal(
                 f"the weights are laid out for the MoE backend flashinfer_trtllm, vLLM chose "
                 f"{self.nvfp4_backend.value.lower()}",
                 "use --moe-backend flashinfer_trtllm",
             )
-        if self.per_token_activation:
+        if getattr(self, "per_token_activation", False):
             raise refusal(
                 "activations quantized per token are not supported",
                 "drop that from --quantization-config",
@@ -248,8 +297,9 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
             intermediate=moe_config.intermediate_size,
             gated=moe_config.is_act_and_mul,
         )
-        if self.own.geometry != model:
-            raise refusal(f"{prefix} is {self.own.geometry} in config.json, {model} in the model")
+        prefix = own.prefix
+        if own.geometry != model:
+            raise refusal(f"{prefix} is {own.geometry} in config.json, {model} in the model")
         if not model.gated:
             raise refusal(f"{prefix} has experts without a gate, which are not supported")
         sizes = VLLM.tensor_parallel_sizes(model)
@@ -271,7 +321,7 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
     ) -> None:
         """Stock's parameters, of the sizes to which stock pads them after loading."""
         alignment = trtllm_nvfp4_hidden_alignment(
-            per_token_activation=self.per_token_activation, is_act_and_mul=self.moe.is_act_and_mul
+            per_token_activation=False, is_act_and_mul=self.moe.is_act_and_mul
         )
         loader = _weight_loader(self.own)
         super().create_weights(
@@ -284,6 +334,18 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
         )
         # Weights that are made up, or that another rank sends later, do not come from the file.
         self.from_file = get_current_vllm_config().load_config.load_format != "dummy"
+
+
+class ConvertedModelOptMoE(_ConvertedExperts, ModelOptNvFp4FusedMoE):
+    """Of ModelOpt's experts, wherever their config comes from."""
+
+    @classmethod
+    def take_over(
+        cls, stock: ModelOptNvFp4FusedMoE, layer: RoutedExperts, prefix: str, geometry: Geometry
+    ) -> ConvertedModelOptMoE:
+        self = cls(stock.quant_config, layer.moe_config)
+        self.adopt(ConvertedLayer(prefix, geometry, MODELOPT_NAMES))
+        return self
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """What stock does to the scales; the layout is there."""
@@ -299,18 +361,86 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
                 "w1_weight_scale_2 must match w3_weight_scale_2. Accuracy may be affected."
             )
         replace_parameter(layer, "w13_weight_scale_2", gate.contiguous())
-        eplb = layer.moe_config.moe_parallel_config.enable_eplb
         for leaf in ("w13_input_scale", "w2_input_scale"):
-            largest = amax_for_moe_activation_quant(getattr(layer, leaf), eplb)
-            replace_parameter(layer, leaf, largest.repeat(layer.w13_weight.shape[0]))
+            replace_parameter(layer, leaf, _largest(layer, getattr(layer, leaf)))
         self._restore_padded_moe_dims(layer)
         self._build_moe_kernel(layer)
+
+
+class ConvertedCompressedTensorsMoE(_ConvertedExperts, CompressedTensorsW4A4Nvfp4MoEMethod):
+    """Of llm-compressor's experts."""
+
+    @classmethod
+    def take_over(
+        cls,
+        stock: CompressedTensorsW4A4Nvfp4MoEMethod,
+        layer: RoutedExperts,
+        prefix: str,
+        geometry: Geometry,
+    ) -> ConvertedCompressedTensorsMoE:
+        self = cls(layer.moe_config, use_a16=stock.use_a16)
+        self.adopt(ConvertedLayer(prefix, geometry, COMPRESSED_TENSORS_NAMES))
+        return self
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """What stock does to the scales; the layout is there."""
+        if self.from_file:
+            self.own.check_loaded()
+
+        for name in ("w13_weight", "w2_weight"):
+            packed = getattr(layer, f"{name}_packed")
+            delattr(layer, f"{name}_packed")
+            setattr(layer, name, torch.nn.Parameter(packed.data, requires_grad=False))
+        gate, up = layer.w13_weight_global_scale.unbind(1)
+        if not torch.allclose(gate, up):
+            logger.warning_once(
+                "w1_weight_global_scale must match w3_weight_global_scale. "
+                "Accuracy may be affected."
+            )
+        replace_parameter(layer, "w13_weight_scale_2", 1.0 / gate.contiguous())
+        replace_parameter(layer, "w2_weight_scale_2", 1.0 / layer.w2_weight_global_scale)
+        for matrix in ("w13", "w2"):
+            scales = 1.0 / getattr(layer, f"{matrix}_input_global_scale")
+            setattr(layer, f"{matrix}_input_scale", _largest(layer, scales))
+        ModelOptNvFp4FusedMoE._restore_padded_moe_dims(self, layer)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.moe_kernel = make_nvfp4_moe_kernel(
+            moe_quant_config=self.moe_quant_config,
+            moe_config=self.moe,
+            experts_cls=self.experts_cls,
+            backend=self.nvfp4_backend,
+            routing_tables=layer._expert_routing_tables(),
+        )
+        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+_TAKE_OVER: dict[type, Callable[[Any, RoutedExperts, str, Geometry], _ConvertedExperts]] = {
+    ModelOptNvFp4FusedMoE: ConvertedModelOptMoE.take_over,
+    CompressedTensorsW4A4Nvfp4MoEMethod: ConvertedCompressedTensorsMoE.take_over,
+}
+"""What serves a converted layer, by the method that stock chose for it."""
+
+
+def _largest(layer: RoutedExperts, input_scales: torch.Tensor) -> torch.Tensor:
+    """The input scale that stock serves all experts with, for each of ours."""
+    eplb = layer.moe_config.moe_parallel_config.enable_eplb
+    largest: torch.Tensor = amax_for_moe_activation_quant(input_scales, eplb)
+    return largest.repeat(layer.w13_weight.shape[0])
+
+
+def _as_read(converted: ConvertedSection) -> Mapping[str, Any]:
+    """The description of the original's quantization that vLLM makes a config from."""
+    source, file = converted.source, converted.source_hf_quant_config
+    # model_loader/weight_utils.py:273 in 0.33.0.
+    is_in_file = is_mixed_precision(source) and "quantized_layers" not in source
+    return file if file is not None and is_in_file else source
 
 
 def _present_as_source(section: dict[str, Any]) -> None:
     """Let config.json's section read as the source's, with itself below `CONVERTED_KEY`.
 
-    ``quant_algo`` is left out: a process without the plugin then refuses the section.
+    ``quant_algo`` and ``config_groups`` are left out: a process without the plugin then refuses the
+    section.
     """
     converted = dict(section)
     source = read_section(converted).source
@@ -319,7 +449,28 @@ def _present_as_source(section: dict[str, Any]) -> None:
     if isinstance(inner := section.get("quantization"), dict):  # as hf_quant_config.json has it
         section["quantization"] = {k: v for k, v in inner.items() if k != "quant_algo"}
     section.pop("quant_algo", None)
-    section.update({"quant_method": METHOD, CONVERTED_KEY: converted})
+    section.update({"quant_method": _method(source), CONVERTED_KEY: converted})
+    if section["quant_method"] == "modelopt_mixed":
+        section.setdefault("quantized_layers", None)  # or vLLM looks for hf_quant_config.json
+    if section["quant_method"] == "compressed-tensors":
+        section["config_groups"] = None
+
+
+def _method(source: Mapping[str, Any]) -> str:
+    """What vLLM calls the quantization of a source.
+
+    Raises:
+        ServingError: it is none that has experts to convert.
+    """
+    described = {"quant_method": "modelopt", **source}  # hf_quant_config.json does not say that
+    names = [
+        config.stock.override_quantization_method(described, None) for config in CONFIGS.values()
+    ]
+    known = (name for name in names if name in CONFIGS)
+    method: str = next(known, str(described["quant_method"]).replace("_", "-"))
+    if method not in CONFIGS:
+        raise refusal(f"vLLM has no NVFP4 experts in a source quantized with {method}")
+    return method
 
 
 def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
@@ -334,13 +485,13 @@ def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
     ) -> None:
-        leaf = own.leaf_of(layer, param)
         everywhere, here = _experts_held(layer)
         own.load(
-            leaf,
+            own.leaf_of(layer, param),
             param.data,
             loaded_weight,
-            experts=everywhere if leaf.endswith("_input_scale") else here,
+            # Of ModelOpt's input scales vLLM keeps those of all ranks.
+            experts=everywhere if param.shape[0] == len(everywhere) else here,
             tp_rank=layer.moe_config.tp_rank,
         )
 

@@ -139,7 +139,21 @@ def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
 
 
 def more_models() -> None:
-    """What further models want: the Transformers backend asks which accelerator there is."""
+    """What further models want: the Transformers backend and compressed-tensors ask which
+    accelerator there is, and FP8 linear layers are quantized anew by a compiled function."""
+    import torch
+    from sglang.kernels.ops.quantization import fp8_kernel
     from sglang.srt.models import transformers
 
+    # compressed-tensors asks torch, not the platform.
+    torch.cuda.get_device_capability = lambda *_args: (10, 0)
+    fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_fp8
+
     transformers.get_device = lambda: "cpu"
+
+
+def _quantize_fp8(values: Any, out: Any, scale: Any, is_static: bool) -> None:
+    import torch
+
+    assert is_static
+    out.copy_((values / scale).clamp(-448, 448).to(torch.float8_e4m3fn))

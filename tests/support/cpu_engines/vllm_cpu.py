@@ -4,6 +4,8 @@ Everything else is vLLM's own code. Replaced here:
 
 - model classes are inspected in this process: another one would import vLLM anew for each of them;
 - torchvision is importable but inert: image processors import it, and no image is processed;
+- linear layers get vLLM's emulating kernel for MXFP8, and for FP8 a plain version of the compiled
+  function that quantizes them anew;
 - the platform says that it is like CUDA where a MoE layer without a gate asks, and nowhere else.
 """
 
@@ -19,8 +21,17 @@ from unittest.mock import MagicMock
 def bootstrap() -> None:
     """To be called after `vllm_golden.bootstrap`, before a model is configured."""
     from transformers.utils import import_utils
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear import (
+        EmulationMxfp8LinearKernel,
+        register_linear_kernel,
+    )
     from vllm.model_executor.layers.fused_moe import config as moe_config
     from vllm.model_executor.models import registry
+    from vllm.platforms import PlatformEnum
+
+    register_linear_kernel(EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
+    _custom_ops.scaled_fp8_quant = _quantize_fp8
 
     registry._run_in_subprocess = lambda inspect: inspect()
     moe_config.current_platform = LikeCuda(moe_config.current_platform)
@@ -41,3 +52,9 @@ class LikeCuda:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.platform, name)
+
+
+def _quantize_fp8(values: Any, scale: Any) -> tuple[Any, Any]:
+    import torch
+
+    return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale

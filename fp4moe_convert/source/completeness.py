@@ -81,16 +81,13 @@ class _Decoder:
         self.has_attention = False
         for shard in checkpoint.shards:
             for tensor in shard.header.tensors:
-                if is_mtp_by_name(tensor.name):
-                    continue
                 match = _IN_LAYER.fullmatch(tensor.name)
                 if match and match[1] in experts and int(match[2]) < self.count:
                     stack, number, rest = match.groups()
-                    self.layers[stack].setdefault(int(number), set()).add(
-                        _module(rest, experts[stack], parents[stack])
-                    )
-                    self.has_attention |= bool(_ATTENTION.search(rest)) and "norm" not in rest
-                elif not _NUMBERED.search(tensor.name):
+                    module = _module(rest, experts[stack], parents[stack])
+                    self.layers[stack].setdefault(int(number), set()).add(module)
+                    self.has_attention = self.has_attention or _is_attention(rest)
+                elif not _NUMBERED.search(tensor.name) and not is_mtp_by_name(tensor.name):
                     self.outside.append(tensor)
 
     def check(self) -> None:
@@ -135,6 +132,10 @@ class _Decoder:
                 yield f"{where}: no {names} in any shard, unlike other layers"
         if self.layers and not self.has_attention:
             yield f"{', '.join(self.layers)}: no attention in any shard"
+
+
+def _is_attention(tensor: str) -> bool:
+    return _ATTENTION.search(tensor) is not None and "norm" not in tensor
 
 
 def _counted(checkpoint: Checkpoint) -> Iterator[str]:

@@ -82,7 +82,8 @@ class Gate:
         except (OSError, ValueError, KeyError, TypeError):
             return
         if MARKER_NAME in files:
-            self.judge([(MARKER_NAME, _read_marker(Path(folder) / files[MARKER_NAME]))])
+            shard = Path(folder, str(files[MARKER_NAME]))
+            self.judge([(MARKER_NAME, _read_marker(shard))])
         else:
             names: list[Any] = [(name, None) for name in files]
             self.judge(names)

@@ -28,8 +28,10 @@ from .make_checkpoint import (
     decoder_layer,
     f32,
     gated_mlp,
+    hf_quant_config,
     model_config,
     other_files,
+    quantization_section,
     tensors_of,
     to_json,
     write_shard,
@@ -88,13 +90,21 @@ class Family:
     )
     """Who describes the quantization, and how."""
     fp8: str = r"$^"
-    """Pattern of the bf16 weights that are FP8 here, as the section has it."""
+    """Pattern of the bf16 weights that are FP8 here."""
+    mxfp8: str = r"$^"
+    """Pattern of those that are MXFP8."""
     remote: bool = False
     """Whether its configuration class travels with it, in a file that config.json names."""
     ignore: tuple[str, ...] = ()
     """Modules that are not quantized, besides those of `make_checkpoint`; names as in `many`."""
+    in_file: bool = False
+    """Whether hf_quant_config.json alone describes the quantization."""
     beside: tuple[str, str] | None = None
     """A file that the index does not name, and the pattern of the final names of what is in it."""
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.section.startswith("mixed")
 
 
 REMOTE_CONFIGURATION = """\
@@ -342,10 +352,65 @@ MINIMAX_M3 = replace(
     remote=True,
 )
 
+NEMOTRON_H = Family(
+    # I is 128 for each of 4 ranks; to vLLM other cuts are other bytes.
+    replace(QWEN, layers=4, intermediate=512),
+    {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "chunk_size": 128,
+        "conv_kernel": 4,
+        "hidden_act": None,
+        "hybrid_override_pattern": "ME*E",
+        "intermediate_size": I,
+        "layer_norm_epsilon": 1e-05,
+        "mamba_head_dim": 32,
+        "mamba_hidden_act": "silu",
+        "mamba_num_heads": 8,
+        "mamba_proj_bias": False,
+        "mlp_bias": False,
+        "mlp_hidden_act": "relu2",
+        "moe_shared_expert_intermediate_size": I,
+        "n_group": 1,
+        "n_groups": 8,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_experts": None,
+        "routed_scaling_factor": 2.5,
+        "ssm_state_size": 32,
+        "topk_group": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+    },
+    extra=(
+        *shared_expert("model.layers.{1,3}.mlp.shared_experts"),
+        *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 3)),
+        *many("model.layers.0.mixer.in_proj.weight", 1032, H),
+        *many("model.layers.0.mixer.conv1d.weight", 768, 1, 4),
+        *many("model.layers.0.mixer.conv1d.bias", 768),
+        *many("model.layers.0.mixer.{A_log,D,dt_bias}", 8),
+        *many("model.layers.0.mixer.norm.weight", 256),
+        *many("model.layers.0.mixer.out_proj.weight", H, 256),
+    ),
+    without=(
+        r"^model\.layers\.(0|2)\.mlp|^model\.layers\.(0|1|3)\.self_attn"
+        r"|\.gate_proj\.|\.[qk]_norm\.|\.post_attention_layernorm\."
+    ),
+    rename={
+        r"\.(mlp|self_attn)\b": ".mixer",
+        r"\.input_layernorm\b": ".norm",
+        r"^model\.norm\b": "backbone.norm_f",
+        r"^model\.embed_tokens\b": "backbone.embeddings",
+        r"^model\.": "backbone.",
+    },
+    ignore=("model.layers.0.mixer*",),
+    in_file=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
     "minimax_m3_text": MINIMAX_M3,
-    "minimax_m3_text-mixed": replace(MINIMAX_M3, section="mixed by linear", fp8=r"self_attn\b"),
+    "minimax_m3_text-mixed": replace(MINIMAX_M3, section="mixed by linear", mxfp8=r"self_attn\b"),
     "minimax_m2-ct": replace(MINIMAX_M2, section="compressed-tensors"),
     "glm4_moe": GLM4_MOE,
     "glm4_moe-mtp-file": replace(GLM4_MOE, beside=("mtp.safetensors", r"^model\.layers\.3\.")),
@@ -659,61 +724,41 @@ FAMILIES: dict[str, Family] = {
         ),
         without=r"\.[qk]_norm\.weight$",
     ),
-    "nemotron_h": Family(
-        replace(QWEN, layers=4),
-        {
-            "architectures": ["NemotronHForCausalLM"],
-            "model_type": "nemotron_h",
-            "chunk_size": 128,
-            "conv_kernel": 4,
-            "hidden_act": None,
-            "hybrid_override_pattern": "ME*E",
-            "intermediate_size": I,
-            "layer_norm_epsilon": 1e-05,
-            "mamba_head_dim": 32,
-            "mamba_hidden_act": "silu",
-            "mamba_num_heads": 8,
-            "mamba_proj_bias": False,
-            "mlp_bias": False,
-            "mlp_hidden_act": "relu2",
-            "moe_shared_expert_intermediate_size": I,
-            "n_group": 1,
-            "n_groups": 8,
-            "n_routed_experts": E,
-            "n_shared_experts": 1,
-            "num_experts": None,
-            "routed_scaling_factor": 2.5,
-            "ssm_state_size": 32,
-            "topk_group": 1,
-            "use_bias": False,
-            "use_conv_bias": True,
+    "nemotron_h": NEMOTRON_H,
+    # As Nemotron-3 Ultra says it, whose experts are narrower than the model.
+    "nemotron_h-latent": replace(
+        NEMOTRON_H,
+        config=NEMOTRON_H.config
+        | {
+            "hybrid_override_pattern": None,
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "moe_latent_size": 128,
+            "num_hidden_layers": None,
         },
         extra=(
-            *shared_expert("model.layers.{1,3}.mlp.shared_experts"),
-            *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 3)),
-            *many("model.layers.0.mixer.in_proj.weight", 1032, H),
-            *many("model.layers.0.mixer.conv1d.weight", 768, 1, 4),
-            *many("model.layers.0.mixer.conv1d.bias", 768),
-            *many("model.layers.0.mixer.{A_log,D,dt_bias}", 8),
-            *many("model.layers.0.mixer.norm.weight", 256),
-            *many("model.layers.0.mixer.out_proj.weight", H, 256),
+            *NEMOTRON_H.extra,
+            *many("model.layers.{1,3}.mlp.fc1_latent_proj.weight", 128, H),
+            *many("model.layers.{1,3}.mlp.fc2_latent_proj.weight", H, 128),
         ),
-        without=(
-            r"^model\.layers\.(0|2)\.mlp|^model\.layers\.(0|1|3)\.self_attn"
-            r"|\.gate_proj\.|\.[qk]_norm\.|\.post_attention_layernorm\."
-        ),
-        rename={
-            r"\.(mlp|self_attn)\b": ".mixer",
-            r"\.input_layernorm\b": ".norm",
-            r"^model\.norm\b": "backbone.norm_f",
-            r"^model\.embed_tokens\b": "backbone.embeddings",
-            r"^model\.": "backbone.",
+        shapes={
+            r"\.experts\.\d+\.up_proj\.weight$": (512, 64),
+            r"\.experts\.\d+\.up_proj\.weight_scale$": (512, 8),
+            r"\.experts\.\d+\.down_proj\.weight$": (128, 256),
+            r"\.experts\.\d+\.down_proj\.weight_scale$": (128, 32),
         },
-        ignore=("model.layers.0.mixer*",),
+        ignore=(*NEMOTRON_H.ignore, "model.layers.{1,3}.mlp.fc{1,2}_latent_proj"),
+        in_file=False,
     ),
 }
+# Nemotron-3 Super and Ultra.
+FAMILIES["nemotron_h-latent-mixed"] = replace(
+    FAMILIES["nemotron_h-latent"],
+    section="mixed by linear",
+    fp8=r"^model\.layers\.2\.self_attn\b",
+)
 
-
+UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))
+"""Families whose experts have no gate."""
 OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.section != "modelopt")
 """Families that are described otherwise than by ModelOpt's plain NVFP4."""
 
@@ -744,15 +789,12 @@ def make(folder: Path, name: str) -> None:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in indexed)},
         "weight_map": weight_map,
     }
-    config = config_of(family)
-    files = (
-        other_files(QWEN)
-        | describe(family, config["quantization_config"])
-        | {
-            "config.json": to_json(config),
-            "model.safetensors.index.json": to_json(index),
-        }
-    )
+    files = other_files(QWEN) | {
+        "config.json": to_json(config_of(family)),
+        "model.safetensors.index.json": to_json(index),
+    }
+    if family.in_file or family.is_mixed:
+        files["hf_quant_config.json"] = to_json(hf_quant_config_of(family))
     if family.remote:
         files["configuration.py"] = REMOTE_CONFIGURATION.format_map(family.config)
     for path, text in files.items():
@@ -772,7 +814,9 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
             if re.search(family.quantized, tensor.name):
                 parts = nvfp4(tensor)
             elif re.search(family.fp8, tensor.name):
-                parts = FP8[family.section](tensor)
+                parts = (fp8_channels if family.section == "compressed-tensors" else fp8)(tensor)
+            elif re.search(family.mxfp8, tensor.name):
+                parts = mxfp8(tensor)
         for part in parts:
             if family.section == "compressed-tensors":
                 part = as_compressed_tensors(part)
@@ -813,13 +857,6 @@ def fp8_channels(weight: Tensor) -> Iterator[Tensor]:
     yield bf16(f"{weight.name}_scale", weight.shape[0], 1)
 
 
-FP8 = {
-    "mixed by module": fp8,
-    "mixed by linear": mxfp8,
-    "compressed-tensors": fp8_channels,
-}
-
-
 def as_compressed_tensors(tensor: Tensor) -> Tensor:
     """A tensor of a linear layer in NVFP4 under the name that llm-compressor gives it."""
     module, _, leaf = tensor.name.rpartition(".")
@@ -831,29 +868,9 @@ def as_compressed_tensors(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def describe(family: Family, section: Json) -> dict[str, str]:
-    """Turn ModelOpt's description of a checkpoint that is NVFP4 throughout into that of a family.
-
-    Returns:
-        Files that say more, name to text.
-    """
-    if family.section == "modelopt":
-        return {}
+def quantized_layers(family: Family) -> Json:
+    """The algorithm of each module, as mixed precision has it."""
     tensors = {tensor.name: tensor for tensor in tensors_of_family(family)}
-    if family.section == "compressed-tensors":
-        groups = compressed_groups(tensors)
-        formats = {group["format"] for group in groups}
-        ignore = [f"re:{name[:-1]}.*" if name.endswith("*") else name for name in section["ignore"]]
-        section.clear()
-        section.update(
-            config_groups={f"group_{n}": group for n, group in enumerate(groups)},
-            format=formats.pop() if len(formats) == 1 else "mixed-precision",
-            ignore=ignore,
-            kv_cache_scheme=None,
-            quant_method="compressed-tensors",
-            quantization_status="compressed",
-        )
-        return {}
     layers: Json = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -867,19 +884,20 @@ def describe(family: Family, section: Json) -> dict[str, str]:
             layers[module] = {"quant_algo": "MXFP8", "group_size": 32}
         else:
             layers[module] = {"quant_algo": "FP8"}
-    section.pop("config_groups")
-    section.update(quant_algo="MIXED_PRECISION", quantized_layers=layers)
-    # Published ones say of the KV cache only here.
-    described = {
-        "producer": section["producer"],
-        "quantization": {
-            "quant_algo": "MIXED_PRECISION",
-            "kv_cache_quant_algo": "FP8",
-            "exclude_modules": section["ignore"],
-            "quantized_layers": layers,
-        },
+    return layers
+
+
+def compressed_section(family: Family, ignore: list[str]) -> Json:
+    groups = compressed_groups({tensor.name: tensor for tensor in tensors_of_family(family)})
+    formats = {group["format"] for group in groups}
+    return {
+        "config_groups": {f"group_{n}": group for n, group in enumerate(groups)},
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "ignore": [f"re:{name[:-1]}.*" if name.endswith("*") else name for name in ignore],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
     }
-    return {"hf_quant_config.json": to_json(described)}
 
 
 def compressed_groups(tensors: Mapping[str, Tensor]) -> list[Json]:
@@ -916,17 +934,42 @@ def renamed(family: Family, name: str) -> str:
 
 def config_of(family: Family) -> Json:
     text = model_config(family.spec) | {"pad_token_id": 0} | family.config
-    section = text.pop("quantization_config")
+    del text["quantization_config"]
     text.pop("auto_map", None)
     if family.remote:
         text["auto_map"] = {"AutoConfig": "configuration.Config"}
     text = {key: value for key, value in text.items() if value is not None}
-    no_longer = f"{family.quantized}|{family.fp8}|{family.without}"
-    ignore = [module for module in section["ignore"] if not re.search(no_longer, module)]
-    ignore += [tensor.name for module in family.ignore for tensor in many(module)]
-    section["ignore"] = sorted(renamed(family, module) for module in ignore)
     config = text if family.top is None else {**family.top, "text_config": text}
-    return config | {"quantization_config": section}
+    return config if family.in_file else config | {"quantization_config": section_of(family)}
+
+
+def section_of(family: Family) -> Json:
+    section = quantization_section(family.spec)
+    section["ignore"] = ignored_modules(family, section["ignore"])
+    if family.section == "compressed-tensors":
+        return compressed_section(family, section["ignore"])
+    if family.is_mixed:
+        section.pop("config_groups")
+        section.update(quant_algo="MIXED_PRECISION", quantized_layers=quantized_layers(family))
+    return section
+
+
+def hf_quant_config_of(family: Family) -> Json:
+    file = hf_quant_config(family.spec)
+    settings = file["quantization"]
+    settings["exclude_modules"] = ignored_modules(family, settings["exclude_modules"])
+    if family.is_mixed:  # published ones say of the KV cache only here
+        settings.update(quant_algo="MIXED_PRECISION", kv_cache_quant_algo="FP8")
+        settings["quantized_layers"] = quantized_layers(family)
+    return file
+
+
+def ignored_modules(family: Family, usual: list[str]) -> list[str]:
+    """Under their final names, given those of the checkpoint that the family starts from."""
+    no_longer = f"{family.quantized}|{family.fp8}|{family.mxfp8}|{family.without}"
+    ignore = [module for module in usual if not re.search(no_longer, module)]
+    ignore += [tensor.name for module in family.ignore for tensor in many(module)]
+    return sorted(renamed(family, module) for module in ignore)
 
 
 def main() -> None:

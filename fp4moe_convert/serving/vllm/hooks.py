@@ -64,7 +64,7 @@ from ...format.contract import (
     is_mixed_precision,
     round_up,
 )
-from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
+from ...layouts.trtllm_nvfp4 import intermediate_multiple
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
 from ..converted_layer import (
     COMPRESSED_TENSORS_NAMES,
@@ -300,8 +300,6 @@ class _ConvertedExperts(FusedMoEMethodBase):
         prefix = own.prefix
         if own.geometry != model:
             raise refusal(f"{prefix} is {own.geometry} in config.json, {model} in the model")
-        if not model.gated:
-            raise refusal(f"{prefix} has experts without a gate, which are not supported")
         sizes = VLLM.tensor_parallel_sizes(model)
         if moe_config.tp_size not in sizes:
             raise refusal(
@@ -328,7 +326,7 @@ class _ConvertedExperts(FusedMoEMethodBase):
             layer,
             num_experts,
             round_up(hidden_size, alignment),
-            round_up(intermediate_size_per_partition, INTERMEDIATE_MULTIPLE),
+            round_up(intermediate_size_per_partition, intermediate_multiple(self.own.geometry)),
             params_dtype,
             **{**extra_weight_attrs, "weight_loader": MethodType(loader, layer)},
         )
@@ -355,12 +353,12 @@ class ConvertedModelOptMoE(_ConvertedExperts, ModelOptNvFp4FusedMoE):
         if self.from_file:
             self.own.check_loaded()
 
-        gate, up = layer.w13_weight_scale_2.unbind(1)
-        if not torch.allclose(gate, up):
+        first, *others = layer.w13_weight_scale_2.unbind(1)  # gate and up, or up alone
+        if not all(torch.allclose(first, other) for other in others):
             logger.warning_once(
                 "w1_weight_scale_2 must match w3_weight_scale_2. Accuracy may be affected."
             )
-        replace_parameter(layer, "w13_weight_scale_2", gate.contiguous())
+        replace_parameter(layer, "w13_weight_scale_2", first.contiguous())
         for leaf in ("w13_input_scale", "w2_input_scale"):
             replace_parameter(layer, leaf, _largest(layer, getattr(layer, leaf)))
         self._restore_padded_moe_dims(layer)
@@ -391,13 +389,13 @@ class ConvertedCompressedTensorsMoE(_ConvertedExperts, CompressedTensorsW4A4Nvfp
             packed = getattr(layer, f"{name}_packed")
             delattr(layer, f"{name}_packed")
             setattr(layer, name, torch.nn.Parameter(packed.data, requires_grad=False))
-        gate, up = layer.w13_weight_global_scale.unbind(1)
-        if not torch.allclose(gate, up):
+        first, *others = layer.w13_weight_global_scale.unbind(1)  # gate and up, or up alone
+        if not all(torch.allclose(first, other) for other in others):
             logger.warning_once(
                 "w1_weight_global_scale must match w3_weight_global_scale. "
                 "Accuracy may be affected."
             )
-        replace_parameter(layer, "w13_weight_scale_2", 1.0 / gate.contiguous())
+        replace_parameter(layer, "w13_weight_scale_2", 1.0 / first.contiguous())
         replace_parameter(layer, "w2_weight_scale_2", 1.0 / layer.w2_weight_global_scale)
         for matrix in ("w13", "w2"):
             scales = 1.0 / getattr(layer, f"{matrix}_input_global_scale")

@@ -5,8 +5,7 @@ Everything else is vLLM's own code. Replaced here:
 - model classes are inspected in this process: another one would import vLLM anew for each of them;
 - torchvision is importable but inert: image processors import it, and no image is processed;
 - linear layers get vLLM's emulating kernel for MXFP8, and for FP8 a plain version of the compiled
-  function that quantizes them anew;
-- the platform says that it is like CUDA where a MoE layer without a gate asks, and nowhere else.
+  function that quantizes them anew.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ def bootstrap() -> None:
         EmulationMxfp8LinearKernel,
         register_linear_kernel,
     )
-    from vllm.model_executor.layers.fused_moe import config as moe_config
     from vllm.model_executor.models import registry
     from vllm.platforms import PlatformEnum
 
@@ -34,24 +32,10 @@ def bootstrap() -> None:
     _custom_ops.scaled_fp8_quant = _quantize_fp8
 
     registry._run_in_subprocess = lambda inspect: inspect()
-    moe_config.current_platform = LikeCuda(moe_config.current_platform)
     # transformers caches the answer: ask before an inert torchvision looks installed.
     if not import_utils.is_torchvision_available():
         for name in ("", ".transforms", ".transforms.functional", ".transforms.v2"):
             sys.modules[f"torchvision{name}"] = MagicMock()
-
-
-class LikeCuda:
-    """A platform, but for its answer to one question."""
-
-    def __init__(self, platform: Any) -> None:
-        self.platform = platform
-
-    def is_cuda_alike(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.platform, name)
 
 
 def _quantize_fp8(values: Any, scale: Any) -> tuple[Any, Any]:

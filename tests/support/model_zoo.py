@@ -750,11 +750,12 @@ FAMILIES: dict[str, Family] = {
         in_file=False,
     ),
 }
-# Nemotron-3 Super and Ultra.
+# Nemotron-3 Super and Ultra. All that is said of the quantization is in hf_quant_config.json here.
 FAMILIES["nemotron_h-latent-mixed"] = replace(
     FAMILIES["nemotron_h-latent"],
     section="mixed by linear",
     fp8=r"^model\.layers\.2\.self_attn\b",
+    in_file=True,
 )
 
 UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))

@@ -21,14 +21,21 @@ from .files import LocalFile, refuses_direct
 
 
 class WriteFile(LocalFile):
-    """A new file of known size, written at offsets by any number of threads."""
+    """A file of known size, written at offsets by any number of threads."""
 
-    def __init__(self, path: Path, nbytes: int, *, direct: bool) -> None:
+    def __init__(self, path: Path, nbytes: int | None, *, direct: bool) -> None:
+        """
+        Args:
+            path: of the file.
+            nbytes: its size; None for one that a run has made before.
+            direct: bypass the page cache where the file system allows.
+        """
         with naming(path.name, OutputError):
-            # O_EXCL: never follow or overwrite what somebody else put here.
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            super().__init__(path, flags, direct=direct)
-            os.ftruncate(self._fd, nbytes)
+            # Never follow or overwrite what somebody else put here.
+            new = 0 if nbytes is None else os.O_CREAT | os.O_EXCL
+            super().__init__(path, os.O_RDWR | os.O_NOFOLLOW | new, direct=direct)
+            if nbytes is not None:
+                os.ftruncate(self._fd, nbytes)
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write ``data`` at ``offset``. From a `buffers.view_at`, its whole blocks go directly.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..errors import CheckpointError
@@ -31,7 +32,7 @@ _NAMES = ("thinker_config", "llm_config", "language_config", "text_config")
 _TOP, _OTHER = len(_NAMES), len(_NAMES) + 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TextConfig:
     """The object of config.json that has the text model's layers."""
 
@@ -40,7 +41,7 @@ class TextConfig:
     path: Path
     """The keys that lead to the object; none where config.json itself is it."""
 
-    @property
+    @cached_property
     def layer_count(self) -> int | None:
         """How many layers the decoder has, without those of multi-token prediction.
 
@@ -63,17 +64,23 @@ class TextConfig:
         if isinstance(blocks, list) and layer < len(blocks) and isinstance(blocks[layer], dict):
             for path, key, value in _expert_counts(blocks[layer]):
                 return _positive((*self.path, "block_configs", str(layer), *path), key, value)
+        if self._experts is None:
+            return None
+        path, key, value = self._experts
+        if not isinstance(value, list):
+            return _positive(path, key, value)
+        # One for each layer. ERNIE's has one for text and one for vision.
+        return _positive(path, key, value[layer]) if len(value) == self.layer_count else None
+
+    @cached_property
+    def _experts(self) -> tuple[Path, str, Any] | None:
+        """What says first how many experts there are, from the object outwards."""
         for above, content in self._around:
             for path, key, value in _expert_counts(content):
-                if not isinstance(value, list):
-                    return _positive((*above, *path), key, value)
-                # One for each layer. ERNIE's has one for text and one for vision.
-                if len(value) == self.layer_count:
-                    return _positive((*above, *path), key, value[layer])
-                return None
+                return (*above, *path), key, value
         return None
 
-    @property
+    @cached_property
     def announces_mtp(self) -> bool:
         """Whether it says that the model has layers of multi-token prediction."""
         content = self._around[0][1]
@@ -105,7 +112,7 @@ class TextConfig:
         }
         return dict(sorted(found.items(), key=lambda place: len(place[0][0])))
 
-    @property
+    @cached_property
     def _around(self) -> list[tuple[Path, Json]]:
         """The object itself, then those around it."""
         found = [self.config]

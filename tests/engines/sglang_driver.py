@@ -192,6 +192,8 @@ class Setup:
     ep: int = 1
     redundant: int = 0  # experts, spread by EPLB
     draft: bool = False
+    stage: int = 0  # of a pipeline
+    stages: int = 1
     model: str | None = None
     """The class, where SGLang would choose another."""
     server: dict[str, Any] = field(default_factory=dict)  # further arguments
@@ -204,12 +206,12 @@ class Setup:
 class Group(types.SimpleNamespace):
     """A process group that nothing is sent through."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rank: int | None = None) -> None:
         super().__init__(
             world_size=size,
-            rank_in_group=0,
-            is_first_rank=True,
-            is_last_rank=True,
+            rank_in_group=rank or 0,
+            is_first_rank=not rank,
+            is_last_rank=rank in (None, size - 1),
             cpu_group=None,
             device_group=None,
         )
@@ -253,7 +255,10 @@ def become(setup: Setup, tp_rank: int, ep_rank: int) -> None:
         attn_tp_group=world,
         moe_tp_group=Group(setup.tp),
         moe_ep_group=Group(setup.ep),
-        **{f"{name}_group": Group(1) for name in ("pp", "attn_cp", "moe_dp", "dcp")},
+        pp_group=Group(setup.stages, setup.stage),
+        pp_size=setup.stages,
+        pp_rank=setup.stage,
+        **{f"{name}_group": Group(1) for name in ("attn_cp", "moe_dp", "dcp")},
     )
 
 
@@ -387,6 +392,8 @@ class Equal:
     layout_calls: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """Changes to config.json."""
+    layers: int | None = None
+    """How many are taken over, where it is not all."""
 
 
 # SGLang takes a class without fused experts for quantizations that it has not listed for Mixtral.
@@ -427,6 +434,20 @@ EQUAL = {
     ),
     "deepseek clamped SwiGLU": Equal("deepseek", config={"swiglu_limit": 7.0}),
     "deepseek MTP draft": Equal("deepseek", Setup(draft=True)),
+    # Fewer layers than the checkpoint has: a dense one alone, and one of two with experts.
+    **{
+        f"deepseek {layers} layers": Equal(
+            "deepseek", config={"num_hidden_layers": layers}, layers=layers - 1
+        )
+        for layers in (1, 2)
+    },
+    # Pipeline stages: the first has the dense layer alone.
+    **{
+        f"deepseek stage {stage} of 3": Equal(
+            "deepseek", Setup(stage=stage, stages=3), layers=min(stage, 1)
+        )
+        for stage in range(3)
+    },
     # Both columns of w13_input_scale are gate's or up's, by chance; the maximum is the same here.
     "input-scales tp2": Equal("input-scales", Setup(tp=2), undetermined=r"\.w13_input_scale$"),
     **{
@@ -464,6 +485,29 @@ REFUSED = {
             setup=Setup(server={"moe_runner_backend": backend}),
         )
         for backend in ("triton", "flashinfer_cutlass", "flashinfer_cutedsl")
+    },
+    "MegaMoE": Refused(
+        "MegaMoE has a byte order of its own; leave --moe-a2a-backend megamoe out, or what stands",
+        setup=Setup(server={"moe_a2a_backend": "megamoe"}),
+    ),
+    **{
+        f"runner {backend} of a draft": Refused(
+            rf"this is {backend}; pass --speculative-moe-runner-backend flashinfer_trtllm",
+            checkpoint="qwen2_moe",
+            setup=Setup(draft=True, server={"moe_runner_backend": backend}),
+        )
+        for backend in ("triton",)
+    },
+    **{
+        f"--{option}": Refused(
+            f"{reason}; leave --{option} out",
+            setup=Setup(server={option.replace("-", "_"): value}),
+        )
+        for option, value, reason in (
+            ("kt-weight-path", "experts", "KTransformers keeps experts in a form of its own"),
+            ("enable-paged-experts", True, "paged experts are loaded one by one"),
+            ("enable-elastic-expert-backup", True, "a backup of experts is loaded one by one"),
+        )
     },
     "another format version": Refused(
         "format version is 1, this release of fp4moe-convert knows 2; convert again, or serve the",
@@ -528,7 +572,7 @@ REFUSED = {
         checkpoint="mixtral",
     ),
     "layer not among the converted": Refused(
-        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.w",
+        rf"{LAYER} is not among config\.json's converted layers, but '{LAYER}\.",
         section=lambda section: section["layers"].pop(LAYER),
     ),
     "layer excluded from NVFP4": Refused(
@@ -645,8 +689,11 @@ class Run:
             tensors += len(own) - len(found)
             stock_calls, own_calls = stock_calls + their_calls, own_calls + calls
         lines = [line for line in self.log if "layers taken over" in line]
-        if len(lines) != (0 if case.setup.draft else len(stock)) or len(self.log) != len(lines):
+        expected = 0 if case.setup.draft or case.layers == 0 else len(stock)
+        if len(lines) != expected or len(self.log) != len(lines):
             problems.append(f"logged {self.log}")
+        if case.layers and f" {case.layers} MoE layers taken over" not in lines[0]:
+            problems.append(f"took over: {lines[0]}")
         detail = f"{len(stock)} ranks, {tensors} values equal; layout calls "
         detail += f"{sum(own_calls.values())}, stock {sum(stock_calls.values())}"
         if case.undetermined != r"$^":

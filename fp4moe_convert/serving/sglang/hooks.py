@@ -104,8 +104,11 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
     section = model_config.hf_config.quantization_config
     import sglang
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_exec, get_parallel
 
+    for option, reason in OPTIONS.items():
+        if getattr(get_exec().moe, option):
+            raise refusal(reason, f"leave --{option.replace('_', '-')} out")
     converted = check_section(section[CONVERTED_KEY], engine="SGLang")
     warn_if_untested("SGLang", sglang.__version__, TESTED)
     if type(quant_config) is not ModelOptFp4Config or quant_config.is_w4a16:
@@ -193,6 +196,14 @@ def _judge_update(
         return False, str(error)
     return update(updater, model_path, load_format, weight_name_filter, **options)
 
+
+OPTIONS = {
+    "kt_weight_path": "KTransformers keeps experts in a form of its own",
+    "enable_paged_experts": "paged experts are loaded one by one",
+    "enable_elastic_expert_backup": "a backup of experts is loaded one by one",
+}
+"""Options of SGLang's with which another kernel or loader takes the experts, and why the plugin
+cannot serve them."""
 
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 

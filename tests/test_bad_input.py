@@ -33,7 +33,6 @@ from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
 from fp4moe_convert.cli.commands import convert_app
-from fp4moe_convert.execution import output_folder
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))

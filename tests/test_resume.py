@@ -35,7 +35,7 @@ from fp4moe_convert import (
     convert,
     verify,
 )
-from fp4moe_convert.execution import output_folder, surroundings
+from fp4moe_convert.execution import surroundings
 from fp4moe_convert.execution.journal import Journal
 from fp4moe_convert.format.files import JOURNAL_NAME
 from fp4moe_convert.format.manifest import sign

@@ -7,8 +7,10 @@ atomic. A folder's own sync makes the names in it durable.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from ..format.contract import round_up
 from ..format.files import PARTIAL_SUFFIX
 from .buffers import BLOCK, Bytes
 from .files import LocalFile, refuses_direct
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class WriteFile(LocalFile):
@@ -36,6 +40,8 @@ class WriteFile(LocalFile):
             super().__init__(path, os.O_RDWR | os.O_NOFOLLOW | new, direct=direct)
             if nbytes is not None:
                 os.ftruncate(self._fd, nbytes)
+                if self.direct:
+                    _reserve(self._fd, nbytes)
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write ``data`` at ``offset``. From a `buffers.view_at`, its whole blocks go directly.
@@ -72,6 +78,24 @@ class WriteFile(LocalFile):
         # Once, at the end: syncing every 256 MiB, or every GiB, made a run take a third longer.
         with naming(self.path.name, OutputError):
             os.fsync(self._fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Take a file's disk space at once, where the file system can.
+
+    Direct writes into holes wait for each other: with the space reserved a restoration took 0.75 of
+    the time and a conversion 0.9 (4 GB, 2 cores, ext4). Not `os.posix_fallocate`: where the file
+    system cannot, glibc writes a byte into each block.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if _LIBC is None or not nbytes:
+        return
+    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise OSError(code, os.strerror(code))
 
 
 def _write_all(fd: int, data: Bytes, offset: int) -> None:

@@ -51,9 +51,6 @@ UNSET = {"hunyuan_v1_moe": r"^lm_head\."}
 """What SGLang leaves unset of an original: Hunyuan v1 hands no names to the quantization, so that
 no ignore list applies, and its lm_head, which is the embedding, becomes NVFP4."""
 
-NOT_CONVERTED = ("nemotron_h",)
-"""Its experts have no gate."""
-
 NOT_SERVED = {
     "mixtral": "SGLang's QuantMixtralForCausalLM has no fused MoE layer",
     "hunyuan_v1_moe": "SGLang's HunYuanMoEV1ForCausalLM has no fused MoE layer",
@@ -93,7 +90,8 @@ class Case:
 
 
 SETUPS = {"tp 2": Setup(tp=2), "ep 2": Setup(ep=2)}
-CONVERTED = [name for name in model_zoo.FAMILIES if name not in NOT_CONVERTED]
+MORE_SETUPS = {"tp 1": Setup(), "tp 4": Setup(tp=4)}
+"""For families whose experts are cut by a rule of their own."""
 # `--model-impl transformers` replaces SGLang's own model class, whatever the family.
 TRANSFORMERS = partial(Case, "qwen3_moe-nvfp4-head", model_impl="transformers")
 
@@ -103,19 +101,24 @@ CASES = {
     "Transformers backend: original": TRANSFORMERS("original"),
     **{
         f"{name}: mistake, {label}": Case(name, "mistake", setup)
-        for name in CONVERTED
+        for name in model_zoo.FAMILIES
         for label, setup in SETUPS.items()
     },
     "Transformers backend: mistake": TRANSFORMERS("mistake"),
     **{
         f"{name}: mistake, with the plugin": Case(name, "mistake", plugin=True)
-        for name in CONVERTED
+        for name in model_zoo.FAMILIES
     },
     "Transformers backend: mistake, with the plugin": TRANSFORMERS("mistake", plugin=True),
     **{
         f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
-        for name in CONVERTED
+        for name in model_zoo.FAMILIES
         for label, setup in SETUPS.items()
+    },
+    **{
+        f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
+        for name in model_zoo.UNGATED
+        for label, setup in MORE_SETUPS.items()
     },
     **{
         f"{name}: converted, draft": Case(name, "converted", Setup(draft=True), plugin=True)
@@ -130,9 +133,9 @@ CASES = {
 class Group(sglang_driver.Group):
     """Nemotron-H asks a device group for its rank and size."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.device_group = SimpleNamespace(rank=lambda: 0, size=lambda: size)
+    def __init__(self, size: int, rank: int | None = None) -> None:
+        super().__init__(size, rank)
+        self.device_group = SimpleNamespace(rank=lambda: rank or 0, size=lambda: size)
 
 
 def load_rank(folder: Path, case: Case, tp_rank: int, ep_rank: int) -> Any:
@@ -203,11 +206,10 @@ class Run:
             self.work / family / folder for folder in ("original", "converted", "mistake")
         )
         model_zoo.make(original, family)
-        if family in NOT_CONVERTED:
-            return
         convert(original, converted, direct_io=False)
         shutil.copytree(converted, mistake)
-        shutil.copy(original / "config.json", mistake)
+        for path in original.glob("*config.json"):
+            shutil.copy(path, mistake)
 
     def record(self, name: str, case: Case) -> None:
         check = {"original": self.loads, "mistake": self.stops, "converted": self.serves}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from support import model_zoo
 from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip_bit
 from support.make_checkpoint import Spec, make_checkpoint
@@ -26,6 +27,7 @@ from fp4moe_convert import (
     RunReport,
     VerifyError,
     convert,
+    restoration,
     restore,
     verify,
 )
@@ -59,9 +61,8 @@ def round_trip(source: Path, folder: Path, **options: Any) -> RunReport:
     report = restore(folder / "converted", folder / "restored", verify=True)
     assert every_file(folder / "restored") == every_file(source)
     convert(folder / "restored", folder / "again", **options)
-    first, second = (
-        json.loads((folder / n / MANIFEST).read_text()) for n in ("converted", "again")
-    )
+    first = json.loads((folder / "converted" / MANIFEST).read_text())
+    second = json.loads((folder / "again" / MANIFEST).read_text())
     for key in ("files", "shards", "plan", "row_order"):
         assert first[key] == second[key]
     assert first["source"]["files"] == second["source"]["files"]
@@ -80,11 +81,6 @@ def test_a_round_trip(tmp_path: Path, variant: str, direct_io: bool) -> None:
 @pytest.mark.parametrize("family", model_zoo.FAMILIES)
 def test_families(tmp_path: Path, family: str) -> None:
     model_zoo.make(tmp_path / "source", family)
-    try:
-        convert(tmp_path / "source", tmp_path / "tried")
-    except CheckpointError as error:
-        assert "serve the original" in str(error)  # a family that is refused is restored nowhere
-        return
     round_trip(tmp_path / "source", tmp_path, max_shard_nbytes=SMALL_SHARD_NBYTES)
 
 
@@ -183,8 +179,6 @@ def test_a_record_of_another_source(converted: Path, tmp_path: Path) -> None:
     record.write_bytes(data)
     with pytest.raises(VerifyError, match=rf"^{SOURCE}: has checksum"):
         restore(converted, tmp_path / "out")
-    import xxhash
-
     digest = xxhash.xxh3_128_hexdigest(data)
     sign_again(converted, lambda content: content["files"][SOURCE].update(xxh3_128=digest))
     with pytest.raises(VerifyError, match=r"is not the checkpoint that was converted: .* differs"):
@@ -193,8 +187,6 @@ def test_a_record_of_another_source(converted: Path, tmp_path: Path) -> None:
 
 
 def test_a_record_cut_short_or_too_long(converted: Path, tmp_path: Path) -> None:
-    import xxhash
-
     whole = (converted / SOURCE).read_bytes()
     for data, what in (
         (whole[:-1], "ends inside"),
@@ -244,17 +236,13 @@ def test_documentation_comes_as_it_is(source: Path, tmp_path: Path) -> None:
     assert found == {n: data for n, data in expected.items() if n not in ("README.md", "LICENSE")}
 
 
-def test_another_row_order(
-    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_row_order(converted: Path, tmp_path: Path) -> None:
     sign_again(converted, lambda content: content.update(row_order="xxh3_128:00"))
     with pytest.raises(FormatError, match=r"has the row order xxh3_128:00, this release .* knows"):
         restore(converted, tmp_path / "out")
 
 
-def test_a_layout_that_loses_something_is_not_restored(
-    converted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layout_that_loses_something_is_not_restored(converted: Path) -> None:
     work = prepare_restoration(converted)
     check_whole(work.original, work.moves)
     for moves in (work.moves[1:-1], work.moves[:-1], (*work.moves, work.moves[-1])):
@@ -360,8 +348,6 @@ def test_a_file_that_a_person_has_put_into_an_unfinished_folder(
 def test_a_result_that_does_not_verify_is_taken_back(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fp4moe_convert import restoration
-
     write_beside = restoration._write_beside
 
     def damaging(work: Any, out_dir: Path) -> None:

@@ -40,6 +40,8 @@ class Inspection:
     """Bytes by dtype."""
     layers: dict[str, Geometry]
     """Layers that would be, or were, converted; by prefix."""
+    families: dict[str, str]
+    """How their experts are stored (a row of `source.families`), where they are not converted."""
     passed_layers: dict[str, str]
     """The others with experts, and why."""
     warnings: list[str]
@@ -80,6 +82,7 @@ def inspect(folder: str | Path) -> Inspection:
     layout: LayoutRecord | None = None
     state, reason = "source", None
     layers: dict[str, Geometry] = {}
+    families: dict[str, str] = {}
     others: list[PassedLayer] = []
     warnings: list[str] = []
     outlook = Prospects({}, {}, {})
@@ -90,6 +93,7 @@ def inspect(folder: str | Path) -> Inspection:
             require_nvfp4(checkpoint)
             found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
             layers = {layer.prefix: layer.geometry for layer in found}
+            families = {layer.prefix: layer.family.name for layer in found}
             require_layers(checkpoint, found, others)
             warnings = remarks(checkpoint, layers)
             outlook = prospects(checkpoint, section, layers.values())
@@ -115,6 +119,7 @@ def inspect(folder: str | Path) -> Inspection:
         nbytes=sum(shard.header.file_nbytes for shard in checkpoint.shards),
         dtypes=dict(dtypes.most_common()),
         layers=layers,
+        families=families,
         passed_layers={layer.prefix: layer.reason for layer in others},
         warnings=warnings,
         prospects=outlook,

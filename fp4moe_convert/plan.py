@@ -66,6 +66,8 @@ class PlannedLayer:
 
     prefix: str
     geometry: Geometry
+    family: str
+    """The row of the table of families that it matched."""
     tensors: tuple[TensorSpec, ...]
 
 
@@ -102,6 +104,11 @@ class Plan:
         return {layer.prefix: layer.geometry for layer in self.layers}
 
     @property
+    def families(self) -> dict[str, str]:
+        """How the source stores their experts (a row of `source.families`), by prefix."""
+        return {layer.prefix: layer.family for layer in self.layers}
+
+    @property
     def passed_reasons(self) -> dict[str, str]:
         """Why the other expert layers stay as they are, by prefix."""
         return {layer.prefix: layer.reason for layer in self.passed}
@@ -121,6 +128,7 @@ class Plan:
         """The plan as JSON values; moves are left out, they follow from tensors and layouts."""
         return {
             "layers": {prefix: sizes.as_json() for prefix, sizes in self.geometries.items()},
+            "families": self.families,
             "passed_layers": self.passed_reasons,
             "tensors_in": self.tensors_in,
             "tensors_out": self.tensors_out,
@@ -176,7 +184,12 @@ def make_plan(
     return Plan(
         layout=layout,
         layers=tuple(
-            PlannedLayer(layer.prefix, layer.geometry, layout.tensors(layer.prefix, layer.geometry))
+            PlannedLayer(
+                layer.prefix,
+                layer.geometry,
+                layer.family.name,
+                layout.tensors(layer.prefix, layer.geometry),
+            )
             for layer in layers
         ),
         passed=tuple(passed),

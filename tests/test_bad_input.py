@@ -482,9 +482,13 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         take_an_expert_from_one_layer,
         rf"model\.layers\.2\.mlp\.experts: has 3 experts, {LAYER} has 4, and config\.json .*",
     ),
-    "experts without a gate": (
-        without(r"\.experts\.\d+\.gate_proj\."),
+    "experts of two projections, and not up_proj and down_proj": (
+        without(r"\.experts\.\d+\.up_proj\."),
         rf"model-.*: '{LAYER}\.0\.down_proj\.weight' is of experts without a gate: .*",
+    ),
+    "a layer whose gates are all missing": (
+        without(r"layers\.2\.mlp\.experts\.\d+\.gate_proj\."),
+        rf"model\.layers\.2\.mlp\.experts: no shard has a gate of any expert, but {LAYER} has .*",
     ),
     "experts without input scales": (
         without(r"\.experts\..*\.input_scale"),

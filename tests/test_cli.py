@@ -32,6 +32,7 @@ from fp4moe_convert.cli.commands import app, parse_size
 from fp4moe_convert.cli.display import LOG_INTERVAL, log_writer
 
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+FAMILY = "experts.N.{gate,up,down}_proj"
 SIZES = {"experts": TINY.experts, "hidden": TINY.hidden, "intermediate": TINY.intermediate}
 ESCAPE = "\x1b"
 COLOUR = re.compile(rb"\x1b\[(\d+;)*[34][0-9](;\d+)*m")
@@ -252,7 +253,7 @@ def test_a_dry_run_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     assert re.search(r"^would convert +2 MoE layers", result.stdout, re.MULTILINE)
-    for word in (*LAYERS, "model-00001-of-00001.safetensors"):
+    for word in (*LAYERS, FAMILY, "model-00001-of-00001.safetensors"):
         assert word in result.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -265,6 +266,7 @@ def test_a_dry_run_plans_what_a_run_does(
     assert plan["bytes_out"] == report.bytes_out
     assert plan["tensors_out"] == report.tensors_out
     assert plan["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
+    assert plan["families"] == dict.fromkeys(LAYERS, FAMILY)
     for name, shard in plan["shards"].items():
         assert (report.out_dir / name).stat().st_size == shard["bytes"]
     assert list(tmp_path.iterdir()) == []
@@ -315,7 +317,8 @@ def test_inspect_a_source(tiny: Path) -> None:
     assert re.search(r"^quantization +modelopt NVFP4", result.stdout, re.MULTILINE)
     assert re.search(r"^to convert +2 MoE layers", result.stdout, re.MULTILINE)
     for layer in LAYERS:
-        assert re.search(rf"^ *{layer} +4 +256 +128 *$", result.stdout, re.MULTILINE)
+        sizes = rf"^ *{layer} +4 +256 +128 +{re.escape(FAMILY)} *$"
+        assert re.search(sizes, result.stdout, re.MULTILINE)
 
 
 def test_inspect_a_source_as_json(tiny: Path) -> None:
@@ -323,6 +326,7 @@ def test_inspect_a_source_as_json(tiny: Path) -> None:
     assert content["state"] == "source"
     assert content["reason"] is None
     assert content["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
+    assert content["families"] == dict.fromkeys(LAYERS, FAMILY)
     assert content["passed_layers"] == {}
     assert content["shards"] == 3
     assert content["bytes"] == sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
@@ -340,6 +344,7 @@ def test_inspect_a_converted_folder_as_json(converted: Path, report: ConversionR
     content = one_json(run("inspect", converted, "--json").stdout)
     assert content["state"] == "converted"
     assert content["quantization"] == "fp4moe NVFP4"
+    assert content["families"] == {}
     assert content["layers"] == {layer: {**SIZES, "gated": True} for layer in LAYERS}
     assert content["tensors"] == report.tensors_out
     assert content["bytes"] == report.bytes_out

@@ -269,7 +269,7 @@ def test_a_config_without_a_vocabulary_tells_nothing(without: Callable[..., Path
 # --- not a word -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "nemotron" not in name])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whole_models_are_whole(tmp_path: Path, family: str) -> None:
     """Dense layers, linear attention, shared experts, vision, MTP: a layer may differ from its
     neighbours by what it is."""

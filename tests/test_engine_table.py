@@ -28,8 +28,10 @@ NAMES = [engine.name for engine in ENGINES]
 by_engine = pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
 
 
-def sizes_of(engine: Engine, intermediate: int) -> list[int]:
-    return engine.tensor_parallel_sizes(Geometry(4, 256, intermediate))
+def sizes_of(engine: Engine, case: str) -> list[int]:
+    spec = CASES[case]
+    geometry = Geometry(spec.experts, spec.hidden, spec.intermediate, gated=not spec.ungated)
+    return engine.tensor_parallel_sizes(geometry)
 
 
 @by_engine
@@ -37,7 +39,7 @@ def sizes_of(engine: Engine, intermediate: int) -> list[int]:
 def test_the_rule_of_an_engine_agrees_with_its_recorded_runs(engine: Engine, case: str) -> None:
     """What it refused is not listed, and nothing is listed that it was not seen to load. That each
     rank then is a slice of the file is what test_golden.py compares."""
-    listed = sizes_of(engine, CASES[case].intermediate)
+    listed = sizes_of(engine, case)
     runs = list(runs_of(case, engine.name))
     refused = {run["tp_size"] for run in runs if "refused" in run}
     assert not refused & set(listed)

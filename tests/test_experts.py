@@ -335,14 +335,45 @@ def test_a_number_of_thousands_of_digits_is_no_reason_to_crash(name: str) -> Non
         find_layers(checkpoint(layer(), {name: ("U8", (1,))}))
 
 
-@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
-def test_refuses_experts_without_a_gate(projection: str) -> None:
-    tensors = {name: t for name, t in layer().items() if f".{projection}." not in name}
+def renamed(tensors: Tensors, *names: str) -> Tensors:
+    """With other names for gate, up and down."""
+    pairs = list(zip(PROJECTIONS, names, strict=True))
+    return {
+        next((n.replace(old, new) for old, new in pairs if f".{old}." in n), n): tensor
+        for n, tensor in tensors.items()
+    }
+
+
+def without_projection(tensors: Tensors, projection: str) -> Tensors:
+    return {name: t for name, t in tensors.items() if f".{projection}." not in name}
+
+
+def test_experts_without_a_gate() -> None:
+    (moe,) = found(without_projection(layer(), "gate_proj"))
+    assert moe.family.name == "experts.N.{up,down}_proj"
+    assert moe.family.projections == ("up", "down")
+    assert moe.geometry == Geometry(experts=E, hidden=H, intermediate=I, gated=False)
+    assert len(moe.tensors) == E * 2 * len(LEAVES)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"), [(("w1", "w3", "w2"), "w1"), (PROJECTIONS, "up_proj")]
+)
+def test_refuses_other_experts_of_two_projections(names: tuple[str, ...], missing: str) -> None:
     refuses(
-        f"1.safetensors: '{PREFIX}.0.down_proj.weight' is of experts without a gate: they have two "
-        "projections, not three (as in Nemotron-H); this release converts gated experts; serve "
-        "the original",
-        tensors,
+        f"1.safetensors: '{PREFIX}.0.{names[2]}.weight' is of experts without a gate: they have "
+        "two projections, not three; this release knows such experts where these are up_proj and "
+        "down_proj (as in Nemotron-H); serve the original",
+        without_projection(renamed(layer(), *names), missing),
+    )
+
+
+def test_layers_with_and_without_gates_are_not_of_one_model() -> None:
+    """The gates of one were in a shard that is not there."""
+    other = "model.layers.2.mlp.experts"
+    refuses(
+        f"{other}: no shard has a gate of any expert, but {PREFIX} has them; are all shards there?",
+        layer() | without_projection(layer(other), "gate_proj"),
     )
 
 

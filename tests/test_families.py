@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,29 @@ from support.folders import INDEX
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import read_header, read_tensors
 
-from fp4moe_convert import convert
+from fp4moe_convert import convert, inspect
 from fp4moe_convert.source.families import FAMILIES
 
+USUAL = FAMILIES[0].name
 SPEC = Spec(layers=2, experts=3, hidden=256, intermediate=80, vocab_size=16, shards=3)
 
-# What becomes of a tensor of the usual name: a regular expression and its replacement each.
-NAMES: dict[str, dict[str, str]] = {
-    "experts.N.{gate,up,down}_proj": {},
-    "experts.N.{w1,w3,w2}": {
-        r"\.mlp\.": ".block_sparse_moe.",
-        r"(\.experts\.\d+)\.gate_proj": r"\1.w1",
-        r"(\.experts\.\d+)\.up_proj": r"\1.w3",
-        r"(\.experts\.\d+)\.down_proj": r"\1.w2",
-    },
+# The checkpoint, and what becomes of a tensor of the usual name: regular expressions, and a
+# replacement for each.
+NAMES: dict[str, tuple[Spec, dict[str, str]]] = {
+    "experts.N.{gate,up,down}_proj": (SPEC, {}),
+    "experts.N.{w1,w3,w2}": (
+        SPEC,
+        {
+            r"\.mlp\.": ".block_sparse_moe.",
+            r"(\.experts\.\d+)\.gate_proj": r"\1.w1",
+            r"(\.experts\.\d+)\.up_proj": r"\1.w3",
+            r"(\.experts\.\d+)\.down_proj": r"\1.w2",
+        },
+    ),
+    "experts.N.{up,down}_proj": (
+        replace(SPEC, ungated=True),
+        {r"^model\.": "backbone.", r"\.mlp\.": ".mixer."},
+    ),
 }
 
 
@@ -55,13 +65,42 @@ def test_every_family_has_a_case() -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 def test_a_family_gives_the_same_layers_as_the_usual_names(family: str, tmp_path: Path) -> None:
+    spec, names = NAMES[family]
     for name in ("usual", "other"):
-        make_checkpoint(tmp_path / name, SPEC)
-    rename(tmp_path / "other", NAMES[family])
+        make_checkpoint(tmp_path / name, spec)
+    rename(tmp_path / "other", names)
     outcomes = []
     for name in ("usual", "other"):
         out = tmp_path / f"{name}-out"
-        assert convert(tmp_path / name, out, verify=True).layers == SPEC.layers
+        assert set(inspect(tmp_path / name).families.values()) <= {family, USUAL}
+        assert convert(tmp_path / name, out, verify=True).layers == spec.layers
         tensors = read_tensors(out).items()  # but for the empty one, which keeps its name
-        outcomes.append({n.replace(".block_sparse_moe.", ".mlp."): t for n, t in tensors if t.data})
+        outcomes.append({usual(n): t for n, t in tensors if t.data})
     assert outcomes[0] == outcomes[1]
+    assert set(inspect(tmp_path / "other").families.values()) == {family}
+
+
+def usual(name: str) -> str:
+    return re.sub(r"\.(block_sparse_moe|mixer)\.", ".mlp.", name).replace("backbone.", "model.")
+
+
+def test_experts_without_a_gate_are_up_and_down_of_those_with_one(tmp_path: Path) -> None:
+    """Down becomes the same bytes, and so do the scales of up."""
+    made = {}
+    for kind, spec in ("gated", SPEC), ("ungated", replace(SPEC, ungated=True)):
+        make_checkpoint(tmp_path / kind, spec)
+        convert(tmp_path / kind, tmp_path / f"{kind}-out")
+        made[kind] = read_tensors(tmp_path / f"{kind}-out")
+    prefix = "model.layers.1.mlp.experts"
+    for leaf in ("weight_scale_2", "input_scale"):
+        assert made["ungated"][f"{prefix}.w2_{leaf}"] == made["gated"][f"{prefix}.w2_{leaf}"]
+        both = made["gated"][f"{prefix}.w13_{leaf}"].as_floats()
+        alone = made["ungated"][f"{prefix}.w13_{leaf}"].as_floats()
+        assert both.shape == (SPEC.experts, 2)
+        assert alone.shape == (SPEC.experts, 1)
+        assert (alone == both[:, 1:]).all()
+    padded = {"gated": 128, "ungated": 128}
+    for kind, rows in padded.items():
+        weights = made[kind][f"{prefix}.w2_weight"].as_bytes()
+        assert weights.shape == (SPEC.experts, SPEC.hidden, rows // 2)
+    assert made["gated"][f"{prefix}.w2_weight"] == made["ungated"][f"{prefix}.w2_weight"]

@@ -14,8 +14,13 @@ from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4, written_rows
 
 Install = Callable[[str | None], None]
 
-# DeepSeek-V3, Qwen3-235B, and an I that is padded.
-GEOMETRIES = [Geometry(256, 7168, 2048), Geometry(128, 4096, 1536), Geometry(4, 256, 96)]
+# DeepSeek-V3, Qwen3-235B, an I that is padded, and Nemotron-3 Nano, whose experts have no gate.
+GEOMETRIES = [
+    Geometry(256, 7168, 2048),
+    Geometry(128, 4096, 1536),
+    Geometry(4, 256, 96),
+    Geometry(128, 2688, 1856, gated=False),
+]
 
 
 @pytest.mark.parametrize("release", RECORDED)
@@ -52,6 +57,23 @@ def test_a_release_with_another_order_on_record_is_refused(
     monkeypatch.setattr(fingerprints, "RECORDED", {"99.0": "xxh3_128:00"})
     with pytest.raises(RowOrderError, match=r"flashinfer 99\.0: its row order is xxh3_128:00, "):
         TRTLLM_NVFP4.authority(GEOMETRIES)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "counts"),
+    [
+        (Geometry(4, 256, 96), {(256, True), (256, False)}),
+        (Geometry(4, 384, 96), {(256, True), (384, False)}),
+        (Geometry(4, 384, 448, gated=False), {(512, False), (384, False)}),
+    ],
+)
+def test_the_matrices_that_are_compared(
+    geometry: Geometry, counts: set[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(fingerprints, "row_order", lambda _, counts: asked.append(counts))
+    TRTLLM_NVFP4.authority(iter([geometry]))
+    assert asked == [counts]
 
 
 @pytest.mark.flashinfer

@@ -24,7 +24,7 @@ from fp4moe_convert.storage.buffers import Bytes
 
 
 def geometry_of(spec: Spec) -> Geometry:
-    return Geometry(spec.experts, spec.hidden, spec.intermediate)
+    return Geometry(spec.experts, spec.hidden, spec.intermediate, gated=not spec.ungated)
 
 
 def raw_tensors(path: Path, prefix: str = "") -> dict[str, Bytes]:
@@ -47,23 +47,24 @@ def fit(array: Bytes, axis: int, start: int, nbytes: int) -> Bytes:
 
 def rank_slices(file: Mapping[str, Bytes], spec: Spec, run: Mapping[str, Any]) -> dict[str, Bytes]:
     """docs/format.md, section 4: what one rank takes from the file."""
-    h, i = spec.hidden, round_up(spec.intermediate, 64)
-    p = round_up(-(-spec.intermediate // run["tp_size"]), 64)
+    n, multiple = (1, 128) if spec.ungated else (2, 64)  # of w13: up alone, or gate and up
+    h, i = spec.hidden, round_up(spec.intermediate, multiple)
+    p = round_up(-(-spec.intermediate // run["tp_size"]), multiple)
     rank, padded_h = run["tp_rank"], run["hidden"]
     e = spec.experts // run["ep_size"]
     local = slice(run["ep_rank"] * e, (run["ep_rank"] + 1) * e)
 
-    w13_scale_tiles = fit(file["w13_weight_scale"][local], 1, rank * 2 * p, 2 * p)
+    w13_scale_tiles = fit(file["w13_weight_scale"][local], 1, rank * n * p, n * p)
     w2_scale_tiles = file["w2_weight_scale"][local].reshape(e, h // 128, i // 64, 512)
     w2_scale_tiles = fit(w2_scale_tiles, 2, rank * p // 64, p // 64)
     w2_weight = fit(file["w2_weight"][local], 2, rank * p // 2, p // 2)
     return {
         "w13_weight": fit(
-            fit(file["w13_weight"][local], 1, rank * 2 * p, 2 * p), 2, 0, padded_h // 2
+            fit(file["w13_weight"][local], 1, rank * n * p, n * p), 2, 0, padded_h // 2
         ),
         "w2_weight": fit(w2_weight, 1, 0, padded_h),
         "w13_weight_scale": fit(
-            w13_scale_tiles.reshape(e, 2 * p // 128, h // 64, 512), 2, 0, padded_h // 64
+            w13_scale_tiles.reshape(e, n * p // 128, h // 64, 512), 2, 0, padded_h // 64
         ),
         "w2_weight_scale": fit(w2_scale_tiles, 1, 0, padded_h // 128),
         "w13_weight_scale_2": file["w13_weight_scale_2"].reshape(spec.experts, -1)[local],

@@ -165,7 +165,7 @@ def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
             **_prospects(preview.prospects, preview.prospects.commands(str(out_dir))),
         }
     )
-    yield _geometry_table(plan.geometries)
+    yield _geometry_table(plan.geometries, plan.families)
     shards = Table("shard", box=box.SIMPLE_HEAD)
     shards.add_column("bytes", justify="right")
     shards.add_column("tensors", justify="right")
@@ -202,7 +202,7 @@ def inspection_tables(inspection: Inspection) -> Iterator[Table]:
         }
     )
     if inspection.layers:
-        yield _geometry_table(inspection.layers)
+        yield _geometry_table(inspection.layers, inspection.families)
 
 
 def _table(rows: Mapping[str, str]) -> Table:
@@ -220,13 +220,16 @@ def _cell(value: str) -> Text:
     return Text(printable(value))
 
 
-def _geometry_table(layers: Mapping[str, Geometry]) -> Table:
+def _geometry_table(layers: Mapping[str, Geometry], families: Mapping[str, str]) -> Table:
     table = Table("layer", box=box.SIMPLE_HEAD)
     for title in ("experts", "hidden", "intermediate"):
         table.add_column(title, justify="right")
+    if families:
+        table.add_column("tensors")
     for prefix, geometry in layers.items():
         sizes = (geometry.experts, geometry.hidden, geometry.intermediate)
-        table.add_row(_cell(prefix), *map(str, sizes))
+        stored = [_cell(families[prefix])] if families else []
+        table.add_row(_cell(prefix), *map(str, sizes), *stored)
     return table
 
 

@@ -32,9 +32,6 @@ from .base import MOVE_NBYTES, BadSourceError, Move, RowOrder
 
 HIDDEN_MULTIPLE = 128
 """The kernels' tiles leave no remainder in H; other sizes are refused."""
-INTERMEDIATE_MULTIPLE = 64
-"""I is zero-padded to a multiple of this in the file: 2I rows of w13 then fill whole tiles of
-128."""
 TILE_ROWS = 128
 """Rows of one tile of block scales. Moves are cut between tiles."""
 
@@ -52,14 +49,26 @@ class LayerTensors(NamedTuple):
     w2_input_scale: TensorSpec
 
 
-def padded_intermediate(intermediate: int) -> int:
+def w13_projections(geometry: Geometry) -> tuple[Projection, ...]:
+    """What w13 is made of, in the order of its per-tensor scales."""
+    return ("gate", "up") if geometry.gated else ("up",)
+
+
+def intermediate_multiple(geometry: Geometry) -> int:
+    """I is zero-padded to a multiple of this in the file, so that the rows of w13 fill whole tiles.
+    Both engines pad to it, for the same reason."""
+    return TILE_ROWS // len(w13_projections(geometry))
+
+
+def padded_intermediate(geometry: Geometry) -> int:
     """I as the file holds it."""
-    return round_up(intermediate, INTERMEDIATE_MULTIPLE)
+    return round_up(geometry.intermediate, intermediate_multiple(geometry))
 
 
 @dataclass(frozen=True, slots=True)
 class ShuffledRows:
-    """An `Arrangement`: how rows of one or two sources (down, or up and gate) become output bytes.
+    """An `Arrangement`: how rows of one or two sources (down, or up and gate, or up alone) become
+    output bytes.
 
     Two sources interleave: u0 g0 u1 g1 ... Rows are then shuffled within blocks of 32.
     """
@@ -169,33 +178,35 @@ class TrtllmNvfp4:
     def check(self, layer: MoeLayer) -> None:
         hidden = layer.geometry.hidden
         if hidden % HIDDEN_MULTIPLE:
-            gate = layer.matrices[0, "gate", "weight"]
+            first = layer.matrices[0, w13_projections(layer.geometry)[0], "weight"]
             raise CheckpointError(
-                f"{gate.shard.name}: {gate.tensor.name!r} gives hidden size H = {hidden}, "
+                f"{first.shard.name}: {first.tensor.name!r} gives hidden size H = {hidden}, "
                 f"which is not a multiple of {HIDDEN_MULTIPLE}"
             )
 
     def tensors(self, prefix: str, geometry: Geometry) -> LayerTensors:
-        e, h, i = geometry.experts, geometry.hidden, padded_intermediate(geometry.intermediate)
+        e, h, i = geometry.experts, geometry.hidden, padded_intermediate(geometry)
+        n = len(w13_projections(geometry))
 
         def spec(leaf: str, dtype: str, *shape: int) -> TensorSpec:
             return TensorSpec(f"{prefix}.{leaf}", dtype, shape)
 
         return LayerTensors(
-            w13_weight=spec("w13_weight", "U8", e, 2 * i, h // 2),
+            w13_weight=spec("w13_weight", "U8", e, n * i, h // 2),
             w2_weight=spec("w2_weight", "U8", e, h, i // 2),
-            w13_weight_scale=spec("w13_weight_scale", "F8_E4M3", e, 2 * i, h // GROUP_SIZE),
+            w13_weight_scale=spec("w13_weight_scale", "F8_E4M3", e, n * i, h // GROUP_SIZE),
             w2_weight_scale=spec("w2_weight_scale", "F8_E4M3", e, h, i // GROUP_SIZE),
-            w13_weight_scale_2=spec("w13_weight_scale_2", "F32", e, 2),
+            w13_weight_scale_2=spec("w13_weight_scale_2", "F32", e, n),
             w2_weight_scale_2=spec("w2_weight_scale_2", "F32", e),
-            w13_input_scale=spec("w13_input_scale", "F32", e, 2),
+            w13_input_scale=spec("w13_input_scale", "F32", e, n),
             w2_input_scale=spec("w2_input_scale", "F32", e),
         )
 
     def moves(self, layer: MoeLayer) -> Iterator[Move]:
         out = self.tensors(layer.prefix, layer.geometry)
         h, i = layer.geometry.hidden, layer.geometry.intermediate
-        padded_i = padded_intermediate(i)
+        padded_i = padded_intermediate(layer.geometry)
+        projections = w13_projections(layer.geometry)
         stacked: tuple[tuple[Leaf, TensorSpec, TensorSpec, int], ...] = (
             ("weight", out.w13_weight, out.w2_weight, 2),
             ("weight_scale", out.w13_weight_scale, out.w2_weight_scale, GROUP_SIZE),
@@ -204,33 +215,33 @@ class TrtllmNvfp4:
         # source, and a disk reads fastest forwards.
         for expert in range(layer.geometry.experts):
             for leaf, w13, w2, values_per_byte in stacked:
-                up = layer.matrices[expert, "up", leaf]
-                gate = layer.matrices[expert, "gate", leaf]
+                # up before gate: FlashInfer's interleave takes w3 as the first half.
+                rows = tuple(layer.matrices[expert, each, leaf] for each in reversed(projections))
                 down = layer.matrices[expert, "down", leaf]
                 tiled = leaf == "weight_scale"
                 h_nbytes, i_nbytes = h // values_per_byte, i // values_per_byte
                 w13_rows = ShuffledRows(padded_i, h_nbytes, i, h_nbytes, tiled)
                 w2_rows = ShuffledRows(h, padded_i // values_per_byte, h, i_nbytes, tiled)
-                # up before gate: FlashInfer's interleave takes w3 as the first half.
-                yield from _matrix_moves(w13, expert, (up, gate), w13_rows)
+                yield from _matrix_moves(w13, expert, rows, w13_rows)
                 yield from _matrix_moves(w2, expert, (down,), w2_rows)
         for leaf, w13, w2 in self._gathered(out):
-            yield _gather_move(w13, layer, ("gate", "up"), leaf)
+            yield _gather_move(w13, layer, projections, leaf)
             yield _gather_move(w2, layer, ("down",), leaf)
 
     def remarks(
         self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
     ) -> Iterator[str]:
         for leaf, w13, w2 in self._gathered(self.tensors(prefix, geometry)):
-            gate, up = read(w13).view("<f4").reshape(-1, 2).T
-            down = read(w2).view("<f4")
+            columns = read(w13).view("<f4").reshape(geometry.experts, -1).T
             # By bits, so that a NaN equals itself.
-            if differing := int((gate.view("<u4") != up.view("<u4")).sum()):
+            if differing := int((columns[0].view("<u4") != columns[-1].view("<u4")).sum()):
                 yield (
                     f"{prefix}: gate and up {leaf} differ for {differing} of "
                     f"{geometry.experts} experts; both are kept"
                 )
-            for projection, scales in (("gate", gate), ("up", up), ("down", down)):
+            down = read(w2).view("<f4")
+            names = (*w13_projections(geometry), "down")
+            for projection, scales in zip(names, (*columns, down), strict=True):
                 unusable = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
                 if unusable.size:
                     yield (
@@ -252,7 +263,8 @@ class TrtllmNvfp4:
         return fingerprints.fingerprint(written_rows)
 
     def authority(self, geometries: Iterable[Geometry]) -> RowOrder:
-        counts = {(2 * padded_intermediate(g.intermediate), True) for g in geometries}
+        geometries = list(geometries)
+        counts = {(len(w13_projections(g)) * padded_intermediate(g), g.gated) for g in geometries}
         counts |= {(g.hidden, False) for g in geometries}
         return fingerprints.row_order(written_rows, counts)
 

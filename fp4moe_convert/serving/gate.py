@@ -10,7 +10,6 @@ names are ours, and no model's own loader need know them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum, auto
 from itertools import chain
@@ -26,8 +25,8 @@ from .checks import CONVERT_AGAIN, refusal, refuse_format
 if TYPE_CHECKING:
     import torch
 
-_STACKED = re.compile(rf"(?P<layer>.*\.experts)\.(?:{'|'.join(LayerTensors._fields)})", re.DOTALL)
-_OF_ONE_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.[0-9]+\..*", re.DOTALL)
+_EXPERTS = ".experts"
+_LEAVES = frozenset(LayerTensors._fields)
 
 Deliver = Callable[[str, "torch.Tensor"], str]
 """Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
@@ -82,7 +81,8 @@ class Gate:
         except (OSError, ValueError, KeyError, TypeError):
             return
         if MARKER_NAME in files:
-            self.judge([(MARKER_NAME, _read_marker(Path(folder) / files[MARKER_NAME]))])
+            shard = Path(folder, str(files[MARKER_NAME]))
+            self.judge([(MARKER_NAME, _read_marker(shard))])
         else:
             names: list[Any] = [(name, None) for name in files]
             self.judge(names)
@@ -158,14 +158,17 @@ class _Kind(Enum):
 
 def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
     """What a tensor is, and of which layer's experts."""
-    # A loader may put the name of a part of the model before those of its tensors.
-    if name == MARKER_NAME or name.endswith(f".{MARKER_NAME}"):
-        return _Kind.MARKER, ""
-    if stacked := _STACKED.fullmatch(name):
-        return _Kind.STACKED, stacked["layer"]
-    if single := _OF_ONE_EXPERT.fullmatch(name):
+    # Asked of every tensor of every model, so without regular expressions.
+    layer, _, leaf = name.rpartition(".")
+    if leaf in _LEAVES and layer.endswith(_EXPERTS):
+        return _Kind.STACKED, layer
+    layer, found, rest = name.rpartition(f"{_EXPERTS}.")
+    if found and rest.partition(".")[0].isdecimal():
         is_empty = tensor is not None and not tensor.numel()
-        return _Kind.STOP if is_empty else _Kind.SINGLE, single["layer"]
+        return _Kind.STOP if is_empty else _Kind.SINGLE, layer + _EXPERTS
+    # A loader may put the name of a part of the model before those of its tensors.
+    if name.endswith(MARKER_NAME) and name.removesuffix(MARKER_NAME)[-1:] in ("", "."):
+        return _Kind.MARKER, ""
     return _Kind.OTHER, ""
 
 

@@ -17,7 +17,6 @@ from .converted import is_named_as_converted
 from .families import (
     FAMILIES,
     LEAVES,
-    PROJECTIONS,
     Family,
     Leaf,
     Projection,
@@ -94,12 +93,13 @@ def find_layers(
         number = layer_number(prefix)
         reason = _reason_to_pass(prefix, number, text.layer_count, tensors)
         if reason is None and number is not None:
-            family = max(families, key=lambda family: _parts_known(family, tensors))
+            family = _family_of(tensors, families)
             expert_count = text.expert_count(number)
             layers.append(_check_layer(prefix, number, family, tensors, expert_count))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
     passed += _stacked(unknown, text.layer_count)
+    _check_gates(layers)
     _check_counts([layer for layer in layers if text.expert_count(layer.number) is None], unknown)
     layers.sort(key=lambda layer: (layer.number, layer.prefix))
     passed.sort(key=lambda layer: (layer_number(layer.prefix) or 0, layer.prefix))
@@ -145,8 +145,15 @@ def _by_layer(
     return found, others
 
 
-def _parts_known(family: Family, tensors: Iterable[_Named]) -> int:
-    return len({t.part for t in tensors if t.pattern is family.tensors} & family.parts.keys())
+def _family_of(tensors: Sequence[_Named], families: Iterable[Family]) -> Family:
+    """The row that knows most of a layer's tensors; of several, the one that wants no others, which
+    tells experts without a gate from those with one."""
+
+    def fit(family: Family) -> tuple[int, int]:
+        known = {t.part for t in tensors if t.pattern is family.tensors} & family.parts.keys()
+        return len(known), -len(family.parts)
+
+    return max(families, key=fit)
 
 
 def _reason_to_pass(
@@ -174,7 +181,7 @@ def _check_layer(
     expert_count: int | None,
 ) -> MoeLayer:
     matrices = _roles(family, tensors)
-    _refuse_other_experts(matrices)
+    _refuse_other_experts(family, matrices)
     experts = {expert for expert, _, _ in matrices}
     count = expert_count if expert_count is not None else max(experts, default=-1) + 1
     for expert in range(count):
@@ -192,21 +199,23 @@ def _check_layer(
                 f"config.json allows {count}"
             )
     _check_complete(prefix, family, count, matrices)
-    geometry = _geometry(matrices[0, "gate", "weight"], count)
+    first = family.projections[0]
+    geometry = _geometry(matrices[0, first, "weight"], count, gated=first == "gate")
     _check_alike(matrices, geometry)
     return MoeLayer(prefix, number, family, geometry, matrices)
 
 
-def _refuse_other_experts(matrices: Mapping[Role, Matrix]) -> None:
+def _refuse_other_experts(family: Family, matrices: Mapping[Role, Matrix]) -> None:
     """Refuse experts of which all lack the same thing: they are of another kind, not damaged."""
     projections = {projection for _, projection, _ in matrices}
     leaves = {leaf for _, _, leaf in matrices}
     first = matrices[min(matrices, key=lambda role: (role[2] != "weight", role))]
     name = f"{first.shard.name}: {first.tensor.name!r}"
-    if "down" in projections and len(projections) == 2:
+    if "down" in projections and len(projections) == 2 < len(family.projections):
         raise CheckpointError(
-            f"{name} is of experts without a gate: they have two projections, not three (as in "
-            "Nemotron-H); this release converts gated experts; serve the original"
+            f"{name} is of experts without a gate: they have two projections, not three; this "
+            "release knows such experts where these are up_proj and down_proj (as in Nemotron-H); "
+            "serve the original"
         )
     if "weight" in leaves and "input_scale" not in leaves:
         raise CheckpointError(f"{name} is of experts without an input_scale: {WEIGHT_ONLY}")
@@ -235,6 +244,16 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
         if named and deep and tensor.dtype in ("BF16", "F16", "F32") and named[1] not in prefixes:
             prefixes.add(named[1])
             yield PassedLayer(named[1], f"its experts are {tensor.dtype}, not NVFP4")
+
+
+def _check_gates(layers: Iterable[MoeLayer]) -> None:
+    """Where some layers have gates and others none, gates are missing."""
+    by_kind = {layer.geometry.gated: layer.prefix for layer in layers}
+    if len(by_kind) > 1:
+        raise CheckpointError(
+            f"{by_kind[False]}: no shard has a gate of any expert, but {by_kind[True]} has them; "
+            "are all shards there?"
+        )
 
 
 def _check_counts(layers: Sequence[MoeLayer], others: Iterable[Matrix]) -> None:
@@ -288,8 +307,9 @@ def _roles(family: Family, tensors: Iterable[_Named]) -> dict[Role, Matrix]:
 def _check_complete(
     prefix: str, family: Family, count: int, matrices: Mapping[Role, Matrix]
 ) -> None:
+    projections = family.projections
     for expert in range(count):
-        for projection in PROJECTIONS:
+        for projection in projections:
             for leaf in LEAVES:
                 if (expert, projection, leaf) not in matrices:
                     home = next(m.shard.name for (e, _, _), m in matrices.items() if e == expert)
@@ -297,14 +317,14 @@ def _check_complete(
                     raise CheckpointError(f"{home}: {name!r} is missing from every shard")
 
 
-def _geometry(gate: Matrix, experts: int) -> Geometry:
-    """Sizes by the first expert's gate."""
-    name = f"{gate.shard.name}: {gate.tensor.name!r}"
-    if gate.tensor.dtype != "U8" or len(gate.shape) != 2:
+def _geometry(first: Matrix, experts: int, *, gated: bool) -> Geometry:
+    """Sizes by the first expert's gate, or by its up projection where it has no gate."""
+    name = f"{first.shard.name}: {first.tensor.name!r}"
+    if first.tensor.dtype != "U8" or len(first.shape) != 2:
         raise CheckpointError(
-            f"{name} is {gate.tensor.dtype} {list(gate.shape)}, expected U8 [I, H/2]"
+            f"{name} is {first.tensor.dtype} {list(first.shape)}, expected U8 [I, H/2]"
         )
-    intermediate, hidden = gate.shape[0], 2 * gate.shape[1]
+    intermediate, hidden = first.shape[0], 2 * first.shape[1]
     for letter, size in (("hidden size H", hidden), ("intermediate size I", intermediate)):
         if size == 0 or size % GROUP_SIZE:
             raise CheckpointError(
@@ -312,7 +332,7 @@ def _geometry(gate: Matrix, experts: int) -> Geometry:
             )
         if size > MAX_SIZE:
             raise CheckpointError(f"{name} gives {letter} = {size}, the limit is {MAX_SIZE}")
-    return Geometry(experts, hidden, intermediate)
+    return Geometry(experts, hidden, intermediate, gated)
 
 
 def _check_alike(matrices: Mapping[Role, Matrix], geometry: Geometry) -> None:

@@ -57,6 +57,12 @@ class Family:
                 yield (number, projection, leaf), half
 
     @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Those of each expert, in the order of `PROJECTIONS`; without a gate there are two."""
+        own = {each for projections, _ in self.parts.values() for each in projections}
+        return tuple(each for each in PROJECTIONS if each in own)
+
+    @property
     def part_names(self) -> list[str]:
         """The parts without their leaves, such as ``gate_proj``."""
         return list(dict.fromkeys(part.rpartition(".")[0] for part in self.parts))
@@ -74,7 +80,7 @@ class Family:
 
 
 def per_expert(**projections: Projection) -> dict[str, tuple[tuple[Projection, ...], Leaf]]:
-    """Parts like ``gate_proj.weight``, given the names of the three projections."""
+    """Parts like ``gate_proj.weight``, given the names of the projections."""
     return {
         f"{name}.{leaf}": ((projection,), leaf)
         for name, projection in projections.items()
@@ -98,5 +104,11 @@ FAMILIES: tuple[Family, ...] = (
         name="experts.N.{w1,w3,w2}",
         tensors=NUMBERED_EXPERTS,
         parts=per_expert(w1="gate", w3="up", w2="down"),
+    ),
+    # Nemotron-H (Nemotron-3): down(relu(up(x))^2), with no gate.
+    Family(
+        name="experts.N.{up,down}_proj",
+        tensors=NUMBERED_EXPERTS,
+        parts=per_expert(up_proj="up", down_proj="down"),
     ),
 )

@@ -34,6 +34,7 @@ from unittest import mock
 import originals
 import sglang_driver
 from sglang_driver import Setup, differences, held, load, start_sglang
+from support import model_zoo
 from support.cpu_engines import sglang_cpu
 
 # --- what SGLang's models do ----------------------------------------------------------------------
@@ -58,9 +59,6 @@ UNSET = {"hunyuan_v1_moe": r"^lm_head\."}
 """What SGLang leaves unset of an original: Hunyuan v1 hands no names to the quantization, so that
 no ignore list applies, and its lm_head, which is the embedding, becomes NVFP4."""
 
-NOT_CONVERTED = ("nemotron_h",)
-"""Its experts have no gate."""
-
 NOT_SERVED = {
     "mixtral": "SGLang's QuantMixtralForCausalLM has no fused MoE layer",
     "modelopt-mixtral": "SGLang's QuantMixtralForCausalLM has no fused MoE layer",
@@ -78,7 +76,6 @@ marker is refused, or the empty tensor fits nowhere. Which comes first is nobody
 
 PASSES_BY = {
     "mixtral": "a class without fused experts ignores names that it does not know",
-    "modelopt-mixtral": "a class without fused experts ignores names that it does not know",
     "minimax_m3_text": "a loader that logs what goes wrong with stacked experts, and goes on",
 }
 """Families of which only the empty tensor stops a rank, and so only a rank that has expert 0. A
@@ -102,9 +99,8 @@ class Case:
 
 
 SETUPS = {"tp 2": Setup(tp=2), "ep 2": Setup(ep=2)}
-CONVERTED = [
-    name for name in originals.CONVERTED if name not in (*NOT_CONVERTED, *UNLOADABLE)
-]
+MORE_SETUPS = {"tp 1": Setup(), "tp 4": Setup(tp=4)}
+"""For families whose experts are cut by a rule of their own."""
 # `--model-impl transformers` replaces SGLang's own model class, whatever the family.
 TRANSFORMERS = partial(Case, "qwen3_moe-nvfp4-head", model_impl="transformers")
 
@@ -114,19 +110,25 @@ CASES = {
     "Transformers backend: original": TRANSFORMERS("original"),
     **{
         f"{name}: mistake, {label}": Case(name, "mistake", setup)
-        for name in CONVERTED
+        for name in model_zoo.FAMILIES
         for label, setup in SETUPS.items()
     },
     "Transformers backend: mistake": TRANSFORMERS("mistake"),
     **{
         f"{name}: mistake, with the plugin": Case(name, "mistake", plugin=True)
-        for name in CONVERTED
+        for name in model_zoo.FAMILIES
     },
     "Transformers backend: mistake, with the plugin": TRANSFORMERS("mistake", plugin=True),
     **{
         f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
-        for name in CONVERTED
+        for name in originals.CONVERTED
+        if name not in UNLOADABLE
         for label, setup in SETUPS.items()
+    },
+    **{
+        f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
+        for name in model_zoo.UNGATED
+        for label, setup in MORE_SETUPS.items()
     },
     **{
         f"{name}: converted, draft": Case(name, "converted", Setup(draft=True), plugin=True)
@@ -143,7 +145,7 @@ class Group(sglang_driver.Group):
 
     def __init__(self, size: int, rank: int | None = None) -> None:
         super().__init__(size, rank)
-        self.device_group = SimpleNamespace(rank=lambda: 0, size=lambda: size)
+        self.device_group = SimpleNamespace(rank=lambda: rank or 0, size=lambda: size)
 
 
 def load_rank(folder: Path, case: Case, tp_rank: int, ep_rank: int) -> Any:
@@ -214,11 +216,12 @@ class Run:
             self.work / family / folder for folder in ("original", "converted", "mistake")
         )
         originals.make(original, family)
-        if family not in CONVERTED:
+        if family in UNLOADABLE:
             return
         convert(original, converted, direct_io=False)
         shutil.copytree(converted, mistake)
-        shutil.copy(original / "config.json", mistake)
+        for path in original.glob("*config.json"):
+            shutil.copy(path, mistake)
 
     def record(self, name: str, case: Case) -> None:
         check = {"original": self.loads, "mistake": self.stops, "converted": self.serves}
@@ -287,12 +290,6 @@ def one_line(error: Exception) -> str:
 
 
 def main() -> None:
-    import os  # DEV
-    if os.environ.get("DEV"):
-        for name in list(CASES):
-            if CASES[name].family not in os.environ["DEV"].split(","):
-                del CASES[name]
-        originals.NAMES = os.environ["DEV"].split(",")
     start = time.monotonic()
     start_sglang()
     sglang_cpu.more_models()

@@ -30,6 +30,7 @@ from typing import Any
 
 import originals
 import vllm_driver
+from support import model_zoo
 from vllm_driver import (
     EP,
     MTP,
@@ -52,7 +53,8 @@ from fp4moe_convert.format.contract import MARKER_NAME
 # --- what vLLM's models do ------------------------------------------------------------------------
 
 STOPS = "There is no module or parameter named 'fp4moe'"
-"""The marker is a converted checkpoint's first tensor, and no model has a part of that name."""
+"""No model has a part of that name. The marker is a converted checkpoint's first tensor, but the
+safetensors library hands them out by name."""
 
 STOPS_UNMARKED = "tuple index out of range"
 """Some loaders (Bailing V3's, Nemotron Nano VL's) pass over the marker. What stops them is shown by
@@ -79,13 +81,8 @@ The converted checkpoint's index names all."""
 NO_RELOAD = {"minimax_m2": "'functools.partial' object has no attribute '__name__'"}
 """Families that vLLM cannot load again into a running engine, and what it says."""
 
-UNLOADABLE = {
-    originals.STACKED: "kernel does not support MoEActivation.SWIGLUOAI activation",
-}
+UNLOADABLE = {originals.STACKED: "kernel does not support MoEActivation.SWIGLUOAI activation"}
 """Originals that vLLM does not load with the backend, and what it says."""
-
-CONVERTED = [name for name in originals.CONVERTED if name != "nemotron_h"]
-"""Nemotron-H's experts have no gate."""
 
 REFUSED = "fp4moe: these weights are converted, the model was built for a checkpoint that is not"
 """The mistake, with the plugin."""
@@ -95,6 +92,8 @@ REFUSED = "fp4moe: these weights are converted, the model was built for a checkp
 REMOTE = {"trust_remote_code": True}  # some configurations are code beside the checkpoint
 ALONE = Setup("", 1, REMOTE)
 SERVED = {"tp 2": Setup("", 2, REMOTE), "ep 2": Setup("", 2, REMOTE | EP)}
+MORE_SERVED = {"tp 1": ALONE, "tp 4": Setup("", 4, REMOTE)}
+"""For families whose experts are cut by a rule of their own."""
 DRAFT = Setup("", 1, REMOTE | MTP, draft=True)
 
 
@@ -117,9 +116,9 @@ class Zoo(Bench):
         return folder
 
     def disguised(self, family: str) -> Path:
-        """A converted checkpoint with its original's config.json."""
-        config = self.original(family) / "config.json"
-        return self.edited(family, lambda folder: shutil.copy(config, folder))
+        """A converted checkpoint with its original's config.json, or hf_quant_config.json."""
+        paths = list(self.original(family).glob("*config.json"))
+        return self.edited(family, lambda folder: [shutil.copy(path, folder) for path in paths])
 
     def unmarked(self, family: str) -> Path:
         """The same without the marker."""
@@ -135,31 +134,38 @@ def cases() -> Iterator[Case]:
         yield Case(f"{family}: original", False, partial(start, family, "original"), refusal)
         if refusal:
             continue
-        for served, setup in SERVED.items():
+        for served, setup in served_as(family).items():
             yield Case(f"{family}: original, {served}", False, partial(stock, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: original, draft", False, partial(stock, family, DRAFT))
         if family in WHOLE_DRAFTS:
             yield Case(f"{family}: original, whole draft", False, partial(stock_draft, family))
-    for family in CONVERTED:
+    for family in model_zoo.FAMILIES:
         unmarked = partial(start, family, "unmarked")
         yield Case(f"{family}: mistake, without the marker", False, unmarked, STOPS_UNMARKED)
     loads_draft = partial(stock, FILE_BESIDE, DRAFT)
     yield Case(f"{FILE_BESIDE}: original, draft", False, loads_draft, "never written")
-    for plugin, stops in (False, STOPS), (True, REFUSED):
-        for family in CONVERTED:
+    for plugin in (False, True):
+        for family in model_zoo.FAMILIES:
+            # The names of Nemotron-H, backbone.layers and so on, come before the marker's.
+            stops = STOPS_UNMARKED if family in model_zoo.UNGATED else STOPS
+            stops = REFUSED if plugin else stops
             label = f"{family}: mistake{', with the plugin' if plugin else ''}"
             yield Case(label, plugin, partial(start, family, "disguised"), stops)
             wrong = stops if plugin else NO_RELOAD.get(family, stops)
             yield Case(f"{label}, reload", plugin, partial(reload, family), wrong)
-    for family in CONVERTED:
-        for served, setup in SERVED.items():
+    for family in originals.CONVERTED:
+        for served, setup in served_as(family).items():
             yield Case(f"{family}: converted, {served}", True, partial(equal, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: converted, draft", True, partial(equal, family, DRAFT))
         if family in WHOLE_DRAFTS:
             yield Case(f"{family}: converted, whole draft", True, partial(equal_draft, family))
     yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
+
+
+def served_as(family: str) -> dict[str, Setup]:
+    return SERVED | MORE_SERVED if family in model_zoo.UNGATED else SERVED
 
 
 def key(family: str, setup: Setup) -> str:

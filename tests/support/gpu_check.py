@@ -2,6 +2,7 @@
 
     python -m tests.support.gpu_check                   # one DeepSeek-V3 layer: 256 experts, 6.9 GB
     python -m tests.support.gpu_check --experts 8       # the same width, 0.9 GB
+    python -m tests.support.gpu_check --ungated --experts 128 --hidden 2688 --intermediate 1856
 
 The 128x4 tiles of the block scales come from `block_scale_interleave`, which exists only as a CUDA
 kernel, so a test without a GPU can hold them only against a formula. This script makes a
@@ -48,7 +49,7 @@ class Tensors:
 
 
 def flashinfer_layout(sources: list[torch.Tensor], *, scales: bool) -> torch.Tensor:
-    """[up; gate] or down, [rows, bytes], as the TRT-LLM kernels want it."""
+    """[up; gate], up alone, or down, [rows, bytes], as the TRT-LLM kernels want it."""
     matrix = torch.cat(sources)
     if len(sources) == 2:
         matrix = reorder_rows_for_gated_act_gemm(matrix)
@@ -56,15 +57,23 @@ def flashinfer_layout(sources: list[torch.Tensor], *, scales: bool) -> torch.Ten
     return block_scale_interleave(matrix).reshape(matrix.shape) if scales else matrix
 
 
-def check_layer(source: Tensors, out: Tensors, prefix: str, experts: int) -> int:
+def padded(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """With zeros up to multiples of these."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % cols, 0, -matrix.shape[0] % rows))
+
+
+def check_layer(source: Tensors, out: Tensors, prefix: str, spec: Spec) -> int:
     """Compare all four matrices of every expert; returns the bytes compared."""
     nbytes = 0
-    for expert in range(experts):
+    w13, multiple = (("up",), 128) if spec.ungated else (("up", "gate"), 64)
+    per_byte = {"weight": 2, "weight_scale": 16}  # values of a row
+    for expert in range(spec.experts):
         for leaf in ("weight", "weight_scale"):
-            for ours, projections in (("w13", ("up", "gate")), ("w2", ("down",))):
+            for ours, projections in (("w13", w13), ("w2", ("down",))):
+                rows, cols = (multiple, 1) if ours == "w13" else (1, multiple // per_byte[leaf])
                 matrices = [
-                    source.whole(f"{prefix}.{expert}.{projection}_proj.{leaf}")
-                    for projection in projections
+                    padded(source.whole(f"{prefix}.{expert}.{each}_proj.{leaf}"), rows, cols)
+                    for each in projections
                 ]
                 expected = flashinfer_layout(matrices, scales=leaf == "weight_scale")
                 found = out.expert(f"{prefix}.{ours}_{leaf}", expert)
@@ -80,6 +89,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--ungated", action="store_true", help="as in Nemotron-H")
     arguments = parser.parse_args()
     spec = Spec(layers=1, dense_layers=0, **vars(arguments))
     with tempfile.TemporaryDirectory() as folder:
@@ -92,13 +102,12 @@ def main() -> None:
         )
         report = json.loads(run.stdout)
         started = time.perf_counter()
-        nbytes = check_layer(
-            Tensors(source), Tensors(out), "model.layers.0.mlp.experts", spec.experts
-        )
+        nbytes = check_layer(Tensors(source), Tensors(out), "model.layers.0.mlp.experts", spec)
         seconds = time.perf_counter() - started
     print(f"gpu              {torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"flashinfer       {version('flashinfer-python')}, row order {report['row_order']}")
-    print(f"layer            E = {spec.experts}, H = {spec.hidden}, I = {spec.intermediate}")
+    gate = ", without a gate" if spec.ungated else ""
+    print(f"layer            E = {spec.experts}, H = {spec.hidden}, I = {spec.intermediate}{gate}")
     print(f"converted        {report['bytes_out']:,} bytes in {report['seconds']} s")
     print(f"equal            {nbytes:,} bytes of 4 tensors, compared in {seconds:.1f} s")
 

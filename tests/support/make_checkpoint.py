@@ -82,6 +82,7 @@ class Spec:
     layout: Layout = "index"
     scale_shape: ScaleShape = "scalar"  # per-tensor scales as [] or as [1]
     style: Style = "deepseek_v3"
+    ungated: bool = False  # routed experts have no gate projection, as in Nemotron-H
     seed: int = 0
     sparse: bool = False  # true headers, holes for data: whole models that take no disk
 
@@ -163,7 +164,10 @@ def decoder_layer(
         if spec.style == "qwen3_moe":
             yield gate
         for expert in range(spec.experts):
-            yield from gated_mlp(spec, f"{mlp}.experts.{expert}", spec.intermediate, quantized)
+            own = f"{mlp}.experts.{expert}"
+            for tensor in gated_mlp(spec, own, spec.intermediate, quantized):
+                if not (spec.ungated and ".gate_proj." in tensor.name):
+                    yield tensor
         if spec.style == "deepseek_v3":
             yield gate
             yield f32(f"{mlp}.gate.e_score_correction_bias", spec.experts)
@@ -357,6 +361,8 @@ def model_config(spec: Spec) -> Json:
         "use_cache": True,
         "vocab_size": spec.vocab_size,
     }
+    if spec.ungated:
+        config["mlp_hidden_act"] = "relu2"
     if spec.quantization != "hf":
         config["quantization_config"] = quantization_section(spec)
     return config

@@ -36,7 +36,14 @@ TARGET = Path(__file__).resolve().parents[1] / "data" / "golden"
 LAYER = 0  # the checkpoints have one MoE layer and no other
 
 
-def spec(experts: int, hidden: int, intermediate: int, *, differing_scales: bool = False) -> Spec:
+def spec(
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    differing_scales: bool = False,
+    ungated: bool = False,
+) -> Spec:
     return Spec(
         layers=1,
         dense_layers=0,
@@ -46,6 +53,7 @@ def spec(experts: int, hidden: int, intermediate: int, *, differing_scales: bool
         shards=2,
         vocab_size=16,
         differing_scales=differing_scales,
+        ungated=ungated,
     )
 
 
@@ -60,14 +68,18 @@ CASES = {
     "E4-H1024-I256": spec(4, 1024, 256),
     "E2-H7168-I2048": spec(2, 7168, 2048),  # DeepSeek-V3
     "E2-H2048-I768": spec(2, 2048, 768),  # Qwen3-30B-A3B
+    "E4-H256-I192-ungated": spec(4, 256, 192, ungated=True),  # I is no multiple of 128
+    "E4-H384-I448-ungated": spec(4, 384, 448, ungated=True),
+    "E2-H2688-I1856-ungated": spec(2, 2688, 1856, ungated=True),  # Nemotron-3 Nano
 }
 
 
 def jobs_of(engine: str, case: str, checkpoint: Path) -> Iterator[Job]:
     """All ranks of TP 1 to 4 and, where each is left two experts, of EP 2.
 
-    SGLang gives a rank I/T rounded up to 64, and the last ones what is left. vLLM gives each rank
-    I/T and pads that: its bytes are a slice of the T = 1 bytes only if 64 divides I/T.
+    SGLang gives a rank I/T rounded up to 64, or to 128 without a gate, and the last ones what is
+    left. vLLM gives each rank I/T and pads that: its bytes are a slice of the T = 1 bytes only if
+    I/T is such a multiple.
     """
     made = CASES[case]
     for tp_size in (1, 2, 3, 4):

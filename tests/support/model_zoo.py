@@ -27,8 +27,10 @@ from .make_checkpoint import (
     decoder_layer,
     f32,
     gated_mlp,
+    hf_quant_config,
     model_config,
     other_files,
+    quantization_section,
     tensors_of,
     to_json,
     write_shard,
@@ -86,6 +88,8 @@ class Family:
     """Whether its configuration class travels with it, in a file that config.json names."""
     ignore: tuple[str, ...] = ()
     """Modules that are not quantized, besides those of `make_checkpoint`; names as in `many`."""
+    in_file: bool = False
+    """Whether hf_quant_config.json alone describes the quantization."""
     beside: tuple[str, str] | None = None
     """A file that the index does not name, and the pattern of the final names of what is in it."""
 
@@ -309,6 +313,61 @@ MINIMAX_M2 = Family(
     extra=tuple(f32(f"model.layers.{n}.mlp.e_score_correction_bias", E) for n in (0, 1)),
     shapes={r"\.[qk]_norm\.weight$": (Q,)},
     rename={r"\.mlp\b": ".block_sparse_moe", **W1_W3_W2},
+)
+
+NEMOTRON_H = Family(
+    # I is 128 for each of 4 ranks; to vLLM other cuts are other bytes.
+    replace(QWEN, layers=4, intermediate=512),
+    {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "chunk_size": 128,
+        "conv_kernel": 4,
+        "hidden_act": None,
+        "hybrid_override_pattern": "ME*E",
+        "intermediate_size": I,
+        "layer_norm_epsilon": 1e-05,
+        "mamba_head_dim": 32,
+        "mamba_hidden_act": "silu",
+        "mamba_num_heads": 8,
+        "mamba_proj_bias": False,
+        "mlp_bias": False,
+        "mlp_hidden_act": "relu2",
+        "moe_shared_expert_intermediate_size": I,
+        "n_group": 1,
+        "n_groups": 8,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_experts": None,
+        "routed_scaling_factor": 2.5,
+        "ssm_state_size": 32,
+        "topk_group": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+    },
+    extra=(
+        *shared_expert("model.layers.{1,3}.mlp.shared_experts"),
+        *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 3)),
+        *many("model.layers.0.mixer.in_proj.weight", 1032, H),
+        *many("model.layers.0.mixer.conv1d.weight", 768, 1, 4),
+        *many("model.layers.0.mixer.conv1d.bias", 768),
+        *many("model.layers.0.mixer.{A_log,D,dt_bias}", 8),
+        *many("model.layers.0.mixer.norm.weight", 256),
+        *many("model.layers.0.mixer.out_proj.weight", H, 256),
+    ),
+    without=(
+        r"^model\.layers\.(0|2)\.mlp|^model\.layers\.(0|1|3)\.self_attn"
+        r"|\.gate_proj\.|\.[qk]_norm\.|\.post_attention_layernorm\."
+    ),
+    rename={
+        r"\.(mlp|self_attn)\b": ".mixer",
+        r"\.input_layernorm\b": ".norm",
+        r"^model\.norm\b": "backbone.norm_f",
+        r"^model\.embed_tokens\b": "backbone.embeddings",
+        r"^model\.": "backbone.",
+    },
+    ignore=("model.layers.0.mixer*",),
+    in_file=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -635,59 +694,35 @@ FAMILIES: dict[str, Family] = {
         ),
         without=r"\.[qk]_norm\.weight$",
     ),
-    "nemotron_h": Family(
-        replace(QWEN, layers=4),
-        {
-            "architectures": ["NemotronHForCausalLM"],
-            "model_type": "nemotron_h",
-            "chunk_size": 128,
-            "conv_kernel": 4,
-            "hidden_act": None,
-            "hybrid_override_pattern": "ME*E",
-            "intermediate_size": I,
-            "layer_norm_epsilon": 1e-05,
-            "mamba_head_dim": 32,
-            "mamba_hidden_act": "silu",
-            "mamba_num_heads": 8,
-            "mamba_proj_bias": False,
-            "mlp_bias": False,
-            "mlp_hidden_act": "relu2",
-            "moe_shared_expert_intermediate_size": I,
-            "n_group": 1,
-            "n_groups": 8,
-            "n_routed_experts": E,
-            "n_shared_experts": 1,
-            "num_experts": None,
-            "routed_scaling_factor": 2.5,
-            "ssm_state_size": 32,
-            "topk_group": 1,
-            "use_bias": False,
-            "use_conv_bias": True,
+    "nemotron_h": NEMOTRON_H,
+    # As Nemotron-3 Ultra says it, whose experts are narrower than the model.
+    "nemotron_h-latent": replace(
+        NEMOTRON_H,
+        config=NEMOTRON_H.config
+        | {
+            "hybrid_override_pattern": None,
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "moe_latent_size": 128,
+            "num_hidden_layers": None,
         },
         extra=(
-            *shared_expert("model.layers.{1,3}.mlp.shared_experts"),
-            *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 3)),
-            *many("model.layers.0.mixer.in_proj.weight", 1032, H),
-            *many("model.layers.0.mixer.conv1d.weight", 768, 1, 4),
-            *many("model.layers.0.mixer.conv1d.bias", 768),
-            *many("model.layers.0.mixer.{A_log,D,dt_bias}", 8),
-            *many("model.layers.0.mixer.norm.weight", 256),
-            *many("model.layers.0.mixer.out_proj.weight", H, 256),
+            *NEMOTRON_H.extra,
+            *many("model.layers.{1,3}.mlp.fc1_latent_proj.weight", 128, H),
+            *many("model.layers.{1,3}.mlp.fc2_latent_proj.weight", H, 128),
         ),
-        without=(
-            r"^model\.layers\.(0|2)\.mlp|^model\.layers\.(0|1|3)\.self_attn"
-            r"|\.gate_proj\.|\.[qk]_norm\.|\.post_attention_layernorm\."
-        ),
-        rename={
-            r"\.(mlp|self_attn)\b": ".mixer",
-            r"\.input_layernorm\b": ".norm",
-            r"^model\.norm\b": "backbone.norm_f",
-            r"^model\.embed_tokens\b": "backbone.embeddings",
-            r"^model\.": "backbone.",
+        shapes={
+            r"\.experts\.\d+\.up_proj\.weight$": (512, 64),
+            r"\.experts\.\d+\.up_proj\.weight_scale$": (512, 8),
+            r"\.experts\.\d+\.down_proj\.weight$": (128, 256),
+            r"\.experts\.\d+\.down_proj\.weight_scale$": (128, 32),
         },
-        ignore=("model.layers.0.mixer*",),
+        ignore=(*NEMOTRON_H.ignore, "model.layers.{1,3}.mlp.fc{1,2}_latent_proj"),
+        in_file=False,
     ),
 }
+
+UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))
+"""Families whose experts have no gate."""
 
 
 def make(folder: Path, name: str) -> None:
@@ -720,6 +755,8 @@ def make(folder: Path, name: str) -> None:
         "config.json": to_json(config_of(family)),
         "model.safetensors.index.json": to_json(index),
     }
+    if family.in_file:
+        files["hf_quant_config.json"] = to_json(hf_quant_config_of(family))
     if family.remote:
         files["configuration.py"] = REMOTE_CONFIGURATION.format_map(family.config)
     for path, text in files.items():
@@ -761,17 +798,34 @@ def renamed(family: Family, name: str) -> str:
 
 def config_of(family: Family) -> Json:
     text = model_config(family.spec) | {"pad_token_id": 0} | family.config
-    section = text.pop("quantization_config")
+    del text["quantization_config"]
     text.pop("auto_map", None)
     if family.remote:
         text["auto_map"] = {"AutoConfig": "configuration.Config"}
     text = {key: value for key, value in text.items() if value is not None}
-    no_longer = f"{family.quantized}|{family.without}"
-    ignore = [module for module in section["ignore"] if not re.search(no_longer, module)]
-    ignore += [tensor.name for module in family.ignore for tensor in many(module)]
-    section["ignore"] = sorted(renamed(family, module) for module in ignore)
     config = text if family.top is None else {**family.top, "text_config": text}
-    return config | {"quantization_config": section}
+    return config if family.in_file else config | {"quantization_config": section_of(family)}
+
+
+def section_of(family: Family) -> Json:
+    section = quantization_section(family.spec)
+    section["ignore"] = ignored_modules(family, section["ignore"])
+    return section
+
+
+def hf_quant_config_of(family: Family) -> Json:
+    file = hf_quant_config(family.spec)
+    settings = file["quantization"]
+    settings["exclude_modules"] = ignored_modules(family, settings["exclude_modules"])
+    return file
+
+
+def ignored_modules(family: Family, usual: list[str]) -> list[str]:
+    """Under their final names, given those of the checkpoint that the family starts from."""
+    no_longer = f"{family.quantized}|{family.without}"
+    ignore = [module for module in usual if not re.search(no_longer, module)]
+    ignore += [tensor.name for module in family.ignore for tensor in many(module)]
+    return sorted(renamed(family, module) for module in ignore)
 
 
 def main() -> None:

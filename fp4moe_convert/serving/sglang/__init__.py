@@ -21,7 +21,8 @@ def _why_not(model: Model) -> str | None:
     return None
 
 
-# SGLang rounds I/T up to a multiple of 64, cuts there and fills with zeros, as the slices do.
+# SGLang rounds I/T up to a multiple of 64, or of 128 without a gate, cuts there and fills with
+# zeros, as the slices do.
 SGLANG = Engine(
     name="sglang",
     title="SGLang",

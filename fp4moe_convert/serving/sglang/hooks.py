@@ -249,6 +249,8 @@ class ExpertLoader:
             experts = self._experts(every_rank=leaf.endswith("_input_scale"))
             # Fused shared experts come after the routed ones, in slots of their own.
             slots = param.data[: len(experts)]
+            if tensor.dim() == slots.dim() + 1:  # [E, 1]: the one scale of w13 without a gate
+                slots = slots.unsqueeze(1)
             self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
         else:  # a fused shared expert
             self.stock(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id)
@@ -281,10 +283,11 @@ class ExpertLoader:
         Raises:
             ServingError: a tensor was missing.
         """
+        w13_shards = ("w1", "w3") if self.own.geometry.gated else ("w1",)
         shared = (
             _of_shared_expert(leaf, shard)
             for leaf in self.own.specs
-            for shard in (("w1", "w3") if leaf.startswith("w13") else ("w2",))
+            for shard in (w13_shards if leaf.startswith("w13") else ("w2",))
         )
         self.own.check_loaded(shared if self.layer.num_fused_shared_experts else ())
 
@@ -348,13 +351,14 @@ def _engine_classes() -> Callable[..., Any]:
         def process_weights_after_loading(self, layer: Any) -> None:
             self.expert_loader.check_loaded()
             runner = layer.moe_runner_config
-            gate, up = layer.w13_weight_scale_2.unbind(dim=1)
-            if (runner.gemm1_clamp_limit or runner.swiglu_limit) and not torch.equal(gate, up):
-                # Stock would move both halves onto one scale, through linear block scales.
-                raise refusal(
-                    f"{self.prefix}: a clamped SwiGLU whose gate and up differ in "
-                    "weight_scale_2 is not supported"
-                )
+            if runner.is_gated and (runner.gemm1_clamp_limit or runner.swiglu_limit):
+                gate, up = layer.w13_weight_scale_2.unbind(dim=1)
+                if not torch.equal(gate, up):
+                    # Stock would move both halves onto one scale, through linear block scales.
+                    raise refusal(
+                        f"{self.prefix}: a clamped SwiGLU whose gate and up differ in "
+                        "weight_scale_2 is not supported"
+                    )
             super().process_weights_after_loading(layer)
 
         def _align_fp4_moe_weights_for_flashinfer_trtllm(self, layer: Any) -> None:
@@ -365,7 +369,7 @@ def _engine_classes() -> Callable[..., Any]:
                 layer.w2_input_scale_quant,
                 layer.g1_alphas,
                 layer.g1_alphas_up,
-                is_gated=True,
+                is_gated=layer.moe_runner_config.is_gated,
                 activation=layer.moe_runner_config.activation,
             )
             copy_or_rebind_param(layer, "g1_scale_c", g1_scale_c)
@@ -391,6 +395,7 @@ def _engine_classes() -> Callable[..., Any]:
             hidden_size=w2.shape[1],
             intermediate_size=w2.shape[2] * 2,
             num_experts=w2.shape[0],
+            is_gated=layer.moe_runner_config.is_gated,
         )
         for slots, result in zip(shared, laid_out, strict=True):
             slots.copy_(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...format.contract import Geometry
-from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
+from ...layouts.trtllm_nvfp4 import intermediate_multiple
 from ..engine import Engine, KnownModels, Model
 
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
@@ -37,9 +37,9 @@ def _is_weight_only(group: Any) -> bool:
 
 
 def _can_cut(geometry: Geometry, size: int) -> bool:
-    """vLLM cuts at I/T and pads after that, which gives a slice of the file only where I/T is whole
-    blocks of 64, or where nothing is cut."""
-    return size == 1 or geometry.intermediate % (size * INTERMEDIATE_MULTIPLE) == 0
+    """vLLM cuts at I/T and pads after that, which gives a slice of the file only where I/T needs no
+    padding, or where nothing is cut."""
+    return size == 1 or geometry.intermediate % (size * intermediate_multiple(geometry)) == 0
 
 
 VLLM = Engine(

@@ -49,7 +49,7 @@ from ...format.contract import (
     Geometry,
     round_up,
 )
-from ...layouts.trtllm_nvfp4 import INTERMEDIATE_MULTIPLE
+from ...layouts.trtllm_nvfp4 import intermediate_multiple
 from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
 from ..converted_layer import ConvertedLayer, check_taken_over, converted_layer_of
 from ..gate import Deliver, Gate, gate_of, guard
@@ -250,8 +250,6 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
         )
         if self.own.geometry != model:
             raise refusal(f"{prefix} is {self.own.geometry} in config.json, {model} in the model")
-        if not model.gated:
-            raise refusal(f"{prefix} has experts without a gate, which are not supported")
         sizes = VLLM.tensor_parallel_sizes(model)
         if moe_config.tp_size not in sizes:
             raise refusal(
@@ -278,7 +276,7 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
             layer,
             num_experts,
             round_up(hidden_size, alignment),
-            round_up(intermediate_size_per_partition, INTERMEDIATE_MULTIPLE),
+            round_up(intermediate_size_per_partition, intermediate_multiple(self.own.geometry)),
             params_dtype,
             **{**extra_weight_attrs, "weight_loader": MethodType(loader, layer)},
         )
@@ -293,12 +291,12 @@ class ConvertedModelOptMoE(ModelOptNvFp4FusedMoE):
         if self.from_file:
             self.own.check_loaded()
 
-        gate, up = layer.w13_weight_scale_2.unbind(1)
-        if not torch.allclose(gate, up):
+        first, *others = layer.w13_weight_scale_2.unbind(1)  # gate and up, or up alone
+        if not all(torch.allclose(first, other) for other in others):
             logger.warning_once(
                 "w1_weight_scale_2 must match w3_weight_scale_2. Accuracy may be affected."
             )
-        replace_parameter(layer, "w13_weight_scale_2", gate.contiguous())
+        replace_parameter(layer, "w13_weight_scale_2", first.contiguous())
         eplb = layer.moe_config.moe_parallel_config.enable_eplb
         for leaf in ("w13_input_scale", "w2_input_scale"):
             largest = amax_for_moe_activation_quant(getattr(layer, leaf), eplb)

@@ -1,7 +1,8 @@
 """Golden MoE tensors made by SGLang's own loader and weight processing, on CPU.
 
 Builds SGLang's FusedMoE for one layer, feeds it the layer's ModelOpt tensors through the loader of
-its DeepSeek models, runs ``process_weights_after_loading`` and records what the layer holds.
+its DeepSeek models, or of Nemotron-H where the experts have no gate, runs
+``process_weights_after_loading`` and records what the layer holds.
 `make_golden` runs this in SGLang's environment; `sglang_cpu` says what is replaced there.
 """
 
@@ -23,7 +24,7 @@ def golden(job: Job) -> Golden:
     prefix = f"model.layers.{job.layer}.mlp.experts"
     model, experts = build(job, prefix)
     jobs.poison(experts)
-    model.do_load_weights(jobs.tensors_below(job.checkpoint, f"{prefix}."))
+    model.load_weights(jobs.tensors_below(job.checkpoint, f"{prefix}."))
     tensors = {name: getattr(experts, name).data.clone() for name in RAW_SCALES}
     with torch.no_grad():
         experts.quant_method.process_weights_after_loading(experts)
@@ -44,8 +45,10 @@ def build(job: Job, prefix: str) -> tuple[Any, Any]:
     from sglang.srt.models.deepseek_common.deepseek_weight_loader import (
         DeepseekV2WeightLoaderMixin,
     )
+    from sglang.srt.models.nemotron_h import NemotronHForCausalLM
 
     config = SimpleNamespace(**jobs.read_config(job.checkpoint))
+    ungated = hasattr(config, "mlp_hidden_act")
     quant_config = ModelOptFp4Config.from_config(config.quantization_config)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -59,14 +62,21 @@ def build(job: Job, prefix: str) -> tuple[Any, Any]:
             routed_scaling_factor=config.routed_scaling_factor,
             routing_method_type=RoutingMethodType.DeepSeekV3,
             prefix=prefix,
+            **({"is_gated": False, "activation": config.mlp_hidden_act} if ungated else {}),
         )
     finally:
         torch.set_default_dtype(torch.float32)
 
     class OneLayer(torch.nn.Module, DeepseekV2WeightLoaderMixin):
-        pass
+        load_weights = DeepseekV2WeightLoaderMixin.do_load_weights
 
-    model: Any = OneLayer()
+    class OneLayerOfNemotronH(torch.nn.Module):
+        load_weights = NemotronHForCausalLM.load_weights
+        remap_prefix = NemotronHForCausalLM.remap_prefix
+        remap_substr = NemotronHForCausalLM.remap_substr
+        stacked_params_mapping = NemotronHForCausalLM.stacked_params_mapping
+
+    model: Any = OneLayerOfNemotronH() if ungated else OneLayer()
     node = model
     *parents, leaf = prefix.split(".")
     for name in parents:
@@ -75,6 +85,7 @@ def build(job: Job, prefix: str) -> tuple[Any, Any]:
     node.add_module(leaf, experts)
     # What the loader looks up on a whole model.
     model.model.start_layer, model.model.end_layer = 0, config.num_hidden_layers
+    config.max_n_routed_experts = config.n_routed_experts
     model.config, model.quant_config = config, quant_config
     model.pp_group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     model.num_fused_shared_experts = 0

@@ -3,15 +3,13 @@
 Everything else is vLLM's own code. Replaced here:
 
 - model classes are inspected in this process: another one would import vLLM anew for each of them;
-- torchvision is importable but inert: image processors import it, and no image is processed;
-- the platform says that it is like CUDA where a MoE layer without a gate asks, and nowhere else.
+- torchvision is importable but inert: image processors import it, and no image is processed.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any
 from unittest.mock import MagicMock
 
 
@@ -19,25 +17,10 @@ from unittest.mock import MagicMock
 def bootstrap() -> None:
     """To be called after `vllm_golden.bootstrap`, before a model is configured."""
     from transformers.utils import import_utils
-    from vllm.model_executor.layers.fused_moe import config as moe_config
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()
-    moe_config.current_platform = LikeCuda(moe_config.current_platform)
     # transformers caches the answer: ask before an inert torchvision looks installed.
     if not import_utils.is_torchvision_available():
         for name in ("", ".transforms", ".transforms.functional", ".transforms.v2"):
             sys.modules[f"torchvision{name}"] = MagicMock()
-
-
-class LikeCuda:
-    """A platform, but for its answer to one question."""
-
-    def __init__(self, platform: Any) -> None:
-        self.platform = platform
-
-    def is_cuda_alike(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.platform, name)

@@ -7,6 +7,7 @@ ModelOpt tensors, runs ``process_weights_after_loading`` and records what the la
 - the platform, which is vLLM's CpuPlatform, and the backend's word that it supports the device;
 - FlashInfer's one CUDA kernel of the weight path, replaced by `interleave_block_scales`;
 - torch's word that the CPU has AMX or AVX-512 BF16, which calls for kernels that are compiled;
+- the platform's word, where a MoE layer without a gate asks, that it is not like CUDA;
 - rank and size of vLLM's process group, which has one member (no collective is involved).
 """
 
@@ -76,10 +77,12 @@ def bootstrap() -> None:
 
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.fused_moe import config as moe_config
     from vllm.model_executor.layers.fused_moe.experts import trtllm_nvfp4_moe
 
     experts_base = trtllm_nvfp4_moe.TrtLlmNvFp4ExpertsBase
     experts_base._supports_current_device = staticmethod(lambda: True)
+    moe_config.current_platform = LikeCuda(moe_config.current_platform)
 
     rendezvous = tempfile.mkdtemp()  # a file needs no free port
     with set_current_vllm_config(vllm_config()):
@@ -91,6 +94,19 @@ def bootstrap() -> None:
             backend="gloo",
         )
         parallel_state.initialize_model_parallel()
+
+
+class LikeCuda:
+    """A platform, but for its answer to one question."""
+
+    def __init__(self, platform: Any) -> None:
+        self.platform = platform
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.platform, name)
 
 
 @contextlib.contextmanager
@@ -121,6 +137,7 @@ def build(job: Job, prefix: str, use_ep: bool) -> Any:
     """The runner that vLLM's DeepSeek model builds for this layer."""
     import torch
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import activation_without_mul
     from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -129,6 +146,12 @@ def build(job: Job, prefix: str, use_ep: bool) -> Any:
     quant_config = get_quantization_config("modelopt_fp4").from_config(
         config["quantization_config"]
     )
+    without_gate = {}
+    if "mlp_hidden_act" in config:
+        without_gate = {
+            "activation": activation_without_mul(config["mlp_hidden_act"]),
+            "ckpt_names": ("up_proj", "down_proj", None),
+        }
     with set_current_vllm_config(vllm_config(use_ep)), set_default_torch_dtype(torch.bfloat16):
         return FusedMoEFactory(
             num_experts=config["n_routed_experts"],
@@ -144,6 +167,7 @@ def build(job: Job, prefix: str, use_ep: bool) -> Any:
             scoring_func=config["scoring_func"],
             routed_scaling_factor=config["routed_scaling_factor"],
             e_score_correction_bias=torch.zeros(config["n_routed_experts"]),
+            **without_gate,
         )
 
 

@@ -46,7 +46,6 @@ MINIMAX_M2 = Export(
     }
 )
 NEMOTRON = Export(
-    "is of experts without a gate",
     config={
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
         "mtp_layers_block_type": ["attention", "moe"],

@@ -27,44 +27,50 @@ LISTS = HERE.parents[2] / "scripts" / "exporters"
 class Export:
     """What is known of one exporter's checkpoint of one family."""
 
+    row: str = "experts.N.{gate,up,down}_proj"
+    """Of the table of families."""
     refusal: str | None = None
     """Part of the message with which `convert` refuses it; None where it converts."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What engines read in config.json and the exporter does not write: keys of the published
-    models, which their transformers classes do not have. A user has to add them by hand."""
+    """What engines read in config.json, and transformers 5 does not write, or not like this. The
+    published models have it; who exports one has to add it by hand."""
 
 
-DEEPSEEK = Export(
+DEEPSEEK_V3 = Export(
     config={"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 )
 MINIMAX_M2 = Export(
+    row="experts.N.{w1,w3,w2}",
     config={
         "rotary_dim": 64,
         "scoring_func": "sigmoid",
         "use_qk_norm": True,
         "use_routing_bias": True,
-    }
+    },
 )
-NEMOTRON = Export(
+NEMOTRON_H = Export(
+    row="experts.N.{up,down}_proj",
     config={
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
         "mtp_layers_block_type": ["attention", "moe"],
     },
 )
 QWEN3_NEXT = Export(config={"full_attention_interval": 2})
-STACKED = Export("all experts of the layer stacked in one tensor")
-WEIGHT_ONLY = Export("whose experts are weight-only (W4A16)")
-COMPRESSED = Export("compressed-tensors nvfp4-pack-quantized; this release converts the exports of")
+STACKED = Export(refusal="all experts of the layer stacked in one tensor")
+WEIGHT_ONLY = Export(refusal="whose experts are weight-only (W4A16)")
+COMPRESSED = Export(
+    refusal="compressed-tensors nvfp4-pack-quantized; this release converts the exports of ModelOpt"
+)
 
 EXPORTS: dict[str, Export] = {
-    "modelopt-deepseek_v3": DEEPSEEK,
-    "modelopt-deepseek_v3-NVFP4_EXPERTS_ONLY": DEEPSEEK,
+    "modelopt-deepseek_v3": DEEPSEEK_V3,
+    "modelopt-deepseek_v3-NVFP4_EXPERTS_ONLY": DEEPSEEK_V3,
     "modelopt-glm4_moe": Export(),
     "modelopt-gpt_oss": STACKED,
     "modelopt-minimax_m2": MINIMAX_M2,
-    "modelopt-mixtral": Export(),
-    "modelopt-nemotron_h": NEMOTRON,
-    "modelopt-nemotron_h-MAMBA_MOE_NVFP4_CONSERVATIVE": NEMOTRON,
+    "modelopt-mixtral": Export(row="experts.N.{w1,w3,w2}"),
+    "modelopt-nemotron_h": NEMOTRON_H,
+    "modelopt-nemotron_h-MAMBA_MOE_NVFP4_CONSERVATIVE": NEMOTRON_H,
     "modelopt-qwen3_moe": Export(),
     "modelopt-qwen3_moe-W4A16_NVFP4": WEIGHT_ONLY,
     "modelopt-qwen3_next": QWEN3_NEXT,
@@ -144,6 +150,6 @@ def make(folder: Path, name: str) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | EXPORTS[name].config
     section = config["quantization_config"]
-    # ModelOpt forgets to take a mark of its own from the names of Nemotron-H's modules.
+    # ModelOpt leaves a mark of its own in the names of Nemotron-H's modules.
     section["ignore"] = [re.sub(r"\.\x00[^*]*", "", module) for module in section["ignore"]]
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -71,7 +71,7 @@ def mixtral() -> Any:
 def nemotron_h() -> Any:
     config = transformers.NemotronHConfig(
         **{key: size for key, size in COMMON.items() if key != "num_hidden_layers"},
-        **DENSE,
+        **DENSE | {"moe_intermediate_size": 2 * I},  # vLLM cuts it at multiples of 128
         layers_block_type=["mamba", "moe", "attention", "moe"],
         mamba_head_dim=32,
         mamba_num_heads=8,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
     from .progress import OnProgress, Progress
+    from .report import RunReport
+    from .restoration import restore
     from .verification import Verified, verify
 
 __all__ = [
@@ -35,12 +37,14 @@ __all__ = [
     "OutputError",
     "Progress",
     "RowOrderError",
+    "RunReport",
     "ServingError",
     "Verified",
     "VerifyError",
     "convert",
     "inspect",
     "prepare",
+    "restore",
     "verify",
 ]
 
@@ -52,6 +56,8 @@ _HOME = {
     "convert": "conversion",
     "inspect": "inspection",
     "prepare": "conversion",
+    "RunReport": "report",
+    "restore": "restoration",
     "Verified": "verification",
     "verify": "verification",
 }

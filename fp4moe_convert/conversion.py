@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +14,16 @@ import numpy as np
 
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
-from .execution.output_folder import OutputFolder, Planned
+from .execution.output_folder import OutputFolder
 from .execution.scatter import scatter
-from .execution.stock import Work
+from .execution.stock import Conversion
+from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .plan import Plan, make_plan
-from .progress import OnProgress, track
+from .progress import OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
+from .report import RunReport, peak_rss
 from .source.checkpoint import Checkpoint, open_checkpoint
 from .source.completeness import remarks
 from .source.experts import require_layers
@@ -35,35 +35,13 @@ from .storage.reader import keep_open, read_bytes
 from .verification import damaged_shards
 from .verification import verify as verify_folder
 
-OnNote = Callable[[str], None]
-"""Told something worth knowing, in words."""
 
-
-@dataclass(frozen=True, slots=True)
-class ConversionReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport(RunReport):
     """What a conversion did."""
 
-    out_dir: Path
-    layers: int
     passed_layers: dict[str, str]
     """Expert layers left as they were, with the reason."""
-    tensors_in: int
-    tensors_out: int
-    bytes_in: int
-    bytes_out: int
-    bytes_written: int
-    """Of ``bytes_out``: the shards that were not there from an earlier run."""
-    shards: int
-    shards_kept: int
-    """Of ``shards``: finished by an earlier run."""
-    other_files: int
-    """Copied as they are: tokenizer, code, whatever lies in sub-folders."""
-    other_bytes: int
-    """Of these."""
-    seconds: float
-    """Wall time of the conversion, from the first header to the index."""
-    peak_rss: int
-    """Bytes; of the whole process so far."""
     prospects: Prospects
     flashinfer: str
     """The FlashInfer release whose row order was written."""
@@ -71,13 +49,6 @@ class ConversionReport:
     """Whether that release is installed here; otherwise it is the newest on record."""
     row_order: str
     """Its fingerprint."""
-    warnings: list[str]
-    verify_seconds: float | None
-    """Wall time of reading the result back; None if that was not asked for."""
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes_written / self.seconds
 
     @property
     def serve(self) -> dict[str, str]:
@@ -86,30 +57,14 @@ class ConversionReport:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "out_dir": str(self.out_dir),
-            "layers": self.layers,
+            # Not super(): slots make a new class of this one.
+            **RunReport.as_json(self),
             "passed_layers": self.passed_layers,
-            "tensors_in": self.tensors_in,
-            "tensors_out": self.tensors_out,
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "bytes_written": self.bytes_written,
-            "shards": self.shards,
-            "shards_kept": self.shards_kept,
-            "other_files": self.other_files,
-            "other_bytes": self.other_bytes,
-            "seconds": round(self.seconds, 3),
-            "bytes_per_second": round(self.bytes_per_second),
-            "peak_rss_bytes": self.peak_rss,
             **self.prospects.as_json(),
             "serve": self.serve,
             "flashinfer": self.flashinfer,
             "flashinfer_installed": self.flashinfer_installed,
             "row_order": self.row_order,
-            "warnings": self.warnings,
-            "verify_seconds": None
-            if self.verify_seconds is None
-            else round(self.verify_seconds, 3),
         }
 
 
@@ -117,7 +72,7 @@ class ConversionReport:
 class Preview:
     """What a conversion will do, from headers and config.json. Nothing has been written."""
 
-    work: Work
+    work: Conversion
     prospects: Prospects
     warnings: list[str]
     """Those that need no tensor."""
@@ -160,7 +115,7 @@ def preview(model_dir: str | Path, *, max_shard_nbytes: int = defaults.MAX_SHARD
     warnings = remarks(checkpoint, plan.geometries)
     outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries.values())
     outlook.require_one(checkpoint.location)
-    return Preview(Work(checkpoint, plan), outlook, warnings)
+    return Preview(Conversion(checkpoint, plan), outlook, warnings)
 
 
 def convert(
@@ -219,14 +174,13 @@ def convert(
 
         # The shards.
         writing = planned.start()
-        _tell(planned, on_note)
+        tell(planned.remarks(), on_note)
+        to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
         on_bytes = track(
-            "converting",
-            sum(shard.nbytes - len(shard.header) for shard in writing.shards_to_write),
-            on_progress,
+            "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
         )
         scatter(
-            writing.shards_to_write,
+            to_write,
             out_dir,
             open_source=keep_open(partial(store.open, direct=direct_io)),
             direct=direct_io,
@@ -237,7 +191,11 @@ def convert(
         warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
 
         # The files beside them, and the reading back.
-        done = writing.finish(row_order)
+        done = writing.finish(
+            lambda records: write_surroundings(
+                work.checkpoint, plan, out_dir, row_order=row_order, shards=records
+            )
+        )
         seconds = time.perf_counter() - started
         verified = None
         if verify:
@@ -258,7 +216,7 @@ def convert(
         tensors_out=plan.tensors_out,
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
-        bytes_written=sum(shard.nbytes for shard in writing.shards_to_write),
+        bytes_written=sum(shard.nbytes for shard in to_write),
         shards=len(plan.shards),
         shards_kept=len(planned.kept),
         other_files=len(work.copied),
@@ -284,20 +242,6 @@ def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
             raise CheckpointError(f"{name}: its folder has the name of a file of the output")
 
 
-def _tell(planned: Planned, on_note: OnNote | None) -> None:
-    if on_note is None:
-        return
-    for name, why in planned.to_redo.items():
-        on_note(f"{name}: written again: {why}")
-    for name in sorted(planned.users):
-        on_note(f"{name}: left as it is; no engine reads it")
-    if planned.kept:
-        is_whole = planned.folder.has_index and not planned.shards_to_write
-        what = "already finished" if is_whole else "resuming"
-        kept, count = len(planned.kept), len(planned.work.plan.shards)
-        on_note(f"{what}: {kept} of {count} shards were finished before and are kept")
-
-
 def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:
     """What the layout has to say about the values it wrote."""
     shard_of = {name: shard for shard in plan.shards for name in shard.tensors}
@@ -310,14 +254,3 @@ def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:
 
     for layer in plan.layers:
         yield from plan.layout.remarks(layer.prefix, layer.geometry, read)
-
-
-def peak_rss() -> int:
-    """The most memory this process has had resident, in bytes."""
-    # getrusage would count what the parent had when it started us.
-    with suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024

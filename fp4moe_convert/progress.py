@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -25,6 +25,17 @@ OnProgress = Callable[[Progress], None]
 
 OnBytes = Callable[[str, int], None]
 """Told an item and how many of its bytes have been done, from any thread."""
+
+
+OnNote = Callable[[str], None]
+"""Told something worth knowing, in words."""
+
+
+def tell(notes: Iterable[str], on_note: OnNote | None) -> None:
+    """Hand notes on, if somebody listens."""
+    if on_note is not None:
+        for note in notes:
+            on_note(note)
 
 
 def track(phase: str, total: int, on_progress: OnProgress | None) -> OnBytes:

@@ -33,7 +33,6 @@ from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
 from fp4moe_convert.cli.commands import convert_app
-from fp4moe_convert.execution import output_folder
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -896,13 +895,13 @@ def test_a_flashinfer_that_does_not_import(
 def test_a_result_that_does_not_verify(
     model_dir: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_surroundings = output_folder.write_surroundings
+    write_surroundings = conversion.write_surroundings
 
     def write_and_damage(*args: Any, **kwargs: Any) -> None:
         write_surroundings(*args, **kwargs)
         poke(out_dir, "lm_head.weight", 0, 0x55)
 
-    monkeypatch.setattr(output_folder, "write_surroundings", write_and_damage)
+    monkeypatch.setattr(conversion, "write_surroundings", write_and_damage)
     arguments = [str(model_dir), str(out_dir), "--quiet", "--verify"]
     result = CliRunner().invoke(convert_app, arguments)
     assert (result.exit_code, result.stdout) == (1, "")

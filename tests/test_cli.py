@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import typer
 from rich.console import Console
-from support.folders import INDEX, MANIFEST, contents, flip_bit
+from support.folders import INDEX, MANIFEST, SOURCE, contents, flip_bit
 from support.specs import TINY
 from typer.testing import CliRunner, Result
 
@@ -302,7 +302,8 @@ def test_a_dry_run_says_what_a_run_says(
     copied = {
         name: content
         for name, content in contents(tmp_path / "out").items()
-        if name not in (INDEX, MANIFEST, "config.json") and not name.endswith(".safetensors")
+        if name not in (INDEX, MANIFEST, SOURCE, "config.json")
+        and not name.endswith(".safetensors")
     }
     assert len(copied) == plan["other_files"] == 8
     assert sum(map(len, copied.values())) == plan["other_bytes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from support.folders import INDEX, MANIFEST, contents, write_byte
+from support.folders import INDEX, MANIFEST, SOURCE, contents, write_byte
 from support.make_checkpoint import Spec, make_checkpoint, tensors_of
 from support.tensors import range_of, read_tensors
 
@@ -101,7 +101,7 @@ def test_other_files_are_copied(tmp_path: Path) -> None:
     (source / ".cache").mkdir()
     (source / ".cache" / "download.lock").touch()
     convert(source, out)
-    generated = {INDEX, MANIFEST, "config.json"}
+    generated = {INDEX, MANIFEST, SOURCE, "config.json"}
     copied = {
         name: data
         for name, data in contents(out).items()

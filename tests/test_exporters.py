@@ -12,7 +12,7 @@ from support import exporters
 from support.folders import every_file
 from typer.testing import CliRunner
 
-from fp4moe_convert import CheckpointError, convert, inspect, verify
+from fp4moe_convert import CheckpointError, convert, inspect, restore, verify
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.source.checkpoint import open_checkpoint
 from fp4moe_convert.storage.local import LocalFolder
@@ -40,6 +40,8 @@ def test_an_export_is_converted(name: str, tmp_path: Path) -> None:
     assert converted.layers == found.layers
     assert converted.serve == report.serve == planned["serve"] != {}
     assert verify(tmp_path / "out", source=source).tensors == report.tensors_out
+    restore(tmp_path / "out", tmp_path / "back")
+    assert every_file(tmp_path / "back") == every_file(source)
 
 
 @pytest.mark.parametrize("name", REFUSED)

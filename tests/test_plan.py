@@ -190,7 +190,7 @@ assert len(plan.layers) == 58 and plan.tensors_in > 180_000
 converted = sum(len(s.tensors) for s in plan.shards) - (plan.tensors_in - 178_176)
 assert converted == 464 + 58 + 1, converted  # with the stops, and the marker
 assert not {{"torch", "flashinfer"}} & set(sys.modules)
-from fp4moe_convert.conversion import peak_rss
+from fp4moe_convert.report import peak_rss
 print(peak_rss())
 """
     run = subprocess.run(

@@ -35,7 +35,7 @@ from fp4moe_convert import (
     convert,
     verify,
 )
-from fp4moe_convert.execution import output_folder, surroundings
+from fp4moe_convert.execution import surroundings
 from fp4moe_convert.execution.journal import Journal
 from fp4moe_convert.format.files import JOURNAL_NAME
 from fp4moe_convert.format.manifest import sign
@@ -296,9 +296,9 @@ def test_a_file_of_a_finished_folder_that_cannot_be_read(source: Path, tmp_path:
     [
         (10, "tokenizer.json", "'tokenizer.json' is not the source's"),
         (10, "config.json", "'config.json' is not the source's"),
-        (13, "tokenizer.json", "'tokenizer.json' has been changed since"),
-        (13, "config.json", "'config.json' has been changed since"),
-        (13, MANIFEST, f"{MANIFEST}: "),
+        (14, "tokenizer.json", "'tokenizer.json' has been changed since"),
+        (14, "config.json", "'config.json' has been changed since"),
+        (14, MANIFEST, f"{MANIFEST}: "),
     ],
 )
 def test_an_unfinished_folder_that_a_person_has_edited_is_left_alone(
@@ -326,7 +326,7 @@ convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
     assert not (out / INDEX).exists()
-    assert (out / MANIFEST).exists() == (renames == 13)
+    assert (out / MANIFEST).exists() == (renames == 14)
     (out / name).write_text("mine")
     before = state_of(out)
     with pytest.raises(OutputError, match=rf"^{out}: {re.escape(what)}.*; .*--overwrite starts af"):
@@ -734,10 +734,13 @@ def test_a_config_that_changes_meanwhile_is_not_taken_for_the_source(
         add_a_space(source / "config.json")
         scatter(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "scatter", changing)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "scatter", changing)
+        with pytest.raises(CheckpointError, match=r"^config\.json: has changed while it was read$"):
+            run(source, tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX).exists()
     run(source, tmp_path / "out")
-    with pytest.raises(VerifyError, match=r"is not the checkpoint .*: config\.json differs"):
-        verify(tmp_path / "out", source)
+    verify(tmp_path / "out", source)
 
 
 def test_overwrite_starts_afresh(stopped: Path, source: Path, expected: dict[str, bytes]) -> None:
@@ -910,7 +913,7 @@ import os, signal
 from fp4moe_convert import conversion
 from fp4moe_convert.execution import output_folder
 from support.folders import flip_bit
-finish, remove_file = output_folder.write_surroundings, output_folder.remove_file
+finish, remove_file = conversion.write_surroundings, output_folder.remove_file
 def finish_and_damage(checkpoint, plan, out_dir, **rest):
     finish(checkpoint, plan, out_dir, **rest)
     flip_bit(out_dir / plan.shards[0].name)
@@ -918,7 +921,7 @@ def remove_and_die(path):
     remove_file(path)
     if path.name == {kill_at!r}:
         os.kill(os.getpid(), signal.SIGKILL)
-output_folder.write_surroundings, output_folder.remove_file = finish_and_damage, remove_and_die
+conversion.write_surroundings, output_folder.remove_file = finish_and_damage, remove_and_die
 conversion.convert({str(source)!r}, {str(tmp_path / "out")!r}, verify=True)
 """
     done = subprocess.run(
@@ -934,7 +937,7 @@ def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
     stopped: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk that is full there is no room for a line in the journal."""
-    finish = output_folder.write_surroundings
+    finish = conversion.write_surroundings
 
     def no_room(*_: object) -> None:
         raise OutputError("journal: No space left on device")
@@ -944,7 +947,7 @@ def test_a_result_that_cannot_be_taken_back_on_record_is_taken_back(
         flip_bit(sorted(stopped.glob("*.safetensors"))[0])
         monkeypatch.setattr(Journal, "_append", no_room)
 
-    monkeypatch.setattr(output_folder, "write_surroundings", finish_and_damage)
+    monkeypatch.setattr(conversion, "write_surroundings", finish_and_damage)
     with pytest.raises(VerifyError, match=r"^model-.*: '"):
         run(source, stopped, verify=True)
     assert not (stopped / INDEX).exists()
@@ -955,14 +958,14 @@ def test_a_result_that_does_not_verify_is_not_built_on(
     stopped: Path, source: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = sorted(stopped.glob("*.safetensors"))[0]
-    finish = output_folder.write_surroundings
+    finish = conversion.write_surroundings
 
     def finish_and_damage(*args: Any, **kwargs: Any) -> None:
         finish(*args, **kwargs)
         flip_bit(shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output_folder, "write_surroundings", finish_and_damage)
+        patch.setattr(conversion, "write_surroundings", finish_and_damage)
         with pytest.raises(VerifyError, match=rf"^{shard.name}: "):
             run(source, stopped, verify=True)
     assert not (stopped / INDEX).exists()

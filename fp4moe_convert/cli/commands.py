@@ -226,6 +226,50 @@ def verify_command(
     _print(verified.as_json() if as_json else [verified_table(verified)])
 
 
+@app.command("restore")
+@_fails_plainly
+def restore_command(
+    converted_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
+    out_dir: Annotated[
+        Path, _argument(help="The original: a new or empty folder, or one to resume.")
+    ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read all of the result and compare it with the converted checkpoint."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Start afresh: delete what an unfinished run left in OUT_DIR."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+) -> None:
+    """Write the original that a checkpoint was converted from, byte for byte."""
+    from ..restoration import restore
+    from .display import progress_on, restored_table
+
+    when_interrupted(advice="; run the same command again to resume")
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = restore(
+            converted_dir,
+            out_dir,
+            direct_io=direct_io,
+            threads=threads,
+            verify=verify,
+            overwrite=overwrite,
+            on_progress=on_progress,
+            on_note=None if quiet else _say,
+        )
+    _warn(report.warnings)
+    _print(report.as_json() if as_json else [restored_table(report)])
+
+
 @app.command("inspect")
 @_fails_plainly
 def inspect_command(

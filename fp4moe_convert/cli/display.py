@@ -29,6 +29,7 @@ from ..format.contract import Geometry
 from ..inspection import Inspection
 from ..progress import OnProgress, Progress
 from ..prospects import Prospects
+from ..report import RunReport
 from ..verification import Verified
 from .process import when_interrupted
 
@@ -106,25 +107,38 @@ def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) ->
 
 def report_table(report: ConversionReport) -> Table:
     """What a conversion did, and what to do with it."""
-    rows = {
-        "converted": _layers(report.layers),
-        "passed through": _passed(report.passed_layers),
+    return _table(
+        {
+            "converted": _layers(report.layers),
+            "passed through": _passed(report.passed_layers),
+            **_written(report, "source"),
+            "row order": f"{report.row_order} ({_release(report)})",
+            **_prospects(report.prospects, report.serve),
+        }
+    )
+
+
+def restored_table(report: RunReport) -> Table:
+    """What a restoration did."""
+    rows = {"restored": _layers(report.layers), **_written(report, "converted checkpoint")}
+    return _table(rows)
+
+
+def _written(report: RunReport, source: str) -> dict[str, str]:
+    rate = f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""
+    return {
         "tensors": f"{report.tensors_in:,} -> {report.tensors_out:,}",
         "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
         "other files": _files(report.other_files, report.other_bytes),
         "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
         if report.shards_kept
         else "",
-        "time": f"{report.seconds:.1f} s"
-        + (f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""),
+        "time": f"{report.seconds:.1f} s{rate}",
         "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
         "verified": ""
         if report.verify_seconds is None
-        else f"every byte against the source, {report.verify_seconds:.1f} s",
-        "row order": f"{report.row_order} ({_release(report)})",
-        **_prospects(report.prospects, report.serve),
+        else f"every byte against the {source}, {report.verify_seconds:.1f} s",
     }
-    return _table(rows)
 
 
 def _release(report: ConversionReport) -> str:

@@ -20,7 +20,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -37,14 +37,12 @@ from ..format.files import (
     no_engine_reads,
 )
 from ..format.manifest import Manifest, ShardRecord
-from ..layouts.base import RowOrder
-from ..plan import PlannedShard
 from ..storage.copying import record_of
 from ..storage.durable import WriteFile, make_folder, publish, remove_file, sync_folder
 from ..storage.local import LocalReader, files_below
 from .journal import FinishedShard, Journal
-from .stock import Work, take_stock
-from .surroundings import names_in_manifest, read_manifest, write_surroundings
+from .stock import Target, Work, take_stock
+from .surroundings import names_in_manifest, read_manifest
 
 AFRESH = "--overwrite starts afresh"
 
@@ -116,7 +114,7 @@ class OutputFolder:
         # Where tidying up fails as well, the failure that came first is reported.
         with contextlib.suppress(OSError, OutputError):
             match self._state:
-                case _ if self.has_index:
+                case _ if self.has_index or isinstance(self._state, Done):
                     nothing_to_resume = True
                 case Opened() | Planned():
                     nothing_to_resume = self.journal.is_new
@@ -187,7 +185,8 @@ class OutputFolder:
             CheckpointError: a file cannot be read.
         """
         present = set(files_below(self.path, OutputError))
-        if self.manifest is None and (self.has_index or MANIFEST_NAME in present):
+        looks_finished = MANIFEST_NAME in work.generated and self.has_index
+        if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
             raise OutputError(f"{self.path}: {self.no_manifest}; {AFRESH}")
         beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.copied}
         for name in sorted(name for name in beside if not no_engine_reads(name)):
@@ -214,12 +213,7 @@ class OutputFolder:
     def _is_as_left(self, name: str, work: Work) -> bool:
         """Whether a file is what the manifest says or, until there is one, what the source has."""
         path = self.path / name
-        if self.manifest is not None:
-            left = self.manifest.files.get(name)
-        elif name in work.copied:
-            left = record_of(work.checkpoint.store.open(name))
-        else:
-            left = None
+        left = self.manifest.files.get(name) if self.manifest else work.left_by_us(name)
         return not path.is_symlink() and left == record_of(LocalReader(path, name=os.fspath(path)))
 
     def stale(self, keep: set[str]) -> set[str]:
@@ -271,7 +265,7 @@ class Opened:
             CheckpointError: a file cannot be read.
         """
         folder = self.folder
-        folder.refuse_folders_named({shard.name for shard in work.plan.shards} | folder.ours)
+        folder.refuse_folders_named({shard.name for shard in work.shards} | folder.ours)
         planned = Planned(folder, work, users=folder.users_own(work))
         folder.ours -= planned.users
         if not overwrite:
@@ -289,8 +283,7 @@ class Opened:
 def _recorded_by(manifest: Manifest, work: Work, folder: OutputFolder) -> dict[str, FinishedShard]:
     """The shards of a manifest, if it is of this very conversion."""
     if (difference := work.difference(manifest)) is None:
-        shards = work.plan.shards
-        return {s.name: work.finished(s, manifest.shards[s.name]) for s in shards}
+        return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
     if folder.has_index:
         raise OutputError(
             f"{folder.path}: holds a finished conversion of another checkpoint or with "
@@ -318,8 +311,20 @@ class Planned:
         return {name: finished.record for name, finished in self.kept.items()}
 
     @property
-    def shards_to_write(self) -> tuple[PlannedShard, ...]:
-        return tuple(shard for shard in self.work.plan.shards if shard.name not in self.kept)
+    def shards_to_write(self) -> tuple[Target, ...]:
+        return tuple(shard for shard in self.work.shards if shard.name not in self.kept)
+
+    def remarks(self) -> Iterator[str]:
+        """What there is to say of what earlier runs left."""
+        for name, why in self.to_redo.items():
+            yield f"{name}: written again: {why}"
+        for name in sorted(self.users):
+            yield f"{name}: left as it is; no engine reads it"
+        if self.kept:
+            is_whole = self.folder.has_index and not self.shards_to_write
+            what = "already finished" if is_whole else "resuming"
+            kept, count = len(self.kept), len(self.work.shards)
+            yield f"{what}: {kept} of {count} shards were finished before and are kept"
 
     def redo(self, reasons: Mapping[str, str]) -> None:
         """Keep these shards no longer."""
@@ -343,12 +348,12 @@ class Planned:
         if not is_whole:
             # Names are recorded before the files are created, so that a run after a kill
             # recognises them as ours.
-            folder.ours |= {shard.name for shard in self.work.plan.shards}
+            folder.ours |= {shard.name for shard in self.work.shards}
             folder.journal.declare(folder.ours)
             # The manifest goes. From here on the journal has the records that only it had.
             only_in_manifest = self.kept.keys() - folder.journal.finished.keys()
             folder.journal.add(self.kept[name] for name in sorted(only_in_manifest))
-        writing = Writing(folder, self.work, keep, self.records, self.shards_to_write)
+        writing = Writing(folder, self.work, keep, self.records)
         folder.enter(self, writing)
         folder.clear(keep)
         with naming(folder.path, OutputError):
@@ -382,12 +387,9 @@ class Writing:
     """What a failure does not delete."""
     records: dict[str, ShardRecord]
     """Of the finished shards."""
-    shards_to_write: tuple[PlannedShard, ...]
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def finish_shard(
-        self, shard: PlannedShard, file: WriteFile, checksums: Mapping[str, str]
-    ) -> None:
+    def finish_shard(self, shard: Target, file: WriteFile, checksums: Mapping[str, str]) -> None:
         """Take a shard whose last byte has been written; called from any thread.
 
         A crash between any two of these steps leaves either a temporary file, or a shard that the
@@ -413,28 +415,25 @@ class Writing:
             self.records[shard.name] = record
         publish(file.path, self.folder.path / shard.name)
 
-    def finish(self, row_order: RowOrder) -> Done:
+    def finish(self, write_beside: Callable[[Mapping[str, ShardRecord]], None]) -> Done:
         """Write what stands beside the shards, the index last.
+
+        Args:
+            write_beside: does it, given the records of all shards in order.
 
         Raises:
             OutputError: somebody has put a file where one of ours will be, or writing failed.
             CheckpointError: a file of the source cannot be read.
         """
         folder, work = self.folder, self.work
-        names = {*GENERATED, *work.copied}
+        names = {*work.generated, *work.copied}
         users = {n for n in names if no_engine_reads(n) and os.path.lexists(folder.path / n)}
         if new := names - folder.ours - users:
             folder.refuse(name for name in new if os.path.lexists(folder.path / name))
             folder.ours |= new
             folder.journal.declare(new)
-        write_surroundings(
-            work.checkpoint,
-            work.plan,
-            folder.path,
-            row_order=row_order,
-            shards={shard.name: self.records[shard.name] for shard in work.plan.shards},
-        )
-        done = Done(folder)
+        write_beside({shard.name: self.records[shard.name] for shard in work.shards})
+        done = Done(folder, work)
         folder.enter(self, done)
         return done
 
@@ -444,6 +443,7 @@ class Done:
     """The folder is finished."""
 
     folder: OutputFolder
+    work: Work
 
     def reject(self) -> Rejected:
         """The result, or the source, has proved wrong: the folder must not look finished, and no
@@ -459,7 +459,7 @@ class Done:
         with contextlib.suppress(OutputError):
             folder.journal.declare(folder.ours)
             folder.journal.forget()
-        for name in reversed(GENERATED):
+        for name in reversed(self.work.generated):
             with naming(name, OutputError):
                 remove_file(folder.path / name)
         return rejected

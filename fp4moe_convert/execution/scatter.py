@@ -23,6 +23,7 @@ from ..storage.durable import WriteFile, partial_path
 from ..storage.reader import Opener
 from .checksum import Checksum
 from .crew import Crew
+from .stock import Target
 
 OnFilled = Callable[[PlannedShard, WriteFile, dict[str, str]], None]
 """Given a shard whose last byte has been written to its file, which has a temporary name and is
@@ -87,6 +88,19 @@ class _OpenShard:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+def create_shard(shard: Target, out_dir: Path, *, direct: bool) -> WriteFile:
+    """Make a shard's file, under its temporary name and at its final size, and write its header.
+
+    Raises:
+        OutputError: naming the file and the system's reason.
+    """
+    file = WriteFile(partial_path(out_dir / shard.name), shard.nbytes, direct=direct)
+    header = aligned_buffer(len(shard.header))
+    header[:] = np.frombuffer(shard.header, np.uint8)
+    file.write(header, 0)
+    return file
+
+
 def scatter(
     shards: Sequence[PlannedShard],
     out_dir: Path,
@@ -117,10 +131,7 @@ def scatter(
 
     def jobs() -> Iterator[tuple[_OpenShard, Move]]:
         for planned in shards:
-            file = WriteFile(partial_path(out_dir / planned.name), planned.nbytes, direct=direct)
-            header = aligned_buffer(len(planned.header))
-            header[:] = np.frombuffer(planned.header, np.uint8)
-            file.write(header, 0)
+            file = create_shard(planned, out_dir, direct=direct)
             shard = _OpenShard(planned, file, len(planned.moves))
             if not planned.moves:
                 filled(shard)

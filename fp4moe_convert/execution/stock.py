@@ -3,49 +3,114 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import CheckpointError, OutputError, naming
 from ..format.contract import FORMAT_VERSION
-from ..format.manifest import Identity, Manifest, ShardRecord
-from ..plan import Plan, PlannedShard
+from ..format.files import GENERATED
+from ..format.manifest import FileRecord, Identity, Manifest, ShardRecord
+from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import source_difference
+from ..source.spans import Shard
+from ..storage.copying import record_of
 from ..storage.header import read_header
 from ..storage.local import LocalReader
+from ..storage.reader import Store
 from .journal import FinishedShard
 
 _OTHER_PLAN = "the options or the layout of shards have changed since"
 
 
-@dataclass(frozen=True)
-class Work:
-    """A plan and the source it is for: what a run is about to make."""
+class Target(Protocol):
+    """A shard that a run makes."""
 
-    checkpoint: Checkpoint
-    plan: Plan
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def header(self) -> bytes: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the shard's bytes may be others, or come from elsewhere."""
+
+    @property
+    def source_files(self) -> Collection[str]:
+        """Names of the shards that it is read from."""
+
+
+class Work(ABC):
+    """What a run is about to make, and of what."""
+
+    @property
+    @abstractmethod
+    def store(self) -> Store:
+        """The folder that is read."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> Sequence[Shard]:
+        """The shards in it."""
+
+    @property
+    @abstractmethod
+    def shards(self) -> Sequence[Target]:
+        """The shards that are made."""
+
+    @property
+    @abstractmethod
+    def row_order(self) -> str:
+        """Fingerprint of the row order that the converted side has."""
+
+    @property
+    @abstractmethod
+    def other_files(self) -> Sequence[str]:
+        """Names of the files that are copied as they are."""
+
+    @property
+    @abstractmethod
+    def generated(self) -> Sequence[str]:
+        """Names of the files that are written besides, in order."""
+
+    @abstractmethod
+    def left_by_us(self, name: str) -> FileRecord | None:
+        """What an unfinished run has left under a name; None where that cannot be told.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+
+    @abstractmethod
+    def difference(self, manifest: Manifest) -> str | None:
+        """How this work differs from that which left a manifest; None if it does not."""
 
     @cached_property
     def identities(self) -> dict[str, Identity]:
-        """Of each source file."""
-        return {shard.name: shard.identity for shard in self.checkpoint.shards}
+        """Of each shard that is read."""
+        return {shard.name: shard.identity for shard in self.sources}
 
     @cached_property
     def copied(self) -> dict[str, int]:
         """Size in bytes of each file that is copied as it is, by name."""
-        store = self.checkpoint.store
-        return {name: store.open(name).nbytes for name in self.checkpoint.other_files}
+        return {name: self.store.open(name).nbytes for name in self.other_files}
 
-    def finished(self, shard: PlannedShard, record: ShardRecord) -> FinishedShard:
+    def finished(self, shard: Target, record: ShardRecord) -> FinishedShard:
         """The journal's line on a shard that is made now."""
         return FinishedShard(
             name=shard.name,
             record=record,
             format_version=FORMAT_VERSION,
-            row_order=self.plan.layout.fingerprint,
+            row_order=self.row_order,
             plan=shard.fingerprint,
             sources={name: self.identities[name] for name in shard.source_files},
         )
@@ -56,13 +121,47 @@ class Work:
         Raises:
             CheckpointError: one has changed, or has gone.
         """
-        for shard in self.checkpoint.shards:
+        for shard in self.sources:
             if shard.name in sources:
-                shard.check_unchanged(self.checkpoint.store)
+                shard.check_unchanged(self.store)
+
+
+@dataclass(frozen=True)
+class Conversion(Work):
+    """A source and the plan for it."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+
+    @property
+    def store(self) -> Store:
+        return self.checkpoint.store
+
+    @property
+    def sources(self) -> Sequence[Shard]:
+        return self.checkpoint.shards
+
+    @property
+    def shards(self) -> Sequence[Target]:
+        return self.plan.shards
+
+    @property
+    def row_order(self) -> str:
+        return self.plan.layout.fingerprint
+
+    @property
+    def other_files(self) -> Sequence[str]:
+        return self.checkpoint.other_files
+
+    @property
+    def generated(self) -> Sequence[str]:
+        return GENERATED
+
+    def left_by_us(self, name: str) -> FileRecord | None:
+        return record_of(self.store.open(name)) if name in self.copied else None
 
     def difference(self, manifest: Manifest) -> str | None:
-        """How this work differs from that which left a manifest; None if it does not."""
-        if manifest.row_order != self.plan.layout.fingerprint:
+        if manifest.row_order != self.row_order:
             return "it was written for another row order"
         difference = source_difference(self.checkpoint, manifest, same_files=True)
         if difference is not None:
@@ -93,7 +192,7 @@ def take_stock(
     to_redo: dict[str, str] = {}
     with naming(out_dir, OutputError):
         present = set(os.listdir(out_dir))
-    for shard in work.plan.shards:
+    for shard in work.shards:
         if shard.name not in present:
             if was_finished:
                 to_redo[shard.name] = "it is missing"
@@ -105,19 +204,17 @@ def take_stock(
             to_redo[shard.name] = reason
         else:
             kept[shard.name] = finished
-    for name in recorded.keys() - {shard.name for shard in work.plan.shards}:
+    for name in recorded.keys() - {shard.name for shard in work.shards}:
         if name in present:
             to_redo[name] = _OTHER_PLAN
     return kept, to_redo
 
 
-def _why_redo(
-    work: Work, shard: PlannedShard, finished: FinishedShard, out_dir: Path
-) -> str | None:
+def _why_redo(work: Work, shard: Target, finished: FinishedShard, out_dir: Path) -> str | None:
     """Why a finished shard cannot stay; None if it can."""
     if finished.format_version != FORMAT_VERSION:
         return f"it has format version {finished.format_version}, not {FORMAT_VERSION}"
-    if finished.row_order != work.plan.layout.fingerprint:
+    if finished.row_order != work.row_order:
         return "it was written for another row order"
     for name, identity in finished.sources.items():
         if work.identities.get(name) != identity:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.contract import ConvertedSection, LayoutRecord
-from ..format.files import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, no_engine_reads
+from ..format.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SOURCE_NAME,
+    no_engine_reads,
+)
 from ..format.manifest import FileRecord, Manifest, ShardRecord, to_json
 from ..format.untrusted import decode_object
 from ..layouts.base import RowOrder
 from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import describe_source
+from ..source.recorded import encode_record
 from ..source.text_config import without_sections
 from ..storage.copying import copy_file, record_of
 from ..storage.durable import holds, remove_file, write_file
 from ..storage.local import LocalReader
-from ..storage.reader import read_all
+from ..storage.reader import Store, read_all
 
 VERSION = importlib.metadata.version("fp4moe-convert")
 
@@ -86,11 +91,7 @@ def write_surroundings(
         CheckpointError: a file cannot be read.
         OutputError: a file cannot be written.
     """
-    files = {}
-    for name in checkpoint.other_files:
-        reader, target = checkpoint.store.open(name), out_dir / name
-        is_users = no_engine_reads(name) and os.path.lexists(target)
-        files[name] = record_of(reader) if is_users else copy_file(reader, target)
+    files = copy_files(checkpoint.store, checkpoint.other_files, out_dir)
     config = to_json(_config(checkpoint, plan, row_order))
     index = to_json(
         {
@@ -100,8 +101,9 @@ def write_surroundings(
             },
         }
     )
-    for name, content in ((CONFIG_NAME, config), (INDEX_NAME, index)):
-        files[name] = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    source = encode_record(checkpoint)
+    for name, content in ((SOURCE_NAME, source), (CONFIG_NAME, config), (INDEX_NAME, index)):
+        files[name] = FileRecord.of(content)
     manifest = Manifest(
         source=describe_source(checkpoint),
         versions={"fp4moe-convert": VERSION, "flashinfer": row_order.flashinfer},
@@ -117,9 +119,34 @@ def write_surroundings(
         for name in (INDEX_NAME, CONFIG_NAME):
             with naming(name, OutputError):
                 remove_file(out_dir / name)
+    write_file(out_dir / SOURCE_NAME, source)
     write_file(out_dir / MANIFEST_NAME, manifest)
     write_file(out_dir / CONFIG_NAME, config)
     write_file(out_dir / INDEX_NAME, index)
+
+
+def copy_files(store: Store, names: Iterable[str], out_dir: Path) -> dict[str, FileRecord]:
+    """Copy files as they are. One that no engine reads and that is there already stays: it is the
+    user's.
+
+    Args:
+        store: where they lie.
+        names: of these files.
+        out_dir: an output folder.
+
+    Returns:
+        A record of each, as it is in ``store``.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        OutputError: a file cannot be written.
+    """
+    files = {}
+    for name in names:
+        reader, target = store.open(name), out_dir / name
+        is_users = no_engine_reads(name) and os.path.lexists(target)
+        files[name] = record_of(reader) if is_users else copy_file(reader, target)
+    return files
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, row_order: RowOrder) -> dict[str, Any]:

@@ -9,7 +9,10 @@ HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "fp4moe_manifest.json"
 
-GENERATED = (MANIFEST_NAME, CONFIG_NAME, INDEX_NAME)
+SOURCE_NAME = "fp4moe_source.dat"
+"""What of the source is in no tensor and no copied file (`source.recorded`)."""
+
+GENERATED = (SOURCE_NAME, MANIFEST_NAME, CONFIG_NAME, INDEX_NAME)
 """What a conversion writes besides shards and copies, in the order in which it appears. The index
 comes last: a folder without one is unfinished."""
 

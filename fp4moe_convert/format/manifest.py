@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
 
 from ..errors import FormatError, VerifyError
 from .contract import FORMAT_VERSION, check_format_version
-from .files import MANIFEST_NAME
+from .files import GENERATED, MANIFEST_NAME
 from .untrusted import decode_object
 
 CHECKSUM = "xxh3_128"
@@ -26,9 +26,14 @@ Identity = dict[str, str | int]
 class FileRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes", "checksum": CHECKSUM}):
     """A file that is not a shard."""
 
-    nbytes: int
+    nbytes: Annotated[int, msgspec.Meta(ge=0)]
     checksum: str
     """XXH3-128 of its bytes."""
+
+    @classmethod
+    def of(cls, content: bytes) -> FileRecord:
+        """The record of a file that holds ``content``."""
+        return cls(len(content), xxhash.xxh3_128_hexdigest(content))
 
 
 class ShardRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes"}):
@@ -55,7 +60,7 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Hub id and commit, where the path tells."""
     shards: dict[str, Identity]
     files: dict[str, FileRecord]
-    """The configurations that the output's config.json is made from."""
+    """config.json, hf_quant_config.json and the index, where there is one."""
 
 
 class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_shard_bytes"}):
@@ -69,8 +74,13 @@ class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_sha
     """The plan's fingerprint."""
     source: SourceRecord
     files: dict[str, FileRecord]
-    """config.json, the index and the copied files: all but the shards and the manifest."""
+    """All but the shards and the manifest: what a conversion writes, and the copied files."""
     shards: dict[str, ShardRecord]
+
+    @property
+    def copied(self) -> dict[str, FileRecord]:
+        """The files that were copied from the source."""
+        return {name: record for name, record in self.files.items() if name not in GENERATED}
 
     def encode(self) -> bytes:
         fields = msgspec.to_builtins(self)

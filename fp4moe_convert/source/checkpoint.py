@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import xxhash
-
 from ..errors import CheckpointError, MissingFileError
 from ..format.files import (
     CONFIG_NAME,
@@ -71,7 +69,8 @@ class Checkpoint:
     hf_quant_config: Mapping[str, Any] | None
     """hf_quant_config.json, parsed; older ModelOpt exports describe the quantization only there."""
     config_files: Mapping[str, FileRecord]
-    """The files that these two were read from, as they were then; the second need not exist."""
+    """The files that these two were read from, and the index, as they were then. Only the first is
+    always there."""
     shards: tuple[Shard, ...]
     """In order of name."""
     other_files: tuple[str, ...]
@@ -114,7 +113,7 @@ def open_checkpoint(store: Store) -> Checkpoint:
     """
     store.check_exists()
     try:  # before the listing: a folder that is no model's may hold millions of files
-        config, config_record = _read_config(store, CONFIG_NAME)
+        config, config_record = _read_object(store, CONFIG_NAME, MAX_CONFIG_NBYTES)
     except MissingFileError:
         raise CheckpointError(
             f"{store.location}: not a model folder: it has no {CONFIG_NAME}"
@@ -128,12 +127,14 @@ def open_checkpoint(store: Store) -> Checkpoint:
     config_files = {CONFIG_NAME: config_record}
     hf_quant_config = None
     if HF_QUANT_CONFIG_NAME in files:
-        hf_quant_config, config_files[HF_QUANT_CONFIG_NAME] = _read_config(
-            store, HF_QUANT_CONFIG_NAME
+        hf_quant_config, config_files[HF_QUANT_CONFIG_NAME] = _read_object(
+            store, HF_QUANT_CONFIG_NAME, MAX_CONFIG_NBYTES
         )
 
     present = {n for n in files if n.endswith(".safetensors") and os.path.basename(n) == n}
-    weight_map = _read_weight_map(store) if INDEX_NAME in files else None
+    weight_map = None
+    if INDEX_NAME in files:
+        weight_map, config_files[INDEX_NAME] = _read_weight_map(store)
     if weight_map is None:
         named = present
         # Without an index, only names that count shards can tell of a missing one.
@@ -168,9 +169,9 @@ def open_checkpoint(store: Store) -> Checkpoint:
     )
 
 
-def _read_config(store: Store, name: str) -> tuple[dict[str, Any], FileRecord]:
-    text = read_all(store.open(name), MAX_CONFIG_NBYTES)
-    return _parse_object(text, name), FileRecord(len(text), xxhash.xxh3_128_hexdigest(text))
+def _read_object(store: Store, name: str, max_nbytes: int) -> tuple[dict[str, Any], FileRecord]:
+    text = read_all(store.open(name), max_nbytes)
+    return _parse_object(text, name), FileRecord.of(text)
 
 
 def _parse_object(text: bytes, file: str) -> dict[str, Any]:
@@ -182,8 +183,8 @@ def _parse_object(text: bytes, file: str) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _read_weight_map(store: Store) -> dict[str, str]:
-    content = _parse_object(read_all(store.open(INDEX_NAME), MAX_INDEX_NBYTES), INDEX_NAME)
+def _read_weight_map(store: Store) -> tuple[dict[str, str], FileRecord]:
+    content, record = _read_object(store, INDEX_NAME, MAX_INDEX_NBYTES)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
@@ -203,7 +204,7 @@ def _read_weight_map(store: Store) -> dict[str, str]:
                 f"{INDEX_NAME}: {tensor!r} is said to be in {file!r}, "
                 "which is not a file name inside the folder"
             )
-    return weight_map
+    return weight_map, record
 
 
 def missing_by_name(names: Set[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ..format.files import CONFIG_NAME, INDEX_NAME, no_engine_reads
+from ..format.files import no_engine_reads
 from ..format.manifest import Manifest, SourceRecord
 from ..storage.copying import record_of
 from ..storage.reader import DIFFERS_IN_COPIES
@@ -15,8 +15,8 @@ from .checkpoint import Checkpoint
 
 
 def describe_source(checkpoint: Checkpoint) -> SourceRecord:
-    """Where a checkpoint lies, the identity of each shard, and size and checksum of the files that
-    the output's config.json is made from."""
+    """Where a checkpoint lies, the identity of each shard, and size and checksum of the
+    configurations and the index."""
     return SourceRecord(
         **checkpoint.store.provenance(),
         shards={shard.name: shard.identity for shard in checkpoint.shards},
@@ -44,7 +44,7 @@ def source_difference(
     recorded, found = manifest.source, describe_source(checkpoint)
     if found.revision and recorded.revision and found.revision != recorded.revision:
         return f"revision {found.revision} is not {recorded.revision}"
-    copied = {n: r for n, r in manifest.files.items() if n not in (CONFIG_NAME, INDEX_NAME)}
+    copied = manifest.copied
     there = {name: record_of(checkpoint.store.open(name)) for name in checkpoint.other_files}
     for before, now in (
         (recorded.shards, found.shards),

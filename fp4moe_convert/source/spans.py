@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import xxhash
+
 from ..errors import CheckpointError
 from ..storage.header import Header, TensorInfo, spec_nbytes
-from ..storage.reader import Identity, Store
+from ..storage.reader import Identity, Store, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,17 @@ class Shard:
         whenever the file's bytes do."""
         file = dict(self.file_identity)
         return {"bytes": file.pop("bytes"), "header": self.header.digest, **file}
+
+    def raw_header(self, store: Store) -> bytes:
+        """The header's bytes, length word included.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has another one by now.
+        """
+        raw = bytes(read_bytes(store.open(self.name), 0, self.header.nbytes))
+        if xxhash.xxh3_128_hexdigest(raw) != self.header.digest:
+            raise CheckpointError(f"{self.name}: has changed while it was read")
+        return raw
 
     def check_unchanged(self, store: Store) -> None:
         """Make sure that what has been read since is what the header describes.

@@ -7,8 +7,10 @@ atomic. A folder's own sync makes the names in it durable.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +21,27 @@ from ..format.files import PARTIAL_SUFFIX
 from .buffers import BLOCK, Bytes
 from .files import LocalFile, refuses_direct
 
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
 
 class WriteFile(LocalFile):
-    """A new file of known size, written at offsets by any number of threads."""
+    """A file of known size, written at offsets by any number of threads."""
 
-    def __init__(self, path: Path, nbytes: int, *, direct: bool) -> None:
+    def __init__(self, path: Path, nbytes: int | None, *, direct: bool) -> None:
+        """
+        Args:
+            path: of the file.
+            nbytes: its size; None for one that a run has made before.
+            direct: bypass the page cache where the file system allows.
+        """
         with naming(path.name, OutputError):
-            # O_EXCL: never follow or overwrite what somebody else put here.
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            super().__init__(path, flags, direct=direct)
-            os.ftruncate(self._fd, nbytes)
+            # Never follow or overwrite what somebody else put here.
+            new = 0 if nbytes is None else os.O_CREAT | os.O_EXCL
+            super().__init__(path, os.O_RDWR | os.O_NOFOLLOW | new, direct=direct)
+            if nbytes is not None:
+                os.ftruncate(self._fd, nbytes)
+                if self.direct:
+                    _reserve(self._fd, nbytes)
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write ``data`` at ``offset``. From a `buffers.view_at`, its whole blocks go directly.
@@ -65,6 +78,24 @@ class WriteFile(LocalFile):
         # Once, at the end: syncing every 256 MiB, or every GiB, made a run take a third longer.
         with naming(self.path.name, OutputError):
             os.fsync(self._fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Take a file's disk space at once, where the file system can.
+
+    Direct writes into holes wait for each other: with the space reserved a restoration took 0.75 of
+    the time and a conversion 0.9 (4 GB, 2 cores, ext4). Not `os.posix_fallocate`: where the file
+    system cannot, glibc writes a byte into each block.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if _LIBC is None or not nbytes:
+        return
+    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise OSError(code, os.strerror(code))
 
 
 def _write_all(fd: int, data: Bytes, offset: int) -> None:

@@ -30,6 +30,9 @@ MAX_DIMENSIONS = 64
 MAX_NAME_LENGTH = 4096
 """Of a tensor; errors repeat it."""
 
+LENGTH_NBYTES = 8
+"""Of the length word that a file starts with."""
+
 _FIRST_READ_NBYTES = 128 * 1024
 """Most headers are shorter, so one read gets them whole."""
 
@@ -111,6 +114,11 @@ def spec_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return nbytes
 
 
+def header_nbytes(start: bytes | memoryview) -> int:
+    """Size of a header, length word included, as the first bytes of a file claim it."""
+    return LENGTH_NBYTES + int.from_bytes(start[:LENGTH_NBYTES], "little")
+
+
 def read_header(reader: Reader) -> Header:
     """Read and validate the header of one file.
 
@@ -118,24 +126,25 @@ def read_header(reader: Reader) -> Header:
         HeaderError: the file breaks a rule of the format.
         CheckpointError: the file cannot be read.
     """
-    if reader.nbytes < 8:
+    if reader.nbytes < LENGTH_NBYTES:
         raise HeaderError(f"{reader.name}: {reader.nbytes} bytes is too short for a header length")
     raw = read_bytes(reader, 0, min(reader.nbytes, _FIRST_READ_NBYTES))
     if what := stand_in_for(raw):
         raise HeaderError(f"{reader.name}: {what}")
-    json_nbytes = int.from_bytes(raw[:8], "little")
+    nbytes = header_nbytes(raw)
+    json_nbytes = nbytes - LENGTH_NBYTES
     if json_nbytes > MAX_HEADER_NBYTES:
         raise HeaderError(
             f"{reader.name}: header claims {json_nbytes} bytes, the limit is {MAX_HEADER_NBYTES}"
         )
-    if 8 + json_nbytes > reader.nbytes:
+    if nbytes > reader.nbytes:
         raise HeaderError(
             f"{reader.name}: header claims {json_nbytes} bytes, "
-            f"the file has {reader.nbytes - 8} after the length"
+            f"the file has {reader.nbytes - LENGTH_NBYTES} after the length"
         )
-    if 8 + json_nbytes > len(raw):
-        raw = read_bytes(reader, 0, 8 + json_nbytes)
-    return parse_header(bytes(raw[: 8 + json_nbytes]), reader.nbytes, reader.name)
+    if nbytes > len(raw):
+        raw = read_bytes(reader, 0, nbytes)
+    return parse_header(bytes(raw[:nbytes]), reader.nbytes, reader.name)
 
 
 def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
@@ -149,7 +158,7 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     Raises:
         HeaderError: on the first broken rule.
     """
-    text = raw[8:]
+    text = raw[LENGTH_NBYTES:]
     try:
         check_count(text)
         if not text.isascii():
@@ -254,6 +263,7 @@ def encode_header(
         starts.append(position)
         position = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    nbytes = round_up(8 + len(text), alignment)
-    raw = (nbytes - 8).to_bytes(8, "little") + text.ljust(nbytes - 8)
+    nbytes = round_up(LENGTH_NBYTES + len(text), alignment)
+    json_nbytes = nbytes - LENGTH_NBYTES
+    raw = json_nbytes.to_bytes(LENGTH_NBYTES, "little") + text.ljust(json_nbytes)
     return raw, tuple(nbytes + start for start in starts)

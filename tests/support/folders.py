@@ -10,6 +10,7 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "fp4moe_manifest.json"
+SOURCE = "fp4moe_source.dat"
 
 
 def every_file(folder: Path) -> dict[str, bytes]:

@@ -1,8 +1,9 @@
-"""Kill conversions at random moments, run them again, and compare with an unbroken run.
+"""Kill runs at random moments, run them again, and compare with an unbroken run.
 
     python -m tests.support.kill                   # 200 kills, a few minutes
     python -m tests.support.kill --kills 20 --seed 7
     python -m tests.support.kill --power-cuts      # as root
+    python -m tests.support.kill --restore         # kill restorations
 
 A small checkpoint is converted into many small shards, so that every phase takes its share of the
 kills: claiming the folder, scattering, renaming, journal, copies, manifest, config, index. Half of
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4moe_convert import VerifyError, convert, verify
+from fp4moe_convert import VerifyError, convert, restore, verify
 
 from .faulty_disk import Disk
 from .folders import INDEX, MANIFEST, every_file
@@ -56,15 +57,34 @@ class WrongError(Exception):
     """What must not be."""
 
 
-def run(model: Path, out: Path, prepare: Callable[[], object]) -> int:
-    """Convert in a fork and return its process id."""
+@dataclass(frozen=True)
+class Case:
+    """A run that is killed: a conversion, or the restoration of one."""
+
+    source: Path
+    """The folder that is read."""
+    restores: bool
+
+    def run(self, out: Path) -> None:
+        if self.restores:
+            restore(self.source, out)
+        else:
+            convert(self.source, out, max_shard_nbytes=MAX_SHARD_NBYTES)
+
+    def verify(self, out: Path) -> None:
+        converted, original = (self.source, out) if self.restores else (out, self.source)
+        verify(converted, original)
+
+
+def run(case: Case, out: Path, prepare: Callable[[], object]) -> int:
+    """Run in a fork and return its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         prepare()
-        convert(model, out, max_shard_nbytes=MAX_SHARD_NBYTES)
+        case.run(out)
         code = 0
     except BaseException as failure:
         if "Input/output error" not in str(failure):  # as it should be when the power is gone
@@ -98,7 +118,7 @@ def die_at(number: int, disk: Disk | None, *, after: bool) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
-def count_calls(model: Path, out: Path) -> int:
+def count_calls(case: Case, out: Path) -> int:
     """How many calls of an unbroken run change the disk."""
     reading, writing = os.pipe()
 
@@ -114,7 +134,7 @@ def count_calls(model: Path, out: Path) -> int:
         for name in CALLS:
             setattr(os, name, counted(getattr(os, name)))
 
-    child = run(model, out, counting)
+    child = run(case, out, counting)
     os.close(writing)
     total = 0
     while data := os.read(reading, 65536):
@@ -154,30 +174,30 @@ class Unbroken:
     seconds: float
 
 
-def unbroken_run(model: Path, out: Path) -> Unbroken:
-    calls = count_calls(model, out)
+def unbroken_run(case: Case, out: Path) -> Unbroken:
+    calls = count_calls(case, out)
     expected = every_file(out)
     shutil.rmtree(out)
     started = time.perf_counter()
-    os.waitpid(run(model, out, lambda: None), 0)
+    os.waitpid(run(case, out, lambda: None), 0)
     seconds = time.perf_counter() - started
     assert every_file(out) == expected, "two unbroken runs differ"
     return Unbroken(expected, calls, seconds)
 
 
 def interrupt(
-    model: Path, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
+    case: Case, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
 ) -> bool:
-    """Convert and stop it somewhere; whether it had not ended by then."""
+    """Run and stop it somewhere; whether it had not ended by then."""
     if choose.random() < 0.5:
-        child = run(model, out, lambda: None)
+        child = run(case, out, lambda: None)
         time.sleep(choose.uniform(0, 1.1 * plan.seconds))
         if disk is not None:
             disk.cut_power()
         os.kill(child, signal.SIGKILL)
     else:
         number, after = choose.randint(1, plan.calls), choose.random() < 0.5
-        child = run(model, out, lambda: die_at(number, disk, after=after))
+        child = run(case, out, lambda: die_at(number, disk, after=after))
     _, status = os.waitpid(child, 0)
     if disk is not None:
         disk.restart()
@@ -185,21 +205,21 @@ def interrupt(
 
 
 def check_folder(
-    model: Path, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
+    case: Case, out: Path, choose: random.Random, plan: Unbroken, disk: Disk | None
 ) -> Iterator[str]:
-    """Convert into a new folder with interruptions, each of which is told of, until it ends well.
+    """Run into a new folder with interruptions, each of which is told of, until it ends well.
 
     Raises:
         WrongError: what is there afterwards is not what an unbroken run leaves.
     """
     for _ in range(choose.choice((1, 1, 2, 3))):
-        yield phase_of(out) if interrupt(model, out, choose, plan, disk) else NOT_IN_TIME
+        yield phase_of(out) if interrupt(case, out, choose, plan, disk) else NOT_IN_TIME
         if (out / INDEX).exists():
             try:
-                verify(out, model)
+                case.verify(out)
             except VerifyError as error:
                 raise WrongError(f"looks finished, but {error}") from None
-    _, status = os.waitpid(run(model, out, lambda: None), 0)
+    _, status = os.waitpid(run(case, out, lambda: None), 0)
     if status != 0:
         raise WrongError("cannot be resumed")
     if disk is not None:
@@ -219,6 +239,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--power-cuts", action="store_true")
+    parser.add_argument("--restore", action="store_true")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     phases: Counter[str] = Counter()
@@ -227,10 +248,14 @@ def main() -> None:
         folder = Path(name)
         model, out, disk = folder / "model", folder / "out", None
         make_checkpoint(model, SPEC)
+        case = Case(model, restores=False)
+        if arguments.restore:
+            case.run(folder / "converted")
+            case = Case(folder / "converted", restores=True)
         if arguments.power_cuts:
             disk = stack.enter_context(Disk(folder / "image", folder / "disk", DISK_NBYTES))
             out = disk.where / "out"
-        plan = unbroken_run(model, out)
+        plan = unbroken_run(case, out)
         print(
             f"{len(plan.contents)} files, {plan.calls} calls that change the disk, "
             f"{plan.seconds:.2f} s a run"
@@ -239,7 +264,7 @@ def main() -> None:
             runs += 1
             shutil.rmtree(out, ignore_errors=True)
             try:
-                phases.update(check_folder(model, out, choose, plan, disk))
+                phases.update(check_folder(case, out, choose, plan, disk))
             except WrongError as error:
                 sys.exit(f"seed {arguments.seed}, run {runs}: {error}")
     for phase, count in phases.most_common():

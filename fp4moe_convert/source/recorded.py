@@ -1,0 +1,155 @@
+"""The source of a converted checkpoint, as the checkpoint itself records it.
+
+What no tensor and no copied file holds of the source lies in one file, `SOURCE_NAME`: config.json,
+hf_quant_config.json and the index, those that there are, and then the header of each shard, one
+after the other and as they were. The manifest has names, sizes and checksums of all of them, in
+this order, and a header tells its own length.
+
+It is not compressed. DeepSeek-V3 needs 38 MB beside 424 GB; what zlib makes of them would depend on
+the machine, and reading it back would need a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import CheckpointError, MissingFileError
+from ..format.files import SOURCE_NAME, no_engine_reads
+from ..format.manifest import FileRecord, Identity, Manifest
+from ..storage.buffers import Bytes
+from ..storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES, header_nbytes
+from ..storage.local import LocalFolder, LocalReader
+from ..storage.reader import Listing, Reader, read_all, read_bytes
+from .checkpoint import Checkpoint
+
+MAX_NBYTES = 200_000_000
+"""All that a source may have: headers of 100 MB, an index of 50 MB, and the configurations."""
+
+
+def encode_record(checkpoint: Checkpoint) -> bytes:
+    """What `SOURCE_NAME` holds of a checkpoint, read from it again.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not what it was.
+    """
+    parts = []
+    for name, record in checkpoint.config_files.items():
+        parts.append(read_all(checkpoint.store.open(name), MAX_NBYTES))
+        if FileRecord.of(parts[-1]) != record:
+            raise CheckpointError(f"{name}: has changed while it was read")
+    parts += [shard.raw_header(checkpoint.store) for shard in checkpoint.shards]
+    return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class RecordedSource:
+    """A `Store`: the folder that was converted, as far as its headers tell.
+
+    Nothing in it is taken on trust. It is opened by `open_checkpoint`, as any source is, and
+    compared by `source_difference` with what the manifest says. The data of its shards cannot be
+    read: they are zeros, as in a file with holes.
+    """
+
+    converted: LocalFolder
+    manifest: Manifest
+
+    @property
+    def location(self) -> str:
+        return f"{self.converted.location}: {SOURCE_NAME}"
+
+    @property
+    def local_path(self) -> Path | None:
+        return None
+
+    def check_exists(self) -> None:
+        """Raises CheckpointError: the checkpoint has no record of its source."""
+        self._places  # noqa: B018 (reads it)
+
+    def listing(self) -> Listing:
+        # A model card or a licence may have been deleted since.
+        copied = [
+            name
+            for name in self.manifest.copied
+            if not no_engine_reads(name) or (self.converted.local_path / name).is_file()
+        ]
+        return Listing(files=tuple(sorted({*self._places, *copied})), folders=(), left_out={})
+
+    def open(self, name: str, *, direct: bool = False) -> Reader:
+        if name in self._places:
+            return self._places[name]
+        if name in self.manifest.copied:
+            return self.converted.open(name, direct=direct)
+        raise MissingFileError(f"{name}: is not on record")
+
+    def provenance(self) -> Mapping[str, str]:
+        source = self.manifest.source
+        known = {"path": source.path, "hub_id": source.hub_id, "revision": source.revision}
+        return {key: value for key, value in known.items() if value is not None}
+
+    @cached_property
+    def _places(self) -> dict[str, RecordedFile]:
+        """The files that are on record, by name."""
+        try:
+            record = self.converted.open(SOURCE_NAME)
+        except MissingFileError:
+            raise MissingFileError(
+                f"{self.converted.location}: restore needs {SOURCE_NAME}, which is missing; copy "
+                "it from where the checkpoint comes from, or download the original"
+            ) from None
+        if record.nbytes > MAX_NBYTES:
+            raise CheckpointError(
+                f"{SOURCE_NAME}: has {record.nbytes} bytes, the limit is {MAX_NBYTES}"
+            )
+        source = self.manifest.source
+        places: dict[str, RecordedFile] = {}
+        position = 0
+
+        def take(name: str, nbytes: int, identity: Identity) -> None:
+            nonlocal position
+            if position + nbytes > record.nbytes:
+                raise CheckpointError(f"{SOURCE_NAME}: ends inside {name!r}")
+            places[name] = RecordedFile(name, record, position, nbytes, identity)
+            position += nbytes
+
+        for name, file in source.files.items():
+            take(name, file.nbytes, {"bytes": file.nbytes})
+        for name, identity in source.shards.items():
+            length = min(LENGTH_NBYTES, record.nbytes - position)
+            claimed = header_nbytes(read_bytes(record, position, length))
+            file_identity = {key: value for key, value in identity.items() if key != "header"}
+            take(name, min(claimed, LENGTH_NBYTES + MAX_HEADER_NBYTES), file_identity)
+        if position != record.nbytes:
+            raise CheckpointError(
+                f"{SOURCE_NAME}: has {record.nbytes} bytes, what the manifest lists has {position}"
+            )
+        return places
+
+
+@dataclass(frozen=True)
+class RecordedFile:
+    """A `Reader` of a file whose first bytes are on record; the others are zeros."""
+
+    name: str
+    record: LocalReader
+    start: int
+    """Of its first byte in the record."""
+    kept: int
+    """How many of its bytes are on record."""
+    identity: Identity
+
+    @property
+    def nbytes(self) -> int:
+        nbytes = self.identity.get("bytes")
+        return nbytes if isinstance(nbytes, int) else 0
+
+    def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
+        if offset + nbytes > self.nbytes:
+            raise CheckpointError(f"{self.name}: ends at byte {self.nbytes}")
+        there = max(0, min(nbytes, self.kept - offset))
+        data = buffer[:nbytes]
+        data[:there] = self.record.read(buffer, self.start + offset, there)
+        data[there:] = 0
+        return data

@@ -1,0 +1,400 @@
+"""Restore gives back the source's files, each byte of them, or stops before the first one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from support import model_zoo
+from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip_bit
+from support.make_checkpoint import Spec, make_checkpoint
+from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
+from support.tensors import StoredTensor, range_of, read_tensors, write_tensors
+from typer.testing import CliRunner
+
+from fp4moe_convert import (
+    CheckpointError,
+    FormatError,
+    OutputError,
+    RunReport,
+    VerifyError,
+    convert,
+    restoration,
+    restore,
+    verify,
+)
+from fp4moe_convert.cli.commands import app
+from fp4moe_convert.execution import filling
+from fp4moe_convert.format.files import JOURNAL_NAME
+from fp4moe_convert.format.manifest import sign
+from fp4moe_convert.layouts.trtllm_nvfp4 import TrtllmNvfp4
+from fp4moe_convert.restoration import check_whole, prepare_restoration
+from fp4moe_convert.storage import reader
+
+SMALL = Spec(layers=2, experts=4, hidden=256, intermediate=128, shards=3, vocab_size=64)
+
+VARIANTS = {
+    "scalars [1]": dataclasses.replace(SMALL, scale_shape="vector"),
+    "MTP, KV-cache scales": dataclasses.replace(SMALL, mtp=True, kv_scales=True),
+    "hf_quant_config.json only": dataclasses.replace(SMALL, quantization="hf"),
+    "both configurations": dataclasses.replace(SMALL, quantization="both"),
+    "no index": dataclasses.replace(SMALL, layout="no-index"),
+    "a single file": dataclasses.replace(SMALL, shards=1, layout="single"),
+    "padded I": dataclasses.replace(SMALL, intermediate=48),
+    "more shards than layers": dataclasses.replace(SMALL, shards=9, differing_scales=True),
+    "qwen3_moe": dataclasses.replace(SMALL, style="qwen3_moe", dense_layers=0),
+}
+
+
+def round_trip(source: Path, folder: Path, **options: Any) -> RunReport:
+    """Convert, restore and convert again; what is restored is the source, and what is converted
+    again the same."""
+    convert(source, folder / "converted", **options)
+    report = restore(folder / "converted", folder / "restored", verify=True)
+    assert every_file(folder / "restored") == every_file(source)
+    convert(folder / "restored", folder / "again", **options)
+    first = json.loads((folder / "converted" / MANIFEST).read_text())
+    second = json.loads((folder / "again" / MANIFEST).read_text())
+    for key in ("files", "shards", "plan", "row_order"):
+        assert first[key] == second[key]
+    assert first["source"]["files"] == second["source"]["files"]
+    return report
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("direct_io", [True, False])
+def test_a_round_trip(tmp_path: Path, variant: str, direct_io: bool) -> None:
+    make_checkpoint(tmp_path / "source", VARIANTS[variant])
+    report = round_trip(tmp_path / "source", tmp_path, direct_io=direct_io)
+    assert report.tensors_out == len(read_tensors(tmp_path / "source"))
+    assert report.layers == 2
+
+
+@pytest.mark.parametrize("family", model_zoo.FAMILIES)
+def test_families(tmp_path: Path, family: str) -> None:
+    model_zoo.make(tmp_path / "source", family)
+    round_trip(tmp_path / "source", tmp_path, max_shard_nbytes=SMALL_SHARD_NBYTES)
+
+
+def test_tensors_in_an_order_of_somebody_else(tmp_path: Path) -> None:
+    """Data that starts anywhere, tensors without data, metadata, and the experts' parts far apart
+    in files of their own: what the header says is what comes back."""
+    make_checkpoint(tmp_path / "made", dataclasses.replace(SMALL, layout="no-index"))
+    tensors = read_tensors(tmp_path / "made")
+    source = Path(shutil.copytree(tmp_path / "made", tmp_path / "source"))
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    names = sorted(tensors, key=lambda name: name[::-1])
+    for number in range(5):
+        own = {name: tensors[name] for name in names[number::5]}
+        own |= {f"empty.{number}": StoredTensor("F32", (0, 3), b"")}
+        own = {f"odd.{number}": StoredTensor("U8", (3,), b"abc"), **own}
+        write_tensors(source / f"{number}.safetensors", own)
+    write_tensors(source / "none.safetensors", {})
+    write_tensors(source / "x.safetensors", {"nothing": StoredTensor("BF16", (0,), b"")})
+    round_trip(source, tmp_path)
+
+
+def test_a_file_of_mtp_that_the_index_does_not_name(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_checkpoint(source, SMALL)
+    write_tensors(source / "mtp.safetensors", {"mtp.norm.weight": StoredTensor("U8", (1,), b"x")})
+    round_trip(source, tmp_path)
+
+
+def test_what_a_conversion_leaves_out_does_not_come_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_checkpoint(source, SMALL)
+    expected = every_file(source)
+    (source / "pytorch_model.bin").write_bytes(b"123")
+    (source / "stray.safetensors").write_bytes(b"123")
+    convert(source, tmp_path / "converted")
+    restore(tmp_path / "converted", tmp_path / "restored")
+    assert every_file(tmp_path / "restored") == expected
+
+
+def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "OPEN_FILES", 2)
+    assert reader.OPEN_FILES > 2
+    make_checkpoint(tmp_path / "source", dataclasses.replace(SMALL, shards=12))
+    round_trip(tmp_path / "source", tmp_path)
+
+
+@pytest.mark.parametrize("bound", [0, 3000])
+def test_edges_are_written_whenever_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    monkeypatch.setattr(filling, "MAX_EDGES_NBYTES", bound)
+    make_checkpoint(tmp_path / "source", SMALL)
+    round_trip(tmp_path / "source", tmp_path)
+
+
+# --- what is not as it was ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(source: Path, tmp_path: Path) -> Path:
+    return convert(source, tmp_path / "converted", max_shard_nbytes=SMALL_SHARD_NBYTES).out_dir
+
+
+def sign_again(folder: Path, edit: Any) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    edit(content)
+    del content["manifest"]
+    (folder / MANIFEST).write_bytes(sign(content))
+
+
+def forget(folder: Path, name: str) -> None:
+    """Take a file out of the manifest, and away."""
+    (folder / name).unlink()
+    sign_again(folder, lambda content: content["files"].pop(name))
+
+
+def test_without_a_record(converted: Path, tmp_path: Path) -> None:
+    (converted / SOURCE).unlink()
+    with pytest.raises(VerifyError, match=rf"^{SOURCE}: is missing, the manifest lists it$"):
+        restore(converted, tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "other")
+    forget(tmp_path / "other", SOURCE)
+    with pytest.raises(
+        CheckpointError, match=rf"other: restore needs {SOURCE}, which is missing; "
+    ):
+        restore(tmp_path / "other", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_of_another_source(converted: Path, tmp_path: Path) -> None:
+    """Somebody has exchanged a byte, and made checksum and manifest fit."""
+    record = converted / SOURCE
+    data = record.read_bytes().replace(b'"format":"pt"', b'"format":"np"')
+    assert data != record.read_bytes()
+    record.write_bytes(data)
+    with pytest.raises(VerifyError, match=rf"^{SOURCE}: has checksum"):
+        restore(converted, tmp_path / "out")
+    digest = xxhash.xxh3_128_hexdigest(data)
+    sign_again(converted, lambda content: content["files"][SOURCE].update(xxh3_128=digest))
+    with pytest.raises(VerifyError, match=r"is not the checkpoint that was converted: .* differs"):
+        restore(converted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_cut_short_or_too_long(converted: Path, tmp_path: Path) -> None:
+    whole = (converted / SOURCE).read_bytes()
+    for data, what in (
+        (whole[:-1], "ends inside"),
+        (whole[:100], "ends inside"),
+        (b"", "ends inside"),
+        (whole + b"x", "what the manifest lists has"),
+    ):
+        (converted / SOURCE).write_bytes(data)
+        new = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+        sign_again(converted, lambda content, new=new: content["files"].update({SOURCE: new}))
+        with pytest.raises(CheckpointError, match=rf"^{SOURCE}: .*{what}"):
+            restore(converted, tmp_path / "out")
+
+
+def test_damaged_data(converted: Path, tmp_path: Path) -> None:
+    """No shard that damaged bytes have gone into gets its name."""
+    name = sorted(path.name for path in converted.glob("*.safetensors"))[2]
+    header = json.loads((converted / name).read_bytes()[8:].split(b"}}")[0] + b"}}")
+    tensor = next(key for key in header if key.endswith("w13_weight"))
+    flip_bit(converted / name, range_of(converted / name, tensor)[1] - 1)
+    with pytest.raises(VerifyError, match=rf"^{name}: '{tensor}' has checksum"):
+        restore(converted, tmp_path / "out", threads=1)
+    assert not [path for path in (tmp_path / "out").glob("*") if path.suffix == ".json"]
+    flip_bit(converted / name, range_of(converted / name, tensor)[1] - 1)
+    restore(converted, tmp_path / "out")
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "source")
+
+
+def test_a_file_that_a_person_has_changed(converted: Path, tmp_path: Path) -> None:
+    edit_json(converted / "config.json", rope_scaling=None)
+    with pytest.raises(VerifyError, match=r"^config\.json: "):
+        restore(converted, tmp_path / "out")
+
+
+def test_documentation_comes_as_it_is(source: Path, tmp_path: Path) -> None:
+    for name in ("README.md", "LICENSE"):
+        (source / name).write_text("theirs")
+    convert(source, tmp_path / "converted")
+    (tmp_path / "converted" / "README.md").write_text("mine")
+    (tmp_path / "converted" / "LICENSE").unlink()
+    (tmp_path / "converted" / "NOTICE").write_text("new")
+    report = restore(tmp_path / "converted", tmp_path / "out", verify=True)
+    assert [line.split(":")[0] for line in report.warnings] == ["LICENSE", "NOTICE", "README.md"]
+    found = every_file(tmp_path / "out")
+    assert found.pop("README.md") == b"mine"
+    expected = every_file(source)
+    assert found == {n: data for n, data in expected.items() if n not in ("README.md", "LICENSE")}
+
+
+def test_another_row_order(converted: Path, tmp_path: Path) -> None:
+    sign_again(converted, lambda content: content.update(row_order="xxh3_128:00"))
+    with pytest.raises(FormatError, match=r"has the row order xxh3_128:00, this release .* knows"):
+        restore(converted, tmp_path / "out")
+
+
+def test_a_layout_that_loses_something_is_not_restored(converted: Path) -> None:
+    work = prepare_restoration(converted)
+    check_whole(work.original, work.moves)
+    for moves in (work.moves[1:-1], work.moves[:-1], (*work.moves, work.moves[-1])):
+        with pytest.raises(VerifyError, match=r"the converted tensors hold its data up to byte"):
+            check_whole(work.original, moves)
+
+
+def test_an_original_is_not_restored(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerifyError, match="not a converted checkpoint, or unfinished"):
+        restore(source, tmp_path / "out")
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+def test_a_finished_folder_is_left_alone(converted: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    restore(converted, tmp_path / "out")
+    before = {path: path.stat() for path in (tmp_path / "out").rglob("*")}
+    report = restore(converted, tmp_path / "out", verify=True, on_note=notes.append)
+    assert (report.bytes_written, report.shards_kept) == (0, report.shards)
+    assert notes == [f"already finished: {tmp_path / 'out'} is the original"]
+    assert {path: path.stat() for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_is_left_alone(converted: Path, source: Path, overwrite: bool) -> None:
+    """The original itself, with one file edited."""
+    edit_json(source / "config.json", rope_scaling=1)
+    before = every_file(source)
+    with pytest.raises(OutputError, match="is not empty: it holds"):
+        restore(converted, source, overwrite=overwrite)
+    assert every_file(source) == before
+
+
+def test_a_finished_conversion_is_left_alone(converted: Path, source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "other")
+    before = every_file(tmp_path / "other")
+    with pytest.raises(OutputError, match="holds a finished conversion"):
+        restore(converted, tmp_path / "other")
+    assert every_file(tmp_path / "other") == before
+    with pytest.raises(OutputError, match=f"{converted}: is the source folder"):
+        restore(converted, converted)
+    with pytest.raises(OutputError, match="is inside the source folder"):
+        restore(converted, converted / "out")
+
+
+def killed(converted: Path, out: Path, renames: int) -> None:
+    """A run that dies at its rename of this number."""
+    program = f"""
+import os, signal
+from fp4moe_convert import restore
+rename, left = os.rename, [{renames}]
+def dying(old, new):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(old, new)
+os.rename = dying
+restore({str(converted)!r}, {str(out)!r}, threads=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 4, 6, 8])
+def test_a_killed_run_resumes(converted: Path, source: Path, tmp_path: Path, renames: int) -> None:
+    """Three shards, then files; from the fourth rename on all shards are kept."""
+    out = tmp_path / "out"
+    killed(converted, out, renames)
+    assert (out / JOURNAL_NAME).exists()
+    notes: list[str] = []
+    report = restore(converted, out, on_note=notes.append)
+    assert report.shards_kept == min(renames, 3)
+    assert every_file(out) == every_file(source)
+
+
+def test_a_killed_run_of_another_checkpoint_is_not_built_on(
+    converted: Path, source: Path, tmp_path: Path
+) -> None:
+    killed(converted, tmp_path / "out", 2)
+    convert(source, tmp_path / "other", max_shard_nbytes=2 * SMALL_SHARD_NBYTES)
+    report = restore(tmp_path / "other", tmp_path / "out")
+    assert report.shards_kept == 0
+    assert every_file(tmp_path / "out") == every_file(source)
+
+
+def test_overwrite_starts_afresh(converted: Path, source: Path, tmp_path: Path) -> None:
+    killed(converted, tmp_path / "out", 2)
+    assert restore(converted, tmp_path / "out", overwrite=True).shards_kept == 0
+    assert every_file(tmp_path / "out") == every_file(source)
+
+
+def test_a_file_that_a_person_has_put_into_an_unfinished_folder(
+    converted: Path, tmp_path: Path
+) -> None:
+    killed(converted, tmp_path / "out", 8)
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(OutputError, match=r"'config\.json' is not the source's; put it right"):
+        restore(converted, tmp_path / "out")
+
+
+def test_a_result_that_does_not_verify_is_taken_back(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_beside = restoration._write_beside
+
+    def damaging(work: Any, out_dir: Path) -> None:
+        write_beside(work, out_dir)
+        flip_bit(out_dir / work.shards[1].name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restoration, "_write_beside", damaging)
+        with pytest.raises(VerifyError, match="differs from"):
+            restore(converted, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out" / INDEX).exists()
+    assert restore(converted, tmp_path / "out", verify=True).shards_kept == 0
+    verify(converted, tmp_path / "out")
+
+
+def test_a_converted_shard_that_changes_meanwhile(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = TrtllmNvfp4.moves
+    shard = sorted(converted.glob("*.safetensors"))[0]
+
+    def touching(self: TrtllmNvfp4, layer: Any) -> Any:
+        os.utime(shard)
+        return undo(self, layer)
+
+    monkeypatch.setattr(TrtllmNvfp4, "moves", touching)
+    with pytest.raises(CheckpointError, match=rf"^{shard.name}: has changed while it was read$"):
+        restore(converted, tmp_path / "out")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command(converted: Path, source: Path, tmp_path: Path) -> None:
+    arguments = ["restore", str(converted), str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--verify", "--json", "--quiet"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["layers"] == MANY_SHARDS.layers
+    assert report["bytes_out"] == report["bytes_written"]
+    assert report["verify_seconds"] > 0
+    assert every_file(tmp_path / "out") == every_file(source)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert "already finished" in done.stderr
+    assert "kept" in done.stdout
+    (converted / SOURCE).unlink()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert done.stderr == f"error: {SOURCE}: is missing, the manifest lists it\n"

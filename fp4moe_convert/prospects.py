@@ -70,7 +70,8 @@ def prospects(
     names = checkpoint.config.get("architectures")
     # Engines take the first that they know. There is one, rarely two.
     first = [str(name) for name in names[:3]] if isinstance(names, list) else []
-    model = Model(tuple(first), text, section)
+    geometries = list(geometries)
+    model = Model(tuple(first), text, section, gated=all(each.gated for each in geometries))
     sizes = tensor_parallel_sizes(geometries)
     heads = text.get("num_attention_heads")
     can: dict[str, list[int]] = {}

@@ -12,11 +12,17 @@ _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausal
 """Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
 
 
+NO_UNGATED = "SGLang lays out experts of compressed-tensors as if they had a gate"
+"""schemes/compressed_tensors_w4a4_nvfp4_moe.py:77 and :215 in 0.5.23."""
+
+
 def _why_not(model: Model) -> str | None:
     # model_loader/utils.py:209 in 0.5.23: QuantMixtralForCausalLM, with a module for each expert.
     is_modelopt = not is_compressed_tensors(model.section)
     if is_modelopt and "MixtralForCausalLM" in model.architectures:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
+    if not is_modelopt and not model.gated:
+        return NO_UNGATED
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"

@@ -44,7 +44,7 @@ from ...format.contract import (
 )
 from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
 from ..gate import Gate, gate_of, guard
-from . import SGLANG
+from . import NO_UNGATED, SGLANG
 
 if TYPE_CHECKING:
     import torch
@@ -295,7 +295,10 @@ class ExpertLoader:
             slots = param.data[: len(experts)]
             if tensor.dim() == slots.dim() + 1:  # [E, 1]: the one scale of w13 without a gate
                 slots = slots.unsqueeze(1)
-            self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
+            width = self.layer.intermediate_size_per_partition  # padded
+            start = width * self.layer.moe_tp_rank
+            part = range(start, start + width)
+            self.own.load(leaf, slots, tensor, experts=experts, part=part)
         else:  # a fused shared expert
             self.stock(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id)
             self.own.note(_of_shared_expert(leaf, shard_id))
@@ -369,8 +372,8 @@ def _engine_classes() -> Callable[..., Any]:
         scheme = layer.scheme  # None for ModelOpt's
         if type(scheme) is CompressedTensorsW4A4Nvfp4MoE:
             check_backend(scheme.use_flashinfer_trtllm, is_draft)
-            if not geometry.gated:  # stock's scheme has no other experts
-                raise refusal(f"{prefix}: of compressed-tensors SGLang serves gated experts alone")
+            if not geometry.gated:
+                raise refusal(f"{NO_UNGATED}, as {prefix} is")
             own = ConvertedLayer(prefix, geometry, COMPRESSED_TENSORS_NAMES)
             layer.scheme = ConvertedCompressedTensorsW4A4Nvfp4MoE(own)
         return method

@@ -484,13 +484,18 @@ def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
         loaded_weight: torch.Tensor,
     ) -> None:
         everywhere, here = _experts_held(layer)
+        width = own.geometry.intermediate // layer.moe_config.tp_size
+        start = width * layer.moe_config.tp_rank
+        if start + width == own.geometry.intermediate:
+            # With the zeros that follow, in whole tiles.
+            width = 2 * own.parameter_of(layer, "w2_weight").shape[2]
         own.load(
             own.leaf_of(layer, param),
             param.data,
             loaded_weight,
             # Of ModelOpt's input scales vLLM keeps those of all ranks.
             experts=everywhere if param.shape[0] == len(everywhere) else here,
-            tp_rank=layer.moe_config.tp_rank,
+            part=range(start, start + width),
         )
 
     return weight_loader

@@ -158,8 +158,10 @@ def shuffled(params: Params, shuffle: Shuffle) -> Params:
 def load_converted(layer: Layer, params: Params, tp_rank: int) -> int:
     """Fill final parameters; returns the copies made."""
     experts = range(params["w13_weight"].shape[0])
+    width = 2 * params["w2_weight"].shape[2]
+    part = range(width * tp_rank, width * (tp_rank + 1))
     return sum(
-        copy_share(leaf, layer.get(leaf), target, experts=experts, tp_rank=tp_rank)
+        copy_share(leaf, layer.get(leaf), target, experts=experts, part=part, gated=True)
         for leaf, target in params.items()
     )
 

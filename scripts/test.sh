@@ -7,9 +7,10 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh full
 venv=$(cd "${FP4MOE_VENV:-.venv}" && pwd)
 
-# FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. The engines are
-# looked for where scripts/setup_engines.sh puts them, whatever HOME becomes.
+# FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. Engines and
+# exporters are looked for where their scripts put them, whatever HOME becomes.
 export FP4MOE_ENGINES=${FP4MOE_ENGINES:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-engines}
+export FP4MOE_EXPORTERS=${FP4MOE_EXPORTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-exporters}
 [ -w "${HOME:-}" ] || export HOME=$venv
 
 exec "$venv/bin/python" -m pytest "$@"

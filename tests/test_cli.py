@@ -243,7 +243,7 @@ def test_convert_prints_one_json_object(tiny: Path, tmp_path: Path) -> None:
     assert content["tensors_in"] - content["tensors_out"] == 2 * (12 * TINY.experts - 9) - 1
     shards = (tmp_path / "out").glob("*.safetensors")
     assert content["bytes_out"] == sum(path.stat().st_size for path in shards)
-    assert content["tensor_parallel"]["vllm"] == [1, 2]
+    assert content["tensor_parallel"]["vllm"] == [1, 2, 4]
     assert content["verify_seconds"] is None
     assert content["warnings"] == []
 

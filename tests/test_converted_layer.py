@@ -7,7 +7,7 @@ once `ConvertedLayer` has filled them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
+from fp4moe_convert.layouts.trtllm_nvfp4 import padded_intermediate
 from fp4moe_convert.serving.converted_layer import (
     LEAVES,
     ConvertedLayer,
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.flashinfer
 DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 GARBAGE = 0xA5
 GEOMETRY = Geometry(experts=4, hidden=256, intermediate=128)
+ALL = range(128)
 
 
 def garbage(dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -99,6 +101,14 @@ def refuses(reason: str, remedy: str | None = None) -> Any:
 AGAIN = "convert the checkpoint again"
 
 
+def part_of(run: Mapping[str, Any], geometry: Geometry) -> range:
+    """The values of I that a rank holds: SGLang pads them before it cuts, vLLM after."""
+    sglang = run["engine"] == "sglang"
+    width = run["intermediate"] if sglang else geometry.intermediate // run["tp_size"]
+    start, is_last = width * run["tp_rank"], run["tp_rank"] == run["tp_size"] - 1
+    return range(start, start + (run["intermediate"] if is_last else width))
+
+
 # --- every rank that was recorded -----------------------------------------------------------------
 
 
@@ -128,7 +138,7 @@ def test_each_rank_ends_with_the_bytes_of_its_engine(
                 target = garbage(DTYPES[recorded["dtype"]], recorded["shape"])
                 if leaf == "w13_weight_scale_2":  # without a gate, [E] in SGLang
                     target = target.view(len(target), -1)
-            layer.load(leaf, target, tensor, experts=experts, tp_rank=run["tp_rank"])
+            layer.load(leaf, target, tensor, experts=experts, part=part_of(run, geometry))
             if recorded is not None:
                 assert digest(target) == recorded["xxh3_128"], (leaf, run)
                 checked += 1
@@ -162,7 +172,7 @@ def test_each_slot_gets_its_expert(file: dict[str, torch.Tensor], leaf: str) -> 
     tensor = file[leaf]
     assert len({digest(expert) for expert in tensor}) == 4
     target = garbage(tensor.dtype, (len(SCATTERED), *tensor.shape[1:]))
-    copies = copy_share(leaf, tensor, target, experts=SCATTERED, tp_rank=0)
+    copies = copy_share(leaf, tensor, target, experts=SCATTERED, part=ALL, gated=True)
     assert [digest(slot) for slot in target] == [digest(tensor[e]) for e in SCATTERED]
     assert copies == 6
 
@@ -176,7 +186,8 @@ def test_each_slot_gets_its_rank_of_its_expert(file: dict[str, torch.Tensor], ra
         ("w2_weight", w2[SCATTERED][:, :, rank * columns : (rank + 1) * columns]),
     ):
         target = garbage(expected.dtype, expected.shape)
-        copy_share(leaf, file[leaf], target, experts=SCATTERED, tp_rank=rank)
+        part = range(64 * rank, 64 * (rank + 1))
+        copy_share(leaf, file[leaf], target, experts=SCATTERED, part=part, gated=True)
         assert torch.equal(target, expected), leaf
 
 
@@ -188,17 +199,19 @@ CUT = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 def test_a_share_past_the_end_is_zero(file: dict[str, torch.Tensor], leaf: str) -> None:
     """I was padded for more ranks than have something to hold."""
     target = garbage(file[leaf].dtype, file[leaf].shape)
-    for rank in (1, 2):
-        assert copy_share(leaf, file[leaf], target, experts=range(4), tp_rank=rank) == 0
+    for start in (128, 256):
+        part = range(start, start + 128)
+        assert copy_share(leaf, file[leaf], target, experts=range(4), part=part, gated=True) == 0
         assert not as_bytes(target).any()
         as_bytes(target).fill_(GARBAGE)
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf not in CUT])
 def test_every_rank_holds_all_of_what_is_not_cut(file: dict[str, torch.Tensor], leaf: str) -> None:
-    for rank in (0, 1, 7):
+    for start in (0, 16, 7 * 128):
         target = garbage(file[leaf].dtype, file[leaf].shape)
-        copy_share(leaf, file[leaf], target, experts=range(4), tp_rank=rank)
+        part = range(start, start + 128)
+        copy_share(leaf, file[leaf], target, experts=range(4), part=part, gated=True)
         assert torch.equal(target, file[leaf])
 
 
@@ -208,22 +221,56 @@ def test_a_share_that_runs_past_the_end_is_filled_up_with_zeros(
     """Along rows and columns at once: I and H are both padded."""
     w13 = file["w13_weight"]
     target = garbage(w13.dtype, (4, 192, w13.shape[2] + 64))
-    copy_share("w13_weight", w13, target, experts=range(4), tp_rank=1)
+    part = range(96, 192)
+    copy_share("w13_weight", w13, target, experts=range(4), part=part, gated=True)
     assert torch.equal(target[:, :64, : w13.shape[2]], w13[:, 192:])
     assert not target[:, 64:].any()
     assert not target[:, :, w13.shape[2] :].any()
 
 
+@pytest.mark.parametrize("leaf", CUT)
+def test_a_cut_within_a_block_of_16_is_refused(file: dict[str, torch.Tensor], leaf: str) -> None:
+    target = garbage(file[leaf].dtype, file[leaf].shape)
+    for part in range(8, 64), range(56):
+        with pytest.raises(ValueError, match=rf"{leaf} cannot be cut at .* whole blocks of 16"):
+            copy_share(leaf, file[leaf], target, experts=range(4), part=part, gated=True)
+    assert (as_bytes(target) == GARBAGE).all()
+
+
+@pytest.mark.parametrize("case", ["E8-H512-I320", "E4-H384-I448-ungated"])
+@pytest.mark.parametrize("leaf", CUT)
+def test_experts_in_any_order_of_a_share_that_cuts_tiles(
+    layer_of: Callable[[str], Any], case: str, leaf: str
+) -> None:
+    """The same as one expert at a time."""
+    geometry, tensors = layer_of(case)
+    tensor, part = tensors[leaf], range(48, 160)
+    shape = list(tensor.shape)
+    cut = 1 if leaf.startswith("w13") else 2
+    shape[cut] = shape[cut] * 128 // padded_intermediate(geometry)
+    experts = [2, 0, 1, 1, 3]
+    target = garbage(tensor.dtype, [5, *shape[1:]])
+    options = {"part": part, "gated": geometry.gated}
+    copy_share(leaf, tensor, target, experts=experts, **options)
+    for slot, expert in enumerate(experts):
+        one = garbage(tensor.dtype, [1, *shape[1:]])
+        copy_share(leaf, tensor, one, experts=[expert], **options)
+        assert digest(one[0]) == digest(target[slot])
+    assert len({digest(slot) for slot in target}) == 4
+
+
 def test_a_parameter_of_no_experts_is_left_alone(file: dict[str, torch.Tensor]) -> None:
     target = garbage(torch.uint8, (0, 256, 128))
-    assert copy_share("w13_weight", file["w13_weight"], target, experts=[], tp_rank=0) == 0
+    assert (
+        copy_share("w13_weight", file["w13_weight"], target, experts=[], part=ALL, gated=True) == 0
+    )
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
 def load(layer: ConvertedLayer, leaf: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
-    layer.load(leaf, target, tensor, experts=range(target.shape[0]), tp_rank=0)
+    layer.load(leaf, target, tensor, experts=range(target.shape[0]), part=ALL)
 
 
 def test_a_tensor_of_another_shape_is_refused(
@@ -260,6 +307,8 @@ def test_a_parameter_of_another_dtype_is_refused(
         ("w13_weight_scale", (4, 64, 16), range(4), ".*64 x 16 scales are not whole tiles of 128"),
         ("w2_weight_scale", (4, 256, 6), range(4), ".*256 x 6 scales are not whole tiles of 128"),
         ("w13_input_scale", (4, 1), range(4), r"w13_input_scale is \[4, 2\], expected \[4, 1\]"),
+        ("w13_weight", (4, 128, 128), range(4), r"w13_weight has room for 64 values of I, .*"),
+        ("w2_weight_scale", (4, 256, 4), range(4), r"w2_weight_scale has room for 64 values .*"),
     ],
 )
 def test_a_parameter_that_the_file_does_not_fit_is_refused(
@@ -272,7 +321,7 @@ def test_a_parameter_that_the_file_does_not_fit_is_refused(
 ) -> None:
     target = garbage(file[leaf].dtype, shape)
     with refuses(rf"{PREFIX}\.{message}.*"):
-        layer.load(leaf, target, file[leaf], experts=experts, tp_rank=0)
+        layer.load(leaf, target, file[leaf], experts=experts, part=ALL)
     assert (as_bytes(target) == GARBAGE).all()
 
 

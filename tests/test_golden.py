@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from numpy.typing import NDArray
 from support.golden import CASES, ENGINES, GOLDEN, PREFIX, runs_of
 from support.make_checkpoint import Spec
 from support.tensors import read_tensors
 
-from fp4moe_convert.format.contract import Geometry, round_up
+from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.storage.buffers import Bytes
 
@@ -36,37 +37,56 @@ def raw_tensors(path: Path, prefix: str = "") -> dict[str, Bytes]:
     }
 
 
-def fit(array: Bytes, axis: int, start: int, nbytes: int) -> Bytes:
-    """[start, start + nbytes) of ``axis``, zeros past its end."""
-    stop = min(start + nbytes, array.shape[axis])
-    part = np.take(array, range(min(start, stop), stop), axis)
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, nbytes - part.shape[axis])
-    return np.pad(part, padding)
+Indices = NDArray[np.intp]
+
+
+def row_of(values: Indices, projection: int, projections: int) -> Indices:
+    """Where w13 has the rows of these values of I, from one of the projections that interleave."""
+    interleaved = projections * values + projection
+    block, row = interleaved // 32, interleaved % 32
+    return block * 32 + row % 4 * 8 + row // 4
+
+
+def place_of(rows: Indices, cols: Indices, width: int) -> Indices:
+    """Where a matrix in 128x4 tiles, ``width`` bytes to a row, has each of these bytes."""
+    rows, cols = rows[:, None], cols[None, :]
+    tile = rows // 128 * (width // 4) + cols // 4
+    return tile * 512 + rows % 32 * 16 + rows % 128 // 32 * 4 + cols % 4
 
 
 def rank_slices(file: Mapping[str, Bytes], spec: Spec, run: Mapping[str, Any]) -> dict[str, Bytes]:
-    """docs/format.md, section 4: what one rank takes from the file."""
-    n, multiple = (1, 128) if spec.ungated else (2, 64)  # of w13: up alone, or gate and up
-    h, i = spec.hidden, round_up(spec.intermediate, multiple)
-    p = round_up(-(-spec.intermediate // run["tp_size"]), multiple)
-    rank, padded_h = run["tp_rank"], run["hidden"]
+    """docs/format.md, section 4, value by value: what one rank takes from the file."""
+    sglang, projections = run["engine"] == "sglang", 1 if spec.ungated else 2
+    h, own_h, p = spec.hidden, run["hidden"], run["intermediate"]
+    width = p if sglang else spec.intermediate // run["tp_size"]
+    start = width * run["tp_rank"]
+    theirs = np.arange(start, max(start, min(start + width, spec.intermediate)))
+    ours = np.arange(len(theirs))
     e = spec.experts // run["ep_size"]
     local = slice(run["ep_rank"] * e, (run["ep_rank"] + 1) * e)
 
-    w13_scale_tiles = fit(file["w13_weight_scale"][local], 1, rank * n * p, n * p)
-    w2_scale_tiles = file["w2_weight_scale"][local].reshape(e, h // 128, i // 64, 512)
-    w2_scale_tiles = fit(w2_scale_tiles, 2, rank * p // 64, p // 64)
-    w2_weight = fit(file["w2_weight"][local], 2, rank * p // 2, p // 2)
+    def empty(rows: int, cols: int) -> Bytes:
+        return np.zeros((e, rows, cols), np.uint8)
+
+    w13_weight = empty(projections * p, own_h // 2)
+    w13_scale = empty(projections * p, own_h // 16)
+    for each in range(projections):
+        to, from_ = (row_of(values, each, projections) for values in (ours, theirs))
+        w13_weight[:, to, : h // 2] = file["w13_weight"][local][:, from_]
+        cols = np.arange(h // 16)
+        places = place_of(from_, cols, h // 16)
+        scales = file["w13_weight_scale"][local].reshape(e, -1)[:, places]
+        w13_scale.reshape(e, -1)[:, place_of(to, cols, own_h // 16)] = scales
+    w2_weight, w2_scale = empty(own_h, p // 2), empty(own_h, p // 16)
+    w2_weight[:, :h, : len(ours) // 2] = file["w2_weight"][local][:, :, theirs[::2] // 2]
+    places = place_of(np.arange(h), theirs[::16] // 16, file["w2_weight_scale"].shape[2])
+    scales = file["w2_weight_scale"][local].reshape(e, -1)[:, places]
+    w2_scale.reshape(e, -1)[:, place_of(np.arange(h), ours[::16] // 16, p // 16)] = scales
     return {
-        "w13_weight": fit(
-            fit(file["w13_weight"][local], 1, rank * n * p, n * p), 2, 0, padded_h // 2
-        ),
-        "w2_weight": fit(w2_weight, 1, 0, padded_h),
-        "w13_weight_scale": fit(
-            w13_scale_tiles.reshape(e, n * p // 128, h // 64, 512), 2, 0, padded_h // 64
-        ),
-        "w2_weight_scale": fit(w2_scale_tiles, 1, 0, padded_h // 128),
+        "w13_weight": w13_weight,
+        "w2_weight": w2_weight,
+        "w13_weight_scale": w13_scale,
+        "w2_weight_scale": w2_scale,
         "w13_weight_scale_2": file["w13_weight_scale_2"].reshape(spec.experts, -1)[local],
         "w2_weight_scale_2": file["w2_weight_scale_2"].reshape(spec.experts, -1)[local],
         # Both engines keep every expert's activation scale on every rank: they use the maximum.
@@ -92,7 +112,7 @@ def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
             assert run["tp_size"] not in served, run
             continue
         if run["tp_size"] not in served:
-            continue  # vLLM cuts elsewhere; nothing is promised
+            continue  # vLLM cuts within a block of 16 values; nothing is promised
         slices = rank_slices(tensors, spec, run)
         for tensor, recorded in run["tensors"].items():
             digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(slices[tensor]).tobytes())

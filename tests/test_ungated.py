@@ -41,7 +41,7 @@ def test_inspect_names_the_row(source_of: dict[str, Path], family: str) -> None:
     hidden = 128 if family.endswith("latent") else 256
     assert (found.state, found.warnings) == ("source", [])
     assert found.families == dict.fromkeys(LAYERS, FAMILY)
-    assert found.layers == dict.fromkeys(LAYERS, Geometry(8, hidden, 512, gated=False))
+    assert found.layers == dict.fromkeys(LAYERS, Geometry(8, hidden, 448, gated=False))
     assert found.prospects.tensor_parallel == {"sglang": [1, 2, 4], "vllm": [1, 2, 4]}
 
 

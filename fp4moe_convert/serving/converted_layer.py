@@ -74,7 +74,7 @@ class ConvertedLayer:
         tensor: torch.Tensor,
         *,
         experts: Sequence[int],
-        tp_rank: int,
+        part: range,
     ) -> None:
         """Fill a parameter with its share of the file's tensor.
 
@@ -84,7 +84,7 @@ class ConvertedLayer:
             tensor: from the file.
             experts: for each slot, the expert it holds. The slots of ``*_input_scale`` are those
                 of all ranks: engines serve with the maximum over all experts.
-            tp_rank: which of the shares of the target's size; 0 without tensor parallelism.
+            part: the values of I that the rank holds; it may go past I.
 
         Raises:
             ServingError: the tensor is not what config.json describes, or does not fit.
@@ -97,7 +97,7 @@ class ConvertedLayer:
                 CONVERT_AGAIN,
             )
         try:
-            copy_share(leaf, tensor, target, experts=experts, tp_rank=tp_rank)
+            copy_share(leaf, tensor, target, experts=experts, part=part, gated=self.geometry.gated)
         except ValueError as error:
             raise refusal(f"{self.prefix}.{error}") from error
         self.note(leaf)

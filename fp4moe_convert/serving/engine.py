@@ -50,7 +50,7 @@ class Engine:
     """Why the engine cannot serve a model that is converted; None where nothing is known that
     speaks against it."""
     can_cut: Callable[[Geometry, int], bool]
-    """Whether a rank of T holds a slice of the file (docs/format.md, section 4), given that T
+    """Whether ranks of T can be served from the file (docs/format.md, section 4), given that T
     divides I, as every engine requires."""
     serve_command: Callable[[str], str]
     """The command line that serves a folder, given its name quoted for a shell."""

@@ -1,17 +1,43 @@
 """A rank's share of a converted layer: slices and copies, no layout work (docs/format.md, 4).
 
-The module knows tensors and no engine. The shape of a parameter and the tensor-parallel rank say
-which part of an expert a rank holds. The engine says which experts.
+The module knows tensors and no engine. The engine says which part of I a rank holds, and which
+experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
+from ..format.contract import GROUP_SIZE
+
 TILE_NBYTES = 512
 """Of one tile of 128x4 block scales."""
+LANE = GROUP_SIZE
+"""Values of I that stay together wherever a file is cut: they share a block scale."""
+
+
+class _Cut(NamedTuple):
+    """How tensor parallelism cuts a tensor."""
+
+    axis: int
+    period: int
+    """How many values of I take a range of the axis for themselves."""
+    extent: int
+    """The length of that range."""
+
+
+def _cut_of(leaf: str, gated: bool) -> _Cut | None:
+    """None: it is not cut. Scales are seen as tiles (`_tiles`)."""
+    rows = 1 + gated  # of w13, for each value of I
+    return {
+        "w13_weight": _Cut(1, 32 // rows, 32),
+        "w13_weight_scale": _Cut(1, 128 // rows, 1),
+        "w2_weight": _Cut(2, LANE, LANE // 2),
+        "w2_weight_scale": _Cut(2, 4 * LANE, 1),
+    }.get(leaf)
 
 
 def copy_share(
@@ -20,7 +46,8 @@ def copy_share(
     target: torch.Tensor,
     *,
     experts: Sequence[int],
-    tp_rank: int,
+    part: range,
+    gated: bool,
 ) -> int:
     """Fill a rank's parameter from the file's tensor.
 
@@ -30,10 +57,13 @@ def copy_share(
         target: the rank's parameter, [len(experts), ...] of the same dtype, overwritten whole:
             where the file has nothing for it (padding of I or H) it becomes zero.
         experts: for each slot of the target, the expert it holds.
-        tp_rank: which of the shares of the target's size; 0 without tensor parallelism.
+        part: the values of I that the rank holds, in whole blocks of 16; those that the file does
+            not have are zero.
+        gated: whether the experts have a gate.
 
     Returns:
-        The number of copies made: one for each run of experts that follow one another.
+        The number of copies made: one for each run of experts that follow one another, or a few
+        where ``part`` begins or ends within a tile.
 
     Raises:
         ValueError: dtypes or shapes do not fit.
@@ -46,20 +76,43 @@ def copy_share(
         raise ValueError(f"{leaf} has no expert {max(experts)}, it has {source.shape[0]} experts")
     if experts and min(experts) < 0:
         raise ValueError(f"{leaf}: {min(experts)} is not an expert")
+    if part.start % LANE or part.stop % LANE:
+        raise ValueError(f"{leaf} cannot be cut at {part} of I, only in whole blocks of {LANE}")
     if source.dim() != target.dim():
         raise ValueError(f"{leaf} is {list(source.shape)}, the engine wants {list(target.shape)}")
-    file, own, starts = _aligned_views(leaf, source, target, tp_rank)
-    extents = [
-        max(0, min(have - start, want))
-        for have, want, start in zip(file.shape[1:], own.shape[1:], starts, strict=True)
-    ]
-    for dim, (extent, want) in enumerate(zip(extents, own.shape[1:], strict=True), start=1):
-        own.narrow(dim, extent, want - extent).zero_()
-        if extent:
-            file = file.narrow(dim, starts[dim - 1], extent)
-            own = own.narrow(dim, 0, extent)
-        else:
-            return 0
+    cut = _cut_of(leaf, gated)
+    if cut is None:
+        if source.shape[1:] != target.shape[1:]:
+            raise ValueError(f"{leaf} is {list(source.shape)}, expected {list(target.shape)}")
+        return _copy(source, target, experts)
+    file, own = source, target
+    if leaf.endswith("_scale"):
+        file, own = _tiles(leaf, source), _tiles(leaf, target)
+    has, room = (t.shape[cut.axis] // cut.extent * cut.period for t in (file, own))
+    start, stop = min(part.start, has), min(part.stop, has)
+    if stop - start > room:
+        raise ValueError(f"{leaf} has room for {room} values of I, its rank holds {part}")
+    first, last = start // cut.period, -(-stop // cut.period)
+    held = file.narrow(cut.axis, first * cut.extent, (last - first) * cut.extent)
+    if start % cut.period == 0 and stop % cut.period == 0:
+        return _copy(held, own, experts)
+    return _copy_lanes(
+        _lanes(leaf, held.to(own.device), gated),
+        _lanes(leaf, own.zero_(), gated),
+        range((start - first * cut.period) // LANE, (stop - first * cut.period) // LANE),
+        experts,
+    )
+
+
+def _copy(file: torch.Tensor, own: torch.Tensor, experts: Sequence[int]) -> int:
+    """Copy what both have, from the start of each axis after the first; the rest of ``own`` becomes
+    zero."""
+    for axis in range(1, own.dim()):
+        extent = min(file.shape[axis], own.shape[axis])
+        own.narrow(axis, extent, own.shape[axis] - extent).zero_()
+        file, own = file.narrow(axis, 0, extent), own.narrow(axis, 0, extent)
+    if not own.numel():
+        return 0
     copies = 0
     for slot, expert, count in runs(experts):
         own.narrow(0, slot, count).copy_(file.narrow(0, expert, count))
@@ -67,24 +120,40 @@ def copy_share(
     return copies
 
 
-def _aligned_views(
-    leaf: str, source: torch.Tensor, target: torch.Tensor, tp_rank: int
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """File and parameter as tensors of one rank whose axes after the first can be cut, and where
-    on the file's axes the parameter begins."""
-    if leaf in ("w13_weight", "w2_weight"):
-        file, own = source, target
-    elif leaf in ("w13_weight_scale", "w2_weight_scale"):
-        file, own = _tiles(leaf, source), _tiles(leaf, target)
-    else:
-        if source.shape[1:] != target.shape[1:]:
-            raise ValueError(f"{leaf} is {list(source.shape)}, expected {list(target.shape)}")
-        return source, target, [0] * (source.dim() - 1)
-    # Tensor parallelism cuts rows of w13 and columns of w2; the third axis of scales is a tile.
-    starts = [0] * (file.dim() - 1)
-    cut = 1 if leaf.startswith("w13") else 2
-    starts[cut - 1] = tp_rank * own.shape[cut]
-    return file, own, starts
+def _copy_lanes(
+    file: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
+    part: range,
+    experts: Sequence[int],
+) -> int:
+    """Copy units ``part`` of the file to units 0, 1, ...; unit n is in lane n % len(lanes)."""
+    copies = 0
+    for lane, target in enumerate(own):
+        units = len(part[lane :: len(own)])
+        start, other = divmod(part.start + lane, len(own))
+        source = file[other].narrow(1, start, units) if units else file[other][:, :0]
+        copies += _copy(source, target.narrow(1, 0, units), experts)
+    return copies
+
+
+def _lanes(leaf: str, tensor: torch.Tensor, gated: bool) -> Sequence[torch.Tensor]:
+    """What is cut within a period, as views [E, periods, ...]: for each 16 values of a period one.
+
+    16 rows of an expert without a gate are every other half of the columns of a shuffled block
+    [4, 8]; with a gate they are a whole block. A tile holds 4 blocks, or 4 columns of w2.
+    """
+    if leaf == "w13_weight":
+        return _split(tensor, 1, -1, 4, 2, 4).unbind(3)
+    if leaf == "w2_weight_scale":
+        return _split(tensor, 3, 128, 4).transpose(1, 2).unbind(4)
+    blocks = _split(tensor, 3, 32, 4, 4).unbind(4)
+    if gated:
+        return blocks
+    return [half for block in blocks for half in _split(block, 3, 4, 2, 4).unbind(4)]
+
+
+def _split(tensor: torch.Tensor, axis: int, *sizes: int) -> torch.Tensor:
+    return tensor.view(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
 
 
 def _tiles(leaf: str, scales: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,7 @@ CHECKPOINTS = {
     "deepseek-hf": spec(quantization="hf"),
     "deepseek-mixed": spec(),  # see `make_mixed`
     "qwen": spec(style="qwen3_moe"),
+    "qwen-I96": spec(style="qwen3_moe", intermediate=96),
     "qwen-H384": spec(style="qwen3_moe", hidden=384, intermediate=128),
 }
 
@@ -109,6 +110,9 @@ EQUAL = {
     "deepseek: H = 384, tp 1": Setup("deepseek-H384"),
     "deepseek: H = 384, tp 2": Setup("deepseek-H384", 2),
     "deepseek: I = 96, tp 1": Setup("deepseek-I96"),
+    "deepseek: I = 96, tp 2": Setup("deepseek-I96", 2),
+    "deepseek: I = 192, tp 2": Setup("deepseek-I192", 2),
+    "deepseek: I = 192, tp 4": Setup("deepseek-I192", 4),
     "deepseek: I = 192, ep 2": Setup("deepseek-I192", 2, EP),
     # Pipeline stages: the first has the dense layer alone.
     **{
@@ -121,6 +125,7 @@ EQUAL = {
     "qwen: ep 2, redundant experts": Setup("qwen", 2, EP, redundant=2),
     "qwen: ep 4, weight filter": Setup("qwen", 4, EP_FILTER),
     "qwen: loader threads, tp 2": Setup("qwen", 2, THREADS),
+    "qwen: I = 96, tp 2": Setup("qwen-I96", 2),
     "qwen: H = 384, tp 2": Setup("qwen-H384", 2),
 }
 
@@ -225,7 +230,7 @@ REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
         leave,
         "vLLM chose flashinfer_cutlass; use --moe-backend flashinfer_trtllm",
     ),
-    "I/T not a multiple of 64": (Setup("deepseek-I192", 2), leave, "use one of [1, 3] or"),
+    "I/T not a multiple of 16": (Setup("qwen-I96", 4), leave, "use one of [1, 2, 3, 6] or"),
     "activations per token": (Setup("deepseek", options=PER_TOKEN), leave, "per token"),
     "experts quantized anew": (
         Setup("deepseek", options=ANEW),

@@ -78,8 +78,8 @@ def jobs_of(engine: str, case: str, checkpoint: Path) -> Iterator[Job]:
     """All ranks of TP 1 to 4 and, where each is left two experts, of EP 2.
 
     SGLang gives a rank I/T rounded up to 64, or to 128 without a gate, and the last ones what is
-    left. vLLM gives each rank I/T and pads that: its bytes are a slice of the T = 1 bytes only if
-    I/T is such a multiple.
+    left. vLLM gives each rank I/T and pads that: its bytes are those of the T = 1 file, but not
+    always a slice of them.
     """
     made = CASES[case]
     for tp_size in (1, 2, 3, 4):

@@ -316,8 +316,8 @@ MINIMAX_M2 = Family(
 )
 
 NEMOTRON_H = Family(
-    # I is 128 for each of 4 ranks; to vLLM other cuts are other bytes.
-    replace(QWEN, layers=4, intermediate=512),
+    # To 4 ranks of vLLM this I is 112 each, which ends within tiles, and within blocks of 32 rows.
+    replace(QWEN, layers=4, intermediate=448),
     {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -711,10 +711,10 @@ FAMILIES: dict[str, Family] = {
             *many("model.layers.{1,3}.mlp.fc2_latent_proj.weight", H, 128),
         ),
         shapes={
-            r"\.experts\.\d+\.up_proj\.weight$": (512, 64),
-            r"\.experts\.\d+\.up_proj\.weight_scale$": (512, 8),
-            r"\.experts\.\d+\.down_proj\.weight$": (128, 256),
-            r"\.experts\.\d+\.down_proj\.weight_scale$": (128, 32),
+            r"\.experts\.\d+\.up_proj\.weight$": (448, 64),
+            r"\.experts\.\d+\.up_proj\.weight_scale$": (448, 8),
+            r"\.experts\.\d+\.down_proj\.weight$": (128, 224),
+            r"\.experts\.\d+\.down_proj\.weight_scale$": (128, 28),
         },
         ignore=(*NEMOTRON_H.ignore, "model.layers.{1,3}.mlp.fc{1,2}_latent_proj"),
         in_file=False,

@@ -251,7 +251,10 @@ class ExpertLoader:
             slots = param.data[: len(experts)]
             if tensor.dim() == slots.dim() + 1:  # [E, 1]: the one scale of w13 without a gate
                 slots = slots.unsqueeze(1)
-            self.own.load(leaf, slots, tensor, experts=experts, tp_rank=self.layer.moe_tp_rank)
+            width = self.layer.intermediate_size_per_partition  # padded
+            start = width * self.layer.moe_tp_rank
+            part = range(start, start + width)
+            self.own.load(leaf, slots, tensor, experts=experts, part=part)
         else:  # a fused shared expert
             self.stock(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id)
             self.own.note(_of_shared_expert(leaf, shard_id))

@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...format.contract import Geometry
-from ...layouts.trtllm_nvfp4 import intermediate_multiple
+from ...format.contract import GROUP_SIZE, Geometry
 from ..engine import Engine, KnownModels, Model
 
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
@@ -37,9 +36,8 @@ def _is_weight_only(group: Any) -> bool:
 
 
 def _can_cut(geometry: Geometry, size: int) -> bool:
-    """vLLM cuts at I/T and pads after that, which gives a slice of the file only where I/T needs no
-    padding, or where nothing is cut."""
-    return size == 1 or geometry.intermediate % (size * intermediate_multiple(geometry)) == 0
+    """vLLM cuts at I/T and pads after that. Where that is within a block, it loses scales."""
+    return geometry.intermediate % (size * GROUP_SIZE) == 0
 
 
 VLLM = Engine(

@@ -334,12 +334,16 @@ def _weight_loader(own: ConvertedLayer) -> Callable[..., None]:
     ) -> None:
         leaf = own.leaf_of(layer, param)
         everywhere, here = _experts_held(layer)
+        width = own.geometry.intermediate // layer.moe_config.tp_size
+        start = width * layer.moe_config.tp_rank
+        if start + width == own.geometry.intermediate:
+            width = 2 * layer.w2_weight.shape[2]  # with the zeros that follow, in whole tiles
         own.load(
             leaf,
             param.data,
             loaded_weight,
             experts=everywhere if leaf.endswith("_input_scale") else here,
-            tp_rank=layer.moe_config.tp_rank,
+            part=range(start, start + width),
         )
 
     return weight_loader

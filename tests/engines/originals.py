@@ -1,0 +1,18 @@
+"""The originals that both engines load: the zoo's, and those that exporters have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support import exporters, model_zoo
+
+CONVERTED = (*model_zoo.FAMILIES, *exporters.CONVERTED)
+STACKED = "modelopt-gpt_oss"
+"""Not converted, because no engine serves it with the backend."""
+NAMES = (*CONVERTED, STACKED)
+
+
+def make(folder: Path, name: str) -> None:
+    """Write an original into ``folder``, which is created."""
+    module = exporters if name in exporters.EXPORTS else model_zoo
+    module.make(folder, name)

@@ -1,0 +1,135 @@
+"""Tiny random MoE models, of the classes that transformers has for real ones.
+
+Both exporters quantize what `make` makes, each with the transformers of its own environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+H, I, E = 256, 128, 8  # noqa: E741 - the project's names of the three sizes
+
+COMMON: dict[str, Any] = {
+    "hidden_size": H,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+DENSE = {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": I}
+MIXTRAL = {"intermediate_size": I, "num_local_experts": E}
+
+
+def deepseek_v3() -> Any:
+    config = transformers.DeepseekV3Config(
+        **COMMON | {"num_key_value_heads": 4},
+        first_k_dense_replace=1,
+        intermediate_size=256,
+        kv_lora_rank=64,
+        moe_intermediate_size=I,
+        n_group=2,
+        n_routed_experts=E,
+        n_shared_experts=1,
+        q_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        topk_group=1,
+        v_head_dim=32,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def glm4_moe() -> Any:
+    config = transformers.Glm4MoeConfig(
+        **COMMON, **DENSE, first_k_dense_replace=1, n_routed_experts=E
+    )
+    return transformers.Glm4MoeForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    config = transformers.GptOssConfig(
+        **COMMON, head_dim=64, intermediate_size=256, num_local_experts=E
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def minimax_m2() -> Any:
+    config = transformers.MiniMaxM2Config(**COMMON, **MIXTRAL, head_dim=64)
+    return transformers.MiniMaxM2ForCausalLM(config)
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**COMMON, **MIXTRAL))
+
+
+def nemotron_h() -> Any:
+    config = transformers.NemotronHConfig(
+        **{key: size for key, size in COMMON.items() if key != "num_hidden_layers"},
+        **DENSE | {"moe_intermediate_size": 2 * I},  # vLLM cuts it at multiples of 128
+        layers_block_type=["mamba", "moe", "attention", "moe"],
+        mamba_head_dim=32,
+        mamba_num_heads=8,
+        moe_shared_expert_intermediate_size=I,
+        n_groups=8,
+        n_routed_experts=E,
+        n_shared_experts=1,
+        ssm_state_size=32,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+def qwen3_moe() -> Any:
+    config = transformers.Qwen3MoeConfig(**COMMON, **DENSE, num_experts=E)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def qwen3_next() -> Any:
+    config = transformers.Qwen3NextConfig(
+        **COMMON,
+        **DENSE,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=32,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_value_head_dim=32,
+        num_experts=E,
+        shared_expert_intermediate_size=I,
+    )
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+MAKERS: tuple[Callable[[], Any], ...] = (
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    nemotron_h,
+    qwen3_moe,
+    qwen3_next,
+)
+
+
+def make(family: str) -> Any:
+    """The model of a family in bf16; its weights depend on nothing but its sizes."""
+    torch.manual_seed(0)
+    makers = {maker.__name__: maker for maker in MAKERS}
+    model = makers[family]().to(torch.bfloat16).eval()
+    model.config.architectures = [type(model).__name__]
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # what a class leaves at zero has no scale
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    """What the models are calibrated with: [4, 32], int64."""
+    return torch.randint(
+        0, COMMON["vocab_size"], (4, 32), generator=torch.Generator().manual_seed(0)
+    )

@@ -4,6 +4,7 @@
     python -m benchmarks.convert --experts 32 --rounds 2    # 1.2 GB, one minute
     python -m benchmarks.convert --json bench.json --plot bench.png
     python -m benchmarks.convert --before ../other          # another checkout takes part
+    python -m benchmarks.convert --restore                  # the way back takes part
     python -m benchmarks.convert --memory                   # our peak memory, models of 2 to 20 GB
 
 It takes an environment with the package and, for --plot, the dependency group `bench`, and in
@@ -14,6 +15,7 @@ The programs take turns, so that a disk that is slow for a while is slow for all
 
 - **ours**, `fp4moe-convert MODEL OUT --quiet --json`, the whole process. It syncs what it writes.
 - **before**, the same of another checkout, where --before names one.
+- **restore**, `fp4moe restore` of what ours has made, with --restore. It syncs what it writes, too.
 - **floor**, `python -m benchmarks.raw_copy MODEL OUT`: the same bytes read and written with direct
   I/O by a few threads that do nothing else. The disk cannot do better.
 - **cp**, `cp -r MODEL OUT` and then `sync` with the name of each copied file and folder, which
@@ -112,6 +114,12 @@ def run_before(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
     return usage, {"conversion": json.loads(usage.stdout)["seconds"]}
 
 
+def run_restore(converted: Path, out: Path) -> tuple[Usage, dict[str, float]]:
+    command = (sys.executable, "-m", "fp4moe_convert", "restore")
+    usage = run_child(*command, converted, out, "--quiet", "--json")
+    return usage, {"restoration": json.loads(usage.stdout)["seconds"]}
+
+
 def run_floor(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
     return run_module("benchmarks.raw_copy", model, out), {}
 
@@ -136,6 +144,7 @@ def run_naive(model: Path, out: Path) -> tuple[Usage, dict[str, float]]:
 PROGRAMS: dict[str, Callable[[Path, Path], tuple[Usage, dict[str, float]]]] = {
     "ours": run_ours,
     "before": run_before,
+    "restore": run_restore,
     "floor": run_floor,
     "cp": run_cp,
     "naive": run_naive,
@@ -143,6 +152,7 @@ PROGRAMS: dict[str, Callable[[Path, Path], tuple[Usage, dict[str, float]]]] = {
 TITLES = {
     "ours": "fp4moe-convert",
     "before": "another checkout",
+    "restore": "fp4moe restore",
     "floor": "raw direct copy",
     "cp": "cp -r, then sync",
     "naive": "naive converter",
@@ -150,6 +160,7 @@ TITLES = {
 COLORS = {
     "ours": "#1b7f5c",
     "before": "#6fb39b",
+    "restore": "#8f6fb3",
     "floor": "#3d5a80",
     "cp": "#7a869a",
     "naive": "#c2703d",
@@ -221,6 +232,7 @@ class Bench:
 
     model: Path
     scratch: Path
+    converted: Path | None = None  # what the model is converted to, where that is restored
     pages: int = 0  # of the model
     evictions: int = 0  # times that none of them was left in the page cache
 
@@ -229,10 +241,14 @@ class Bench:
 
     def run(self, program: str, number: int) -> Run:
         """Run a program once, the model cold and the libraries warm. Its output stays."""
-        self.pages = start_cold(self.model)
+        source = self.model
+        if program == "restore":
+            assert self.converted is not None
+            source = self.converted
+        self.pages = start_cold(source)
         self.evictions += 1
         out = self.out(program)
-        usage, parts = PROGRAMS[program](self.model, out)
+        usage, parts = PROGRAMS[program](source, out)
         left = sync_folder(out).wall_s
         return Run(
             program,
@@ -277,6 +293,14 @@ class Results:
             Ratio("wall, ours / before", self.paired("before", lambda run: run.wall_s)),
             Ratio("CPU time, ours / before", self.paired("before", lambda run: run.cpu_s)),
             Ratio("peak RSS, ours / before", self.paired("before", lambda r: r.peak_rss_bytes)),
+            Ratio(
+                "wall, restore / ours",
+                self.paired("restore", lambda run: run.wall_s, inverse=True),
+            ),
+            Ratio(
+                "peak RSS, restore / ours",
+                self.paired("restore", lambda run: run.peak_rss_bytes, inverse=True),
+            ),
             Ratio("wall, ours / cp and sync", self.paired("cp", lambda run: run.wall_s)),
             Ratio("wall, ours / naive", self.paired("naive", lambda run: run.wall_s)),
             Ratio("start-up aside, ours / naive", self.paired("naive", seconds_without_start_up)),
@@ -335,6 +359,9 @@ def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
         scratch / "model", arguments.layers, arguments.experts, arguments
     )
     bench = Bench(model, scratch)
+    if arguments.restore:
+        bench.converted = scratch / "converted"
+        run_ours(model, bench.converted)
     nbytes = sum(path.stat().st_size for path in model_files(model))
     free = shutil.disk_usage(scratch).free
     # Ours and the naive one's lie side by side until they are compared.
@@ -350,6 +377,8 @@ def compare_programs(arguments: argparse.Namespace, scratch: Path) -> Results:
             if program == "naive" and number > arguments.naive_rounds:
                 continue
             if program == "before" and BEFORE not in os.environ:
+                continue
+            if program == "restore" and bench.converted is None:
                 continue
             run = bench.run(program, number)
             results.runs.append(run)
@@ -550,6 +579,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=2048, help="(2048, as DeepSeek-V3)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of ours and of cp (5)")
     parser.add_argument("--naive-rounds", type=int, default=2, help="of these with naive, too (2)")
+    parser.add_argument("--restore", action="store_true", help="restorations take part")
     parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument(
         "--memory",

@@ -201,6 +201,37 @@ def test_a_record_cut_short_or_too_long(converted: Path, tmp_path: Path) -> None
             restore(converted, tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", ["copied", "recorded", "a shard"])
+@pytest.mark.parametrize("name", ["../evil.md", "../converted/evil.md", "{}/evil.md"])
+def test_no_name_in_a_manifest_leads_out(
+    converted: Path, tmp_path: Path, place: str, name: str
+) -> None:
+    """Names of files become paths. Of what no engine reads, a file may differ or be missing."""
+    (tmp_path / "evil.md").write_text("evil")
+    (converted / "evil.md").write_text("evil")
+    name = name.format(tmp_path)
+    record = {"bytes": 4, "xxh3_128": xxhash.xxh3_128_hexdigest(b"evil")}
+
+    def edit(content: dict[str, Any]) -> None:
+        if place == "copied":
+            content["files"][name] = record
+        elif place == "recorded":
+            content["source"]["files"][name] = {**record, "bytes": 0}
+        else:
+            content["source"]["shards"][name] = {"bytes": 4, "header": "00"}
+
+    sign_again(converted, edit)
+    before = every_file(tmp_path)
+    if place == "copied":
+        restore(converted, tmp_path / "out")
+        assert every_file(tmp_path / "out") == every_file(tmp_path / "source")
+        shutil.rmtree(tmp_path / "out")
+    else:
+        with pytest.raises(CheckpointError, match=rf"^{MANIFEST}: '.*evil\.md' is no "):
+            restore(converted, tmp_path / "out")
+    assert every_file(tmp_path) == before
+
+
 def test_damaged_data(converted: Path, tmp_path: Path) -> None:
     """No shard that damaged bytes have gone into gets its name."""
     name = sorted(path.name for path in converted.glob("*.safetensors"))[2]

@@ -11,17 +11,24 @@ the machine, and reading it back would need a limit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError, MissingFileError
-from ..format.files import SOURCE_NAME, no_engine_reads
+from ..format.files import (
+    CONFIG_NAME,
+    HF_QUANT_CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SOURCE_NAME,
+)
 from ..format.manifest import FileRecord, Identity, Manifest
 from ..storage.buffers import Bytes
 from ..storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES, header_nbytes
-from ..storage.local import LocalFolder, LocalReader
+from ..storage.local import LocalFolder, LocalReader, files_below
 from ..storage.reader import Listing, Reader, read_all, read_bytes
 from .checkpoint import Checkpoint
 
@@ -69,12 +76,9 @@ class RecordedSource:
         self._places  # noqa: B018 (reads it)
 
     def listing(self) -> Listing:
-        # A model card or a licence may have been deleted since.
-        copied = [
-            name
-            for name in self.manifest.copied
-            if not no_engine_reads(name) or (self.converted.local_path / name).is_file()
-        ]
+        # What is there, not what a manifest says: a model card may have been deleted since, and
+        # names of files become paths of the restored folder.
+        copied = set(files_below(self.converted.local_path)).intersection(self.manifest.copied)
         return Listing(files=tuple(sorted({*self._places, *copied})), folders=(), left_out={})
 
     def open(self, name: str, *, direct: bool = False) -> Reader:
@@ -115,8 +119,12 @@ class RecordedSource:
             position += nbytes
 
         for name, file in source.files.items():
+            if name not in (CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME):
+                raise CheckpointError(f"{MANIFEST_NAME}: {name!r} is no file that is on record")
             take(name, file.nbytes, {"bytes": file.nbytes})
         for name, identity in source.shards.items():
+            if name != os.path.basename(name):
+                raise CheckpointError(f"{MANIFEST_NAME}: {name!r} is no name of a shard")
             length = min(LENGTH_NBYTES, record.nbytes - position)
             claimed = header_nbytes(read_bytes(record, position, length))
             file_identity = {key: value for key, value in identity.items() if key != "header"}

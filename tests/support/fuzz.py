@@ -15,6 +15,8 @@ Targets:
     config    config.json and hf_quant_config.json of such a folder, a NUL between them
     manifest  fp4moe_manifest.json of a converted folder; its own checksum is put right
     marker    the tensor that tells a plugin how the others are laid out
+    record    what a converted folder records of its source: as in `folder`, but in place of the
+              manifest what that says of the source (nothing: sizes and checksums are put right)
     folder    all files at once, a NUL between them, in the order of `PARTS`; offsets are put right
 
 ``--keep`` fuzzes nothing: it goes through the corpus, the smallest input first, and copies to
@@ -35,7 +37,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .folders import INDEX, MANIFEST
+from .folders import INDEX, MANIFEST, SOURCE
 
 TIMEOUT_SECONDS = 10
 RSS_LIMIT_MB = 1024
@@ -171,6 +173,7 @@ def seeds(target: str) -> list[bytes]:
         "config": [b"\0".join(folder[:2]) for folder in (source, hf, converted)],
         "manifest": [converted[3]],
         "marker": [marker()],
+        "record": [b"\0".join(folder) for folder in (source, hf)],
         "folder": [b"\0".join(folder) for folder in (source, hf, converted)],
     }[target]
 
@@ -297,12 +300,69 @@ class Folder:
             source_difference(open_checkpoint(store), read_manifest(self.root), same_files=True)
 
 
+class Record:
+    """A converted folder whose record of its source is rewritten."""
+
+    def __init__(self, root: Path) -> None:
+        from fp4moe_convert import convert
+
+        (root / "source").mkdir()
+        source = Folder(root / "source", source_folder())
+        self.root = convert(source.root, root / "converted").out_dir
+        self._manifest = json.loads((self.root / MANIFEST).read_bytes())
+
+    def check(self, data: bytes) -> None:
+        from fp4moe_convert.errors import ConvertError
+        from fp4moe_convert.format.manifest import FileRecord, sign
+        from fp4moe_convert.restoration import prepare_restoration
+
+        parts = data.split(b"\0", len(PARTS) - 1)
+        content = dict(zip(PARTS, parts + [b""] * (len(PARTS) - len(parts)), strict=True))
+        said = content.pop(MANIFEST)
+        pieces: list[bytes] = []
+        files: dict[str, Any] = {}
+        shards: dict[str, Any] = {}
+        for name, part in content.items():
+            if name not in SHARDS:
+                if part:
+                    files[name] = {"bytes": len(part), "xxh3_128": FileRecord.of(part).checksum}
+                    pieces.append(part)
+                continue
+            text = with_own_offsets(part)
+            raw = len(text).to_bytes(8, "little") + text
+            pieces.append(raw)
+            nbytes = len(raw) + min(described_nbytes(text), MAX_FILE_NBYTES)
+            digest = FileRecord.of(raw).checksum
+            shards[name] = {"bytes": nbytes, "header": digest, "modified_ns": 1}
+        source = {**self._manifest["source"], "files": files, "shards": shards}
+        with suppress(ValueError, RecursionError):
+            source = json.loads(said)
+        record = b"".join(pieces)
+        (self.root / SOURCE).write_bytes(record)
+        own = {"bytes": len(record), "xxh3_128": FileRecord.of(record).checksum}
+        manifest = {
+            **{key: value for key, value in self._manifest.items() if key != "manifest"},
+            "source": source,
+            "files": {**self._manifest["files"], SOURCE: own},
+        }
+        with suppress(ValueError, RecursionError):
+            (self.root / MANIFEST).write_bytes(sign(manifest))
+        with suppress(ConvertError):
+            work = prepare_restoration(self.root)
+            assert work.sources
+            for shard in work.shards:
+                assert shard.header, shard.name
+            work.left_by_us(CONFIG)
+
+
 def make_check(target: str, root: Path) -> Check:
     """What to call with each input; ``root`` is an empty folder to work in."""
     if target == "header":
         return check_header
     if target == "marker":
         return check_marker
+    if target == "record":
+        return Record(root).check
     names = {
         "index": (INDEX,),
         "config": (CONFIG, HF_QUANT_CONFIG),
@@ -320,7 +380,7 @@ def make_check(target: str, root: Path) -> Check:
     return check
 
 
-TARGETS = ("header", "index", "config", "manifest", "marker", "folder")
+TARGETS = ("header", "index", "config", "manifest", "marker", "record", "folder")
 
 
 def corpus(target: str) -> Iterator[tuple[str, bytes]]:
@@ -476,7 +536,8 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["fp4moe_convert"]):
         import fp4moe_convert.conversion
-        import fp4moe_convert.inspection  # noqa: F401
+        import fp4moe_convert.inspection
+        import fp4moe_convert.restoration  # noqa: F401
 
     def custom_mutator(data: bytes, max_nbytes: int, seed: int) -> bytes:
         return mutate(data, max_nbytes, seed, atheris.Mutate)

@@ -12,7 +12,7 @@ class Progress:
     """How far one phase of a run has come."""
 
     phase: str
-    """"checking" (finished shards of an earlier run), "converting" or "verifying"."""
+    """"checking" (finished shards of an earlier run), "converting", "restoring" or "verifying"."""
     item: str
     """What is being worked on: an expert layer, a tensor or a shard."""
     done: int

@@ -61,7 +61,7 @@ class Converted:
         """What config.json says of it.
 
         Raises:
-            VerifyError: nothing.
+            VerifyError: no section.
             FormatError: not what a converter writes.
         """
         text = read_all(LocalReader(self.path / CONFIG_NAME), MAX_CONFIG_NBYTES)

@@ -19,14 +19,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FormatError
 from ..format.contract import MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
-from ..layouts.trtllm_nvfp4 import LayerTensors
+from ..source.names import stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
 
 if TYPE_CHECKING:
     import torch
-
-_EXPERTS = ".experts"
-_LEAVES = frozenset(LayerTensors._fields)
 
 Deliver = Callable[[str, "torch.Tensor"], str]
 """Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
@@ -159,13 +156,12 @@ class _Kind(Enum):
 def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
     """What a tensor is, and of which layer's experts."""
     # Asked of every tensor of every model, so without regular expressions.
-    layer, _, leaf = name.rpartition(".")
-    if leaf in _LEAVES and layer.endswith(_EXPERTS):
-        return _Kind.STACKED, layer
-    layer, found, rest = name.rpartition(f"{_EXPERTS}.")
+    if (stacked := stacked_layer(name)) is not None:
+        return _Kind.STACKED, stacked
+    layer, found, rest = name.rpartition(".experts.")
     if found and rest.partition(".")[0].isdecimal():
         is_empty = tensor is not None and not tensor.numel()
-        return _Kind.STOP if is_empty else _Kind.SINGLE, layer + _EXPERTS
+        return _Kind.STOP if is_empty else _Kind.SINGLE, f"{layer}.experts"
     # A loader may put the name of a part of the model before those of its tensors.
     if name.endswith(MARKER_NAME) and name.removesuffix(MARKER_NAME)[-1:] in ("", "."):
         return _Kind.MARKER, ""

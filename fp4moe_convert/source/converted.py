@@ -3,24 +3,12 @@ from different folders."""
 
 from __future__ import annotations
 
-import re
-
 from ..errors import CheckpointError
 from ..format.contract import MARKER_NAME, QUANT_METHOD
 from ..format.files import CONFIG_NAME
 from .checkpoint import Checkpoint
 from .families import NUMBERED_EXPERTS
-from .names import is_mtp_by_name, layer_number
-
-_STACKED = re.compile(
-    r".*\.experts\.w(?:13|2)_(?:weight|weight_scale|weight_scale_2|input_scale)", re.DOTALL
-)
-"""What an expert layer becomes. Others may use these names for an order of their own."""
-
-
-def is_named_as_converted(tensor: str) -> bool:
-    """Whether a tensor has the name of one that an expert layer becomes."""
-    return _STACKED.fullmatch(tensor) is not None
+from .names import is_mtp_by_name, layer_number, stacked_layer
 
 
 def is_converted(checkpoint: Checkpoint) -> bool:
@@ -68,7 +56,7 @@ def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | No
                 marker = where
             elif tensor.dtype != "U8" or not tensor.nbytes:
                 continue
-            elif is_named_as_converted(tensor.name):
+            elif stacked_layer(tensor.name) is not None:
                 stacked = stacked or where
             elif not single and NUMBERED_EXPERTS.fullmatch(tensor.name):
                 number = layer_number(tensor.name)

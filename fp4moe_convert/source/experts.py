@@ -13,7 +13,6 @@ from typing import NamedTuple
 from ..errors import CheckpointError
 from ..format.contract import GROUP_SIZE, Geometry
 from .checkpoint import Checkpoint
-from .converted import is_named_as_converted
 from .families import (
     FAMILIES,
     LEAVES,
@@ -22,7 +21,7 @@ from .families import (
     Projection,
     Role,
 )
-from .names import is_mtp_by_name, layer_number
+from .names import is_mtp_by_name, layer_number, stacked_layer
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 
@@ -260,7 +259,7 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
             continue
         named = _UNNUMBERED.search(tensor.name)
         deep = len(tensor.shape) > 2
-        if tensor.dtype == "U8" and (named or deep) and not is_named_as_converted(tensor.name):
+        if tensor.dtype == "U8" and (named or deep) and stacked_layer(tensor.name) is None:
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
                 "experts of the layer stacked in one tensor; this release converts experts that "

@@ -7,6 +7,11 @@ import re
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
+_STACKED = frozenset(
+    f"{matrix}_{leaf}"
+    for matrix in ("w13", "w2")
+    for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
+)
 
 
 def layer_number(name: str) -> int | None:
@@ -19,3 +24,10 @@ def is_mtp_by_name(name: str) -> bool:
     """Whether a name says that it is of multi-token prediction. Families that count such layers
     after the decoder's do not say so."""
     return _MTP.search(name) is not None
+
+
+def stacked_layer(name: str) -> str | None:
+    """The expert layer of a tensor that is named as one that a layer becomes, up to and including
+    ``.experts``. Others may use these names for an order of their own."""
+    layer, _, leaf = name.rpartition(".")
+    return layer if leaf in _STACKED and layer.endswith(".experts") else None

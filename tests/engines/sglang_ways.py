@@ -22,7 +22,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_driver import SPECS, Setup, differences, held, load, make_pair, start_sglang
-from ways import OFFERS, SERVERS, Case, Folders, names_and_tensors, outcome
+from ways import (
+    OFFERS,
+    SERVERS,
+    Case,
+    Folders,
+    clone,
+    leaves_unchanged,
+    names_and_tensors,
+    outcome,
+)
 
 SPECS |= {f"{name}-b": replace(SPECS[name], seed=1) for name in ("qwen3", "deepseek")}
 
@@ -89,8 +98,19 @@ LIVE: dict[str, Loader] = {
 class Ways(Folders):
     """Folders, and what a fresh start makes of them."""
 
-    def make(self, name: str) -> None:
-        make_pair(self.work / name, name)
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def original(self, name: str) -> Path:
+        return self.pair(name) / "original"
+
+    def converted(self, name: str) -> Path:
+        return self.pair(name) / "converted"
+
+    def pair(self, name: str) -> Path:
+        if not (self.work / name).exists():
+            make_pair(self.work / name, name)
+        return self.work / name
 
     def start(self, server: str, kind: str, name: str) -> str:
         load(self.mixed(server, kind, name), Setup())
@@ -108,11 +128,8 @@ class Ways(Folders):
         try:
             LIVE[way](model, self.mixed(kind, kind, f"{name}-b"))
         except Exception as error:
-            # Of stock's the model is broken. So it is where an iterator tells too late that it is
-            # converted: an original cannot be held back until its last tensor.
-            too_late = way == "load_weights, iterator" and server == "original"
-            judged = "fp4moe: " in str(error) and not too_late
-            if judged and (found := differences(before, held(model))):
+            unchanged = leaves_unchanged(error, way, server)
+            if unchanged and (found := differences(before, held(model))):
                 raise AssertionError(f"changed: {found}") from error
             raise
         return same(held(load(self.mixed(kind, kind, f"{name}-b"), Setup())), held(model))
@@ -122,10 +139,6 @@ def same(fresh: dict[str, Any], found: dict[str, Any]) -> str:
     if names := differences(fresh, found):
         raise AssertionError(f"{names} differ")
     return f"{len(found)} values equal to a fresh start's"
-
-
-def clone(value: Any) -> Any:
-    return value.clone() if hasattr(value, "clone") else value
 
 
 def cases() -> Iterator[tuple[Case, Callable[[Ways], str]]]:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,16 @@ from unittest import mock
 
 import vllm_driver
 from vllm_driver import CHECKPOINTS, Bench, Setup, as_rank, difference, load, raw, state_of
-from ways import OFFERS, SERVERS, Case, names_and_tensors, other_order, outcome
+from ways import (
+    OFFERS,
+    SERVERS,
+    Case,
+    Folders,
+    clone,
+    leaves_unchanged,
+    names_and_tensors,
+    outcome,
+)
 
 CHECKPOINTS |= {f"{name}-b": replace(CHECKPOINTS[name], seed=1) for name in ("qwen", "deepseek")}
 
@@ -80,23 +88,8 @@ CACHE = "ipc_cache"
 DRAFT = "whole model as a draft"
 
 
-class Ways(Bench):
+class Ways(Folders, Bench):
     """Folders, and what a fresh start makes of them."""
-
-    def folder(self, kind: str, name: str) -> Path:
-        """What is offered: an original, a converted checkpoint, or one of another row order."""
-        if kind == "original":
-            return self.original(name)
-        if kind == "converted":
-            return self.converted(name)
-        return other_order(self.converted(name), self.work / f"{name}-other")
-
-    def mixed(self, server: str, kind: str, name: str) -> Path:
-        """The configuration of one folder, the weights of another."""
-        folder = Path(tempfile.mkdtemp(dir=self.work)) / name
-        shutil.copytree(self.folder(kind, name), folder)
-        shutil.copy(self.folder(server, name) / "config.json", folder)
-        return folder
 
     def start(self, server: str, kind: str, name: str) -> str:
         folder = self.folder(kind, name) if server == kind else self.mixed(server, kind, name)
@@ -163,10 +156,7 @@ class Ways(Bench):
                 LIVE[way](model, config, self.folder(kind, f"{name}-b"))
         except Exception as error:
             rotary_embedding._ROPE_DICT.clear()  # models share these, and some may be empty now
-            # Of stock's the model is broken. So it is where an iterator tells too late that it is
-            # converted: an original cannot be held back until its last tensor.
-            too_late = way == "reload_weights, iterator" and server == "original"
-            if "fp4moe: " in str(error) and not too_late:
+            if leaves_unchanged(error, way, server):
                 after = {key: clone(value) for key, value in state_of(model, config).items()}
                 if found := difference(before, after):
                     raise AssertionError(f"changed: {found}") from error
@@ -181,10 +171,6 @@ class Ways(Bench):
         ):
             raise AssertionError(what)
         return "equal to a fresh start"
-
-
-def clone(value: Any) -> Any:
-    return value.clone() if hasattr(value, "clone") else value
 
 
 def cases() -> Iterator[tuple[Case, Callable[[Ways], str]]]:

@@ -1,7 +1,7 @@
 """The commands: parse, call the library, print the result.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a known failure, 2 wrong
-usage, 130 Ctrl-C, 143 SIGTERM.
+usage, 75 a failure that may pass (EX_TEMPFAIL of sysexits.h), 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse_size(text: str) -> int:
 
 
 def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
-    """Known failures become one line and exit code 1."""
+    """Known failures become one line and exit code 1, or 75 where it is worth trying again."""
 
     @functools.wraps(command)
     def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> None:
@@ -62,7 +62,7 @@ def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
             command(*args, **kwargs)
         except ConvertError as error:
             _say(f"error: {error}", style="red")
-            raise typer.Exit(1) from None
+            raise typer.Exit(os.EX_TEMPFAIL if error.try_again else 1) from None
         except _StdoutError as error:
             # The interpreter would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

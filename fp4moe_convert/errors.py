@@ -64,6 +64,8 @@ class MissingFileError(CheckpointError):
 class UnreachableError(CheckpointError):
     """The source does not answer now; later it may."""
 
+    try_again = True
+
 
 class FormatError(ConvertError):
     """A converted checkpoint has a version, layout or form that this release does not know."""

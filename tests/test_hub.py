@@ -21,7 +21,6 @@ from typer.testing import CliRunner, Result
 
 from fp4moe_convert import (
     CheckpointError,
-    UnreachableError,
     VerifyError,
     convert,
     inspect,
@@ -341,7 +340,7 @@ def test_one_line_says_what_to_do(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     revision = ("--revision", "v9") if case == "no such revision" else ()
     result = run("convert", ID, tmp_path / "out", *revision)
-    assert result.exit_code == 1
+    assert result.exit_code == (75 if case == "no network" else 1)
     said = result.stderr.strip().replace(endpoint, "https://huggingface.co").replace(cache, "CACHE")
     assert said == documented()[case]
     assert not (tmp_path / "out").exists()
@@ -349,13 +348,6 @@ def test_one_line_says_what_to_do(
 
 def test_the_documented_refusals_are_those_that_are_tested() -> None:
     assert list(documented())[: len(REFUSED)] == list(REFUSED)
-
-
-def test_no_network_is_told_apart(hub: Hub) -> None:
-    """A pipeline may try again."""
-    down(hub)
-    with pytest.raises(UnreachableError):
-        open_store(ID)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "nul\0"])

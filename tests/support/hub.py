@@ -2,10 +2,11 @@
 
     python tests/support/hub.py OWNER/NAME=FOLDER ... [--port N] [--rate BYTES]
 
-It answers what that library asks to read a model: model info, the tree, and ``resolve``, which sends
-the bytes of a plain file and leads to a signed address of a large one, on another port as on another
-host. It counts every request and every byte, and misbehaves as it is told. Another question is one more
-row of `ROUTES`. Run as a program it prints its endpoint, and says at ``/served`` what it has sent.
+It answers what that library asks to read a model: model info, the tree, and ``resolve``, which
+sends the bytes of a plain file and leads to a signed address of a large one, on another port as on
+another host. It counts every request and every byte, and misbehaves as it is told. Another question
+is one more row of `ROUTES`. Run as a program it prints its endpoint, and says at ``/served`` what
+it has sent.
 """
 
 from __future__ import annotations
@@ -280,9 +281,12 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(sibling)
         self.json(
             {
-                **{"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings},
-                **{"private": repository.private, "gated": "auto" if repository.gated else False},
-                **{"tags": [], "cardData": {}, "downloads": 0, "likes": 0},
+                "id": repo_id,
+                "sha": commit,
+                "siblings": siblings,
+                "private": repository.private,
+                "gated": "auto" if repository.gated else False,
+                "tags": [],
             }
         )
 

@@ -10,10 +10,13 @@ from .errors import (
     ConvertError,
     FormatError,
     HeaderError,
+    InUseError,
     MissingFileError,
+    NoSpaceError,
     OutputError,
     RowOrderError,
     ServingError,
+    UnreachableError,
     VerifyError,
 )
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
+    from .storage.opening import open_store
     from .verification import Verified, verify
 
 __all__ = [
@@ -31,18 +35,22 @@ __all__ = [
     "ConvertError",
     "FormatError",
     "HeaderError",
+    "InUseError",
     "Inspection",
     "MissingFileError",
+    "NoSpaceError",
     "OnProgress",
     "OutputError",
     "Progress",
     "RowOrderError",
     "RunReport",
     "ServingError",
+    "UnreachableError",
     "Verified",
     "VerifyError",
     "convert",
     "inspect",
+    "open_store",
     "prepare",
     "restore",
     "verify",
@@ -57,6 +65,7 @@ _HOME = {
     "inspect": "inspection",
     "prepare": "conversion",
     "RunReport": "report",
+    "open_store": "storage.opening",
     "restore": "restoration",
     "Verified": "verification",
     "verify": "verification",

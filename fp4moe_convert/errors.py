@@ -1,11 +1,14 @@
 """Known failures.
 
-ConvertError            the command line prints it as one line and exits with 1
+ConvertError            the command line prints it as one line and exits with 1, or 75: try again
 ├── CheckpointError     the source cannot be converted
 │   ├── HeaderError     a safetensors file breaks a rule of its own format
-│   └── MissingFileError    the source has no file of that name
+│   ├── MissingFileError    the source has no file of that name
+│   └── UnreachableError    the source does not answer now; later it may
 ├── FormatError         a converted checkpoint has a version, layout or form unknown to this release
 ├── OutputError         the output folder cannot be used, or writing to it failed
+│   ├── InUseError      another run holds it
+│   └── NoSpaceError    its disk is too small
 ├── RowOrderError       FlashInfer orders rows differently, or cannot be asked
 ├── VerifyError         a converted checkpoint differs from its manifest or from its source
 └── ServingError        an engine cannot serve a converted checkpoint as it was started
@@ -16,6 +19,7 @@ A message is one line: the file, the tensor where there is one, the rule and bot
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +27,26 @@ from contextlib import contextmanager
 
 class ConvertError(Exception):
     """Base of all known failures."""
+
+    @property
+    def try_again(self) -> bool:
+        """Whether the same command may do later, with nothing put right in the source or in the
+        folder."""
+        cause = self.__cause__
+        if isinstance(cause, ConvertError):
+            return cause.try_again
+        return isinstance(cause, OSError) and cause.errno in _MAY_PASS
+
+
+_MAY_PASS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+        *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT),
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN),
+        *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+    }
+)
+"""Full disks, busy machines, and networks that are away."""
 
 
 class CheckpointError(ConvertError):
@@ -37,12 +61,30 @@ class MissingFileError(CheckpointError):
     """The source has no file of that name."""
 
 
+class UnreachableError(CheckpointError):
+    """The source does not answer now; later it may."""
+
+    try_again = True
+
+
 class FormatError(ConvertError):
     """A converted checkpoint has a version, layout or form that this release does not know."""
 
 
 class OutputError(ConvertError):
     """The output folder cannot be used, or writing to it failed."""
+
+
+class InUseError(OutputError):
+    """Another run holds the output folder."""
+
+    try_again = True
+
+
+class NoSpaceError(OutputError):
+    """The disk of the output folder is too small for what will come."""
+
+    try_again = True
 
 
 class RowOrderError(ConvertError):

@@ -704,7 +704,7 @@ def test_refuses_too_little_free_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     arguments = [str(model_dir), str(tmp_path / "out")]
     result = CliRunner().invoke(convert_app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == os.EX_TEMPFAIL
     message = one_error(result.stderr)
     # 64 experts of 3 x 7168 x 2048 values at 4.5 bits are 1.58 GB; attention and the rest add some.
     found = re.fullmatch(
@@ -786,12 +786,12 @@ def before_moving(monkeypatch: pytest.MonkeyPatch, damage: Callable[[], object])
     monkeypatch.setattr(conversion, "scatter", damaged)
 
 
-def fails_while_moving(model_dir: Path, out_dir: Path, *options: str) -> str:
+def fails_while_moving(model_dir: Path, out_dir: Path, *options: str, code: int = 1) -> str:
     """As `fails`, where it is the test that changes the source."""
     existed = out_dir.exists()
     result = CliRunner().invoke(convert_app, [str(model_dir), str(out_dir), "--quiet", *options])
     assert isinstance(result.exception, SystemExit), result.exception
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (code, "")
     assert holds_nothing_finished(out_dir)
     assert out_dir.exists() == (existed or bool(finished_shards(out_dir)))
     return one_error(result.stderr)
@@ -818,12 +818,13 @@ def test_a_source_that_vanishes(
 
 @pytest.mark.parametrize("function", ["pwrite", "fsync", "ftruncate"])
 @pytest.mark.parametrize(
-    ("number", "option"),
+    ("number", "option", "code"),
     [
-        (errno.ENOSPC, "--direct-io"),
-        (errno.ENOSPC, "--no-direct-io"),
-        (errno.EDQUOT, "--direct-io"),
-        (errno.EIO, "--direct-io"),
+        (errno.ENOSPC, "--direct-io", 75),
+        (errno.ENOSPC, "--no-direct-io", 75),
+        (errno.EDQUOT, "--direct-io", 75),
+        (errno.ESTALE, "--direct-io", 75),
+        (errno.EIO, "--direct-io", 1),
     ],
 )
 def test_a_call_that_fails(
@@ -833,6 +834,7 @@ def test_a_call_that_fails(
     function: str,
     number: int,
     option: str,
+    code: int,
 ) -> None:
     """Whichever; tests/test_faults.py has disks that are really full."""
 
@@ -840,7 +842,7 @@ def test_a_call_that_fails(
         raise OSError(number, os.strerror(number))
 
     before_moving(monkeypatch, lambda: monkeypatch.setattr(os, function, failing))
-    message = fails_while_moving(tiny, out_dir, option)
+    message = fails_while_moving(tiny, out_dir, option, code=code)
     assert message == f"model-00001-of-00001.safetensors.partial: {os.strerror(number)}"
 
 
@@ -856,7 +858,8 @@ def test_a_disk_that_fills_up_at_the_end(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", full)
-    assert fails_while_moving(tiny, out_dir) == f"{name}: No space left on device"
+    message = fails_while_moving(tiny, out_dir, code=os.EX_TEMPFAIL)
+    assert message == f"{name}: No space left on device"
 
 
 def test_somebody_elses_file_in_out_dir_survives_a_failure(

@@ -30,6 +30,7 @@ import fp4moe_convert
 from fp4moe_convert import ConversionReport, Progress, convert
 from fp4moe_convert.cli.commands import app, parse_size
 from fp4moe_convert.cli.display import LOG_INTERVAL, log_writer
+from fp4moe_convert.execution.output_folder import OutputFolder
 
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 FAMILY = "experts.N.{gate,up,down}_proj"
@@ -146,6 +147,13 @@ def test_exit_code_1_for_a_known_failure(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == (f"error: {tmp_path / 'no'}: does not exist; expected a model folder\n")
+
+
+def test_exit_code_75_while_another_run_holds_the_folder(tiny: Path, tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out", source=tiny):
+        result = run("convert", tiny, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (os.EX_TEMPFAIL, "")
+    assert " is in use by process " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -285,7 +293,7 @@ def test_a_dry_run_says_what_a_run_says(
     planned = run(*arguments, "--dry-run", "--json")
     plan = one_json(planned.stdout)
     needed = plan["bytes_out"] + plan["other_bytes"]
-    for free, code in ((needed - 1, 1), (needed, 0)):
+    for free, code in ((needed - 1, os.EX_TEMPFAIL), (needed, 0)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         done = run(*arguments, "--quiet", "--json")

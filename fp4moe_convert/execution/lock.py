@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import InUseError, OutputError
 from ..storage.files import open_regular
 
 
@@ -28,7 +28,8 @@ def open_locked(path: Path, owner: Callable[[], str]) -> int:
         A descriptor; closing it unlocks.
 
     Raises:
-        OutputError: somebody else holds the lock, or the file system has no locks.
+        InUseError: somebody else holds the lock.
+        OutputError: the file system has no locks.
         OSError: the file cannot be opened.
     """
     while True:
@@ -39,7 +40,7 @@ def open_locked(path: Path, owner: Callable[[], str]) -> int:
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise OutputError(f"{path.parent}: is in use by {owner()}") from None
+                raise InUseError(f"{path.parent}: is in use by {owner()}") from None
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise OutputError(
                     f"{path.parent}: its file system has no locks ({error.strerror}), so a second "

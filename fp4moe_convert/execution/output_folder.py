@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import CheckpointError, OutputError, VerifyError, naming
+from ..errors import CheckpointError, NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import (
     CONFIG_NAME,
     FOREIGN_FOLDERS,
@@ -336,7 +336,8 @@ class Planned:
         """Make sure that there is room for what will come, and delete what is stale.
 
         Raises:
-            OutputError: the disk is too small, or a file cannot be deleted.
+            NoSpaceError: the disk is too small.
+            OutputError: a file cannot be deleted.
         """
         folder = self.folder
         is_whole = folder.has_index and bool(self.kept) and not self.shards_to_write
@@ -372,7 +373,7 @@ class Planned:
             free = shutil.disk_usage(folder.path).free
             free += sum(512 * (folder.path / name).stat().st_blocks for name in stale)
         if free < needed:
-            raise OutputError(
+            raise NoSpaceError(
                 f"{folder.path}: needs {needed:,} bytes of free disk, there are {free:,}"
             )
 

@@ -199,10 +199,47 @@ def test_models_that_an_engine_cannot_serve(
     assert all(reason.startswith(engine.title) for engine, reason in found.items())
 
 
+LOOKS_FOR_W2 = "looks for the w2 of experts, not for their down_proj"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "down", "cannot"),
+    [
+        (("MiniMaxM2ForCausalLM",), "w2", set()),
+        (("MiniMaxM2ForCausalLM",), "down_proj", {"sglang", "vllm"}),
+        (("MixtralForCausalLM",), "down_proj", {"sglang"}),
+        (("DeepseekV4ForCausalLM",), "w2", set()),
+        (("Qwen3MoeForCausalLM",), "w2", {"sglang", "vllm"}),
+        (("Qwen3MoeForCausalLM",), "down_proj", set()),
+        (("NobodysForCausalLM", "MiniMaxM2ForCausalLM"), "down_proj", {"sglang", "vllm"}),
+        (("Qwen3MoeForCausalLM", "MiniMaxM2ForCausalLM"), "down_proj", set()),
+        (("NobodysForCausalLM",), "w2", set()),
+    ],
+    ids=str,
+)
+def test_a_loader_looks_for_experts_by_their_names(
+    architectures: tuple[str, ...], down: str, cannot: set[str]
+) -> None:
+    model = Model(architectures, {}, {}, downs=frozenset([down]))
+    assert {engine.name for engine in ENGINES if engine.why_not_by_names(model)} == cannot
+
+
+def test_names_that_no_loader_looks_for_are_found(model_dir: Path, tmp_path: Path) -> None:
+    """Before the conversion by the experts, after it by the stop tensors."""
+    convert(model_dir, tmp_path / "out")
+    for folder in (model_dir, tmp_path / "out"):
+        call_it("MiniMaxM2ForCausalLM")(folder)
+    assert inspect(tmp_path / "out").prospects.cannot_serve == {
+        engine.name: f"{engine.title}'s MiniMaxM2ForCausalLM {LOOKS_FOR_W2}" for engine in ENGINES
+    }
+    with pytest.raises(CheckpointError, match=f"no engine could serve it .*{LOOKS_FOR_W2}"):
+        convert(model_dir, tmp_path / "other")
+
+
 @by_engine
 def test_an_engine_knows_its_models(engine: Engine) -> None:
     known = {"DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "HunYuanMoEV1ForCausalLM"}
-    assert known <= engine.models.names
+    assert known <= engine.models.downs.keys()
     assert engine.models.release in {"0.5.23", "0.33.0"}
 
 

@@ -22,6 +22,8 @@ from .errors import (
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
+    from .parts import PartReport, convert_part, finish
+    from .plan import Part
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
@@ -39,6 +41,8 @@ __all__ = [
     "NoSpaceError",
     "OnProgress",
     "OutputError",
+    "Part",
+    "PartReport",
     "Progress",
     "RowOrderError",
     "RunReport",
@@ -46,6 +50,8 @@ __all__ = [
     "Verified",
     "VerifyError",
     "convert",
+    "convert_part",
+    "finish",
     "inspect",
     "prepare",
     "restore",
@@ -59,6 +65,10 @@ _HOME = {
     "ConversionReport": "conversion",
     "convert": "conversion",
     "inspect": "inspection",
+    "Part": "plan",
+    "PartReport": "parts",
+    "convert_part": "parts",
+    "finish": "parts",
     "prepare": "conversion",
     "RunReport": "report",
     "restore": "restoration",

@@ -19,8 +19,8 @@ from ..format.files import (
     GENERATED,
     HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
-    JOURNAL_NAME,
     PARTIAL_SUFFIX,
+    is_journal,
 )
 from ..format.manifest import FileRecord
 from ..format.untrusted import decode_object
@@ -347,7 +347,7 @@ def _other_files(
     for name in listing.files:
         if name in known:
             continue
-        if name == JOURNAL_NAME or name.endswith(PARTIAL_SUFFIX):
+        if is_journal(name) or name.endswith(PARTIAL_SUFFIX):
             # An unfinished conversion, here or in the output, has files of these names.
             left_out[name] = "is unfinished"
         else:

@@ -16,6 +16,7 @@ from .errors import (
     OutputError,
     RowOrderError,
     ServingError,
+    UnreachableError,
     VerifyError,
 )
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
+    from .storage.opening import open_store
     from .verification import Verified, verify
 
 __all__ = [
@@ -47,12 +49,14 @@ __all__ = [
     "RowOrderError",
     "RunReport",
     "ServingError",
+    "UnreachableError",
     "Verified",
     "VerifyError",
     "convert",
     "convert_part",
     "finish",
     "inspect",
+    "open_store",
     "prepare",
     "restore",
     "verify",
@@ -71,6 +75,7 @@ _HOME = {
     "finish": "parts",
     "prepare": "conversion",
     "RunReport": "report",
+    "open_store": "storage.opening",
     "restore": "restoration",
     "Verified": "verification",
     "verify": "verification",

@@ -6,7 +6,6 @@ together later. Each keeps a journal of its part; the run that finishes relies o
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from .execution.surroundings import read_manifest
 from .plan import Part
 from .progress import OnNote, OnProgress
 from .report import peak_rss
+from .storage.reader import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class PartReport:
 
 
 def convert_part(
-    model_dir: str | Path,
+    model_dir: str | Path | Store,
     out_dir: str | Path,
     part: Part,
     *,
@@ -89,14 +89,15 @@ def convert_part(
     The other arguments, and the errors, are those of `conversion.convert`.
     """
     started = time.perf_counter()
-    model_dir, out_dir = Path(model_dir), Path(out_dir)
+    out_dir = Path(out_dir)
     whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
     work = whole.only(part).work
+    provenance = work.store.provenance()
     division = Division(
         parts=part.count,
         plan=whole.work.plan.fingerprint,
         max_shard_nbytes=max_shard_nbytes,
-        source=os.path.abspath(model_dir),
+        source=_address(provenance["path"], provenance.get("revision")),
         sources=work.identities,
     )
     nbytes, kept = 0, len(work.shards)
@@ -121,7 +122,7 @@ def convert_part(
         # Two parts that end at once both come here. The later one to let go of its part finishes.
         with suppress(InUseError):
             report = convert(
-                model_dir,
+                work.store,
                 out_dir,
                 max_shard_nbytes=max_shard_nbytes,
                 direct_io=direct_io,
@@ -145,9 +146,18 @@ def convert_part(
     )
 
 
+def source_of(out_dir: str | Path) -> str:
+    """Where the source of a folder's parts, or of a finished folder, was when it was converted.
+
+    Raises:
+        OutputError: nothing there tells.
+    """
+    return _recorded(Path(out_dir))[0]
+
+
 def finish(
     out_dir: str | Path,
-    source: str | Path | None = None,
+    source: str | Path | Store | None = None,
     *,
     direct_io: bool = True,
     threads: int = defaults.THREADS,
@@ -167,17 +177,7 @@ def finish(
         OutputError: a shard is missing, differs from its journal, or is of another source.
     """
     out_dir = Path(out_dir)
-    divisions = divisions_in(out_dir)
-    if divisions:
-        division = next(iter(divisions.values()))
-        check_same(division, divisions, out_dir)
-        recorded, max_shard_nbytes = division.source, division.max_shard_nbytes
-    else:
-        try:
-            manifest = read_manifest(out_dir)
-        except VerifyError as error:
-            raise OutputError(f"{out_dir}: holds no part of a conversion") from error
-        recorded, max_shard_nbytes = manifest.source.path, manifest.max_shard_nbytes
+    recorded, max_shard_nbytes = _recorded(out_dir)
     return convert(
         recorded if source is None else source,
         out_dir,
@@ -189,3 +189,21 @@ def finish(
         on_progress=on_progress,
         on_note=on_note,
     )
+
+
+def _recorded(out_dir: Path) -> tuple[str, int]:
+    """Where the source was, and the bound of a shard's size."""
+    if divisions := divisions_in(out_dir):
+        division = next(iter(divisions.values()))
+        check_same(division, divisions, out_dir)
+        return division.source, division.max_shard_nbytes
+    try:
+        manifest = read_manifest(out_dir)
+    except VerifyError as error:
+        raise OutputError(f"{out_dir}: holds no part of a conversion") from error
+    return _address(manifest.source.path, manifest.source.revision), manifest.max_shard_nbytes
+
+
+def _address(path: str, revision: str | None) -> str:
+    """What `open_store` takes for a source on record."""
+    return f"{path}@{revision}" if revision and path.startswith("hf://") else path

@@ -17,7 +17,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.folders import INDEX, MANIFEST, contents, every_file, flip_bit
+from support.folders import INDEX, MANIFEST, contents, every_file, flip_bit, without_source
+from support.hub import Hub
 from support.processes import FP4MOE_CONVERT, finding_support
 from support.specs import SMALL_SHARD_NBYTES
 
@@ -38,7 +39,10 @@ from fp4moe_convert.execution import output_folder
 from fp4moe_convert.execution.journal import Division, Journal
 from fp4moe_convert.execution.output_folder import OutputFolder
 from fp4moe_convert.format.files import JOURNAL_NAME, is_journal
+from fp4moe_convert.parts import source_of
 from fp4moe_convert.plan import Plan
+from fp4moe_convert.storage.header import read_header
+from fp4moe_convert.storage.local import LocalReader
 
 COUNT = 3
 
@@ -173,6 +177,26 @@ def test_parts_that_are_copied_together(
     assert contents(out) == expected
     finish(out, source)
     assert contents(out) == expected
+
+
+def test_parts_of_a_model_on_the_hub(
+    hub: Hub, source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Each fetches what its own shards need; the journals know where from."""
+    commit = hub.add("org/model", source).commit
+    out = tmp_path / "out"
+    for number in (1, 2, 3):
+        run("org/model", tmp_path / f"own-{number}", number)
+        shutil.copytree(tmp_path / f"own-{number}", out, dirs_exist_ok=True)
+    for name in shards_in(source):
+        header = read_header(LocalReader(source / name)).nbytes
+        weights = [sent for sent in hub.served()[name] if sent[0] >= header]
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(weights)), name
+    assert source_of(out) == f"hf://org/model@{commit}"
+    finish(out)
+    assert source_of(out) == f"hf://org/model@{commit}"
+    finish(out)
+    assert without_source(every_file(out)) == without_source(expected)
 
 
 def test_finish_wants_all_parts(apart: Callable[..., Path]) -> None:

@@ -236,7 +236,7 @@ class Run:
             self.work / family / folder for folder in ("original", "converted", "mistake")
         )
         originals.make(original, family)
-        if family in UNLOADABLE:
+        if family in UNLOADABLE or family in originals.REFUSED:
             return
         convert(original, converted, direct_io=False)
         shutil.copytree(converted, mistake)

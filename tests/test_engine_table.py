@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from support.folders import edit_json
 from support.golden import CASES, runs_of
+from support.make_checkpoint import Spec, make_checkpoint
+from support.tensors import read_tensors, write_tensors
 from typer.testing import CliRunner
 
 from fp4moe_convert import CheckpointError, convert, inspect
@@ -234,6 +236,24 @@ def test_names_that_no_loader_looks_for_are_found(model_dir: Path, tmp_path: Pat
     }
     with pytest.raises(CheckpointError, match=f"no engine could serve it .*{LOOKS_FOR_W2}"):
         convert(model_dir, tmp_path / "other")
+
+
+def test_what_layers_that_pass_call_their_experts_does_not_matter(tmp_path: Path) -> None:
+    spec = Spec(1, 0, 2, 256, 64, vocab_size=16, mtp=True, layout="single")
+    make_checkpoint(tmp_path, spec)
+    path = tmp_path / "model.safetensors"
+    mtp = "model.layers.1.mlp.experts."
+    tensors = read_tensors(tmp_path)
+    write_tensors(
+        path,
+        {
+            name.replace("down_proj", "w2") if name.startswith(mtp) else name: tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    found = inspect(tmp_path)
+    assert found.passed_layers.keys() == {mtp[:-1]}
+    assert found.prospects.cannot_serve == {}
 
 
 @by_engine

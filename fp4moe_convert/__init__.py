@@ -16,15 +16,19 @@ from .errors import (
     OutputError,
     RowOrderError,
     ServingError,
+    UnreachableError,
     VerifyError,
 )
 
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
+    from .parts import PartReport, convert_part, finish
+    from .plan import Part
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
+    from .storage.opening import open_store
     from .verification import Verified, verify
 
 __all__ = [
@@ -39,14 +43,20 @@ __all__ = [
     "NoSpaceError",
     "OnProgress",
     "OutputError",
+    "Part",
+    "PartReport",
     "Progress",
     "RowOrderError",
     "RunReport",
     "ServingError",
+    "UnreachableError",
     "Verified",
     "VerifyError",
     "convert",
+    "convert_part",
+    "finish",
     "inspect",
+    "open_store",
     "prepare",
     "restore",
     "verify",
@@ -59,8 +69,13 @@ _HOME = {
     "ConversionReport": "conversion",
     "convert": "conversion",
     "inspect": "inspection",
+    "Part": "plan",
+    "PartReport": "parts",
+    "convert_part": "parts",
+    "finish": "parts",
     "prepare": "conversion",
     "RunReport": "report",
+    "open_store": "storage.opening",
     "restore": "restoration",
     "Verified": "verification",
     "verify": "verification",

@@ -209,6 +209,14 @@ def convert_command(
             "the folder.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Convert with the nodes of this Ray cluster; auto finds the one that runs here.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -220,6 +228,8 @@ def convert_command(
 
     if part and overwrite:
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
+    if part and ray:
+        raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
@@ -231,6 +241,7 @@ def convert_command(
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
+    from ..cluster import convert_on_ray
     from ..conversion import convert
     from ..parts import convert_part
     from .display import part_tables, progress_on, report_table
@@ -247,6 +258,8 @@ def convert_command(
         }
         if part:
             share = convert_part(store, out_dir, part, **options)
+        elif ray:
+            report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
     if part:

@@ -156,6 +156,9 @@ Connections = Annotated[
 OutDir = Annotated[
     Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
+MaxShardSize = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DirectIo = Annotated[
@@ -178,10 +181,7 @@ def convert_command(
     out_dir: OutDir,
     revision: Revision = None,
     cache_dir: CacheDir = None,
-    max_shard_size: Annotated[
-        int,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
-    ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses it
     verify: Annotated[
         bool,
         typer.Option(
@@ -319,6 +319,47 @@ def finish_command(
         )
     _warn(report.warnings)
     _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("ci")
+@_fails_plainly
+def ci_command(
+    model: Model,
+    out_dir: OutDir,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # as above
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
+) -> None:
+    """Convert and verify as a CI job, or find in seconds that it has been done."""
+    from ..ci import run_job
+    from ..storage.opening import open_store
+    from .display import job_table, progress_on
+    from .summary import add_summary, done_summary, failed_summary
+
+    when_interrupted(advice="; run the same command again to resume")
+    try:
+        store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+        with progress_on(sys.stderr, quiet=quiet) as on_progress:
+            job = run_job(
+                store,
+                out_dir,
+                max_shard_nbytes=max_shard_size,
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+                on_note=None if quiet else _say,
+            )
+    except ConvertError as error:
+        add_summary(failed_summary(model, error))
+        raise
+    add_summary(done_summary(job))
+    _warn(job.conversion.warnings)
+    _print(job.as_json() if as_json else [job_table(job)])
 
 
 @app.command("verify")

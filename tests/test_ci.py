@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from fp4moe_convert import convert, verification
 from fp4moe_convert.cli.commands import app
+from fp4moe_convert.execution import surroundings
 from fp4moe_convert.execution.output_folder import OutputFolder
 
 
@@ -127,6 +128,17 @@ def test_what_no_job_has_verified_is_verified(
     assert len(reads) >= 8
     assert contents(out) == expected
     assert done(source, out)["unchanged"] is True
+
+
+def test_a_manifest_of_another_release_is_verified(
+    source: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(source, tmp_path / "out")
+    reads.clear()
+    monkeypatch.setattr(surroundings, "VERSION", "9.9")
+    assert done(source, tmp_path / "out")["unchanged"] is False
+    assert len(reads) >= 8
+    assert done(source, tmp_path / "out")["unchanged"] is True
 
 
 def test_a_conversion_that_nobody_has_verified(

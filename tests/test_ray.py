@@ -152,14 +152,16 @@ def task(model: Path, out: Path, **changes: Any) -> Any:
 
 
 def test_a_task_replaces_what_a_dead_one_left(
-    source: Path, tmp_path: Path, expected: dict[str, bytes]
+    source: Path, tmp_path: Path, expected: dict[str, bytes], disk_calls: list[tuple[str, ...]]
 ) -> None:
+    """And its bytes are on the disk when it says so."""
     name = "model-00001-of-00008.safetensors"
     partial = tmp_path / f"{name}.partial"
     partial.write_bytes(b"x" * 10**6)
     _, checksums, failure, _ = task(source, tmp_path)
     assert failure is None
     assert partial.read_bytes() == expected[name]
+    assert disk_calls[-1] == ("sync", partial.name)
     manifest = json.loads(expected["fp4moe_manifest.json"])
     assert checksums == manifest["shards"][name]["tensors"]
 
@@ -182,6 +184,20 @@ def test_a_task_that_sees_something_else(
     assert isinstance(failure, ConvertError)
     assert why in str(failure)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_task_whose_source_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = cluster.write_here
+
+    def write_and_touch(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        os.utime(source / "model-00001-of-00003.safetensors")
+
+    monkeypatch.setattr(cluster, "write_here", write_and_touch)
+    _, _, failure, _ = task(source, tmp_path)
+    assert "has changed while it was read" in str(failure)
 
 
 def test_a_failure_that_may_pass_still_may_on_the_driver(

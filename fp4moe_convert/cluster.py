@@ -24,6 +24,7 @@ from .plan import PlannedShard
 from .progress import OnBytes
 from .storage.durable import WriteFile, partial_path
 from .storage.opening import address, open_store
+from .storage.reader import Store
 
 RETRIES = 5
 """Of a task whose node or process has died."""
@@ -31,7 +32,7 @@ STOPPING_SECONDS = 10
 
 
 def convert_on_ray(
-    model_dir: Any, out_dir: str | Path, cluster: str = "auto", **options: Any
+    model_dir: str | Path | Store, out_dir: str | Path, cluster: str = "auto", **options: Any
 ) -> ConversionReport:
     """Convert with the nodes of a Ray cluster.
 

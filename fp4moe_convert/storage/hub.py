@@ -51,7 +51,7 @@ from .local import LocalFolder
 from .reader import Identity, Store
 from .remote import Patience, RemoteStore, Traffic, TryAgainError
 
-FIRST_TRIES = 3
+FIRST_TRIES = 4
 """Until the Hub counts as unreachable when nothing has come from it yet."""
 
 MAX_SKIPPED_NBYTES = 16 * 2**20

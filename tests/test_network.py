@@ -1,0 +1,389 @@
+"""A network that fails: requests are tried again, and nothing that has come is asked for twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from email.utils import formatdate
+from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+from support.folders import every_file, without_source
+from support.hub import Fault, Hub
+from support.specs import SMALL_SHARD_NBYTES
+from test_hub import ID, fetched_once, run
+
+from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert
+from fp4moe_convert.storage import ahead, remote
+from fp4moe_convert.storage import hub as hub_store
+from fp4moe_convert.storage.ahead import Range, open_ahead
+from fp4moe_convert.storage.buffers import block_buffer
+from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError
+
+SIGNED = "GET /signed"
+RESOLVE = "/resolve/"
+CONTENT = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
+
+
+class Made(RemoteStore):
+    """A store of one file, and what it is asked for."""
+
+    def __init__(self, connections: int = 3) -> None:
+        super().__init__("made", {"file": {"bytes": CONTENT.size}}, connections=connections)
+        self.asked: list[tuple[int, int]] = []
+
+    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        assert name == "file"
+        self.asked.append((offset, offset + nbytes))
+        yield from self.answer(CONTENT[offset : offset + nbytes].tobytes())
+
+    def answer(self, data: bytes) -> Iterator[bytes]:
+        """In pieces, as they come."""
+        for start in range(0, len(data), 1000):
+            yield data[start : start + 1000]
+
+    def provenance(self) -> Mapping[str, str]:
+        return {"path": "made"}
+
+
+@contextmanager
+def little_room() -> Iterator[None]:
+    """Fetch so little ahead that there is a middle of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "REQUEST_NBYTES", 10_000)
+        patch.setattr(ahead, "BATCH_NBYTES", 50_000)
+        yield
+
+
+# --- through the library --------------------------------------------------------------------------
+
+FAULTS = {
+    "busy": Fault(SIGNED, 4, status=503),
+    "too many requests": Fault("", 3, status=429, headers={"Retry-After": "0"}),
+    "a bad gateway, first of all": Fault("/api/models", 1, status=502),
+    "the addresses of files are not to be had": Fault(f"HEAD.*{RESOLVE}", 2, status=500),
+    "bodies are cut": Fault(SIGNED, 9, cut_after=700),
+    "bodies never begin": Fault(SIGNED, 3, cut_after=0),
+    "another range is sent": Fault(SIGNED, 3, shift=-1),
+    "the length is wrong": Fault(SIGNED, 3, headers={"Content-Length": "5"}),
+    "addresses have expired": Fault(SIGNED, 3, status=403),
+    "ranges of small files are ignored": Fault(f"{RESOLVE}.*json", 99, ignores_range=True),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_the_same_bytes_in_spite_of(
+    case: str,
+    hub: Hub,
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
+    hub.add(ID, source)
+    hub.faults.append(dataclasses.replace(FAULTS[case]))
+    convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    assert without_source(every_file(tmp_path / "out")) == without_source(expected)
+    assert case.startswith("ranges") or hub.faults[0].times == 0
+    if "cut" in case or "never" in case:
+        fetched_once(hub, source)
+
+
+def test_a_connection_that_stalls_is_given_up(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.add(ID, source)
+    hub.faults.append(Fault(SIGNED, 4, stall_after=500))
+    convert(ID, tmp_path / "out")
+    fetched_once(hub, source)
+
+
+def test_signed_addresses_are_renewed(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(ID, source)
+    epochs = iter(range(1, 100))
+
+    def on_progress(progress: Progress) -> None:
+        if progress.done < progress.total / 2:
+            hub.epoch = next(epochs)
+
+    with little_room():
+        convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES, on_progress=on_progress)
+    fetched_once(hub, source)
+    asked = [each for each in hub.requests if each.startswith("HEAD")]
+    assert len(asked) > len(set(asked)) == 3
+
+
+def test_after_the_last_try_what_is_finished_is_kept(
+    hub: Hub, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+
+    def on_progress(progress: Progress) -> None:
+        if progress.done > progress.total / 2 and not hub.faults:
+            hub.faults.append(Fault(SIGNED, float("inf"), status=503))
+
+    with (
+        little_room(),
+        pytest.raises(UnreachableError, match=r"503 .*, 8 times in a row") as failure,
+    ):
+        convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES, on_progress=on_progress)
+    assert "\n" not in str(failure.value)
+    kept = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert kept
+    hub.faults.clear()
+    hub.forget()
+    result = run("convert", ID, tmp_path / "out", "--max-shard-size", SMALL_SHARD_NBYTES)
+    assert result.exit_code == 0
+    assert f"{len(kept)} of" in result.stderr
+    assert without_source(every_file(tmp_path / "out")) == without_source(expected)
+
+
+def test_a_server_that_sends_no_ranges_is_refused(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_store, "MAX_SKIPPED_NBYTES", 1000)
+    hub.add(ID, source)
+    hub.faults.append(Fault(SIGNED, float("inf"), ignores_range=True))
+    with pytest.raises(CheckpointError, match="sends no ranges"):
+        convert(ID, tmp_path / "out")
+
+
+def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(ID, source)
+    hub.faults.append(Fault(f"HEAD.*{RESOLVE}", 1, headers={"X-Linked-Size": "5"}))
+    with pytest.raises(CheckpointError, match="but the Hub lists it as"):
+        convert(ID, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "120"}, 120),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"ratelimit": '"api";r=0;t=55', "retry-after": "1"}, 55),
+        ({"ratelimit": '"api";r=3;t=55'}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_server_wants_us_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    assert hub_store._asked_wait(headers) == seconds
+
+
+def test_until_when_a_server_wants_us_to_wait() -> None:
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    assert hub_store._asked_wait({"retry-after": in_a_minute}) == pytest.approx(60, abs=5)
+
+
+# --- one range ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was waited, without waiting."""
+    waited: list[float] = []
+
+    def wait(event: threading.Event, timeout: float) -> bool:
+        waited.append(timeout)
+        return event.is_set()
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    return waited
+
+
+def fetched(store: RemoteStore, offset: int, nbytes: int) -> None:
+    into = np.zeros(nbytes, np.uint8)
+    store.fetch("file", offset, into)
+    assert np.array_equal(into, CONTENT[offset : offset + nbytes])
+
+
+def test_waits_longer_after_each_failure_and_gives_up(waits: list[float]) -> None:
+    class Down(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            raise TryAgainError("is down")
+            yield data
+
+    with pytest.raises(UnreachableError, match=r"^made: file: is down, 8 times in a row"):
+        fetched(Down(), 0, 10)
+    assert waits == [1, 2, 4, 8, 16, 32, 60]
+
+
+def test_what_comes_restores_patience(waits: list[float]) -> None:
+    class Cuts(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            yield data[:1000]
+            raise TryAgainError("is cut")
+
+    store = Cuts()
+    fetched(store, 500, 20_000)
+    assert store.asked == [(start, 20_500) for start in range(500, 20_500, 1000)]
+    assert set(waits) == {1}
+
+
+def test_waits_as_long_as_it_is_told(waits: list[float]) -> None:
+    class Busy(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            if len(self.asked) < 4:
+                raise TryAgainError("is busy", after=[7, 7000, 0][len(self.asked) - 1])
+            yield data
+
+    fetched(Busy(), 0, 10)
+    assert waits == [7, remote.MAX_ASKED_WAIT_SECONDS, 0]
+
+
+def test_a_trickle_is_given_up(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "MIN_BYTES_PER_SECOND", 1e15)
+    store = Made()
+    fetched(store, 0, 3000)
+    assert [start for start, _ in store.asked] == [0, 1000, 2000]
+    assert set(waits) == {0}
+
+
+def test_more_than_was_asked_for_is_not_taken() -> None:
+    class Generous(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            yield data + b"more"
+            yield b"and more"
+            raise AssertionError("it was asked on")
+
+    fetched(Generous(), 10, 100)
+
+
+def test_nobody_waits_any_more() -> None:
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(StoppedError):
+        Made().fetch("file", 0, np.empty(10, np.uint8), stopped)
+
+
+def test_the_start_of_a_file_is_fetched_once() -> None:
+    store = Made()
+    reader = store.open("file")
+    for offset, nbytes in ((0, 8), (0, 3000), (10, 20), (0, 3000)):
+        data = reader.read(block_buffer(nbytes), offset, nbytes)
+        assert np.array_equal(data, CONTENT[offset : offset + nbytes])
+    assert store.asked == [(0, 8), (8, 3000)]
+
+
+def test_a_read_beyond_the_end_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="ends at byte 100000"):
+        Made().open("file").read(block_buffer(10), CONTENT.size - 5, 10)
+
+
+# --- ahead of what is read ------------------------------------------------------------------------
+
+
+@given(
+    cuts=st.sets(st.integers(1, CONTENT.size - 1), min_size=2, max_size=60),
+    sizes=st.lists(st.integers(1, 6), min_size=60, max_size=60),
+    request=st.sampled_from([1000, 7000, 10**6]),
+    shuffled=st.randoms(),
+)
+def test_each_byte_is_fetched_once_and_handed_out(
+    cuts: set[int], sizes: list[int], request: int, shuffled: random.Random
+) -> None:
+    ranges = [Range("file", start, stop - start) for start, stop in pairwise(sorted(cuts))]
+    shuffled.shuffle(ranges)
+    left = iter(ranges)
+    moves = [own for size in sizes if (own := list(islice(left, size)))]
+    store = Made()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "REQUEST_NBYTES", request)
+        patch.setattr(ahead, "BATCH_NBYTES", 20_000)
+        patch.setattr(ahead, "SMALL_NBYTES", 0)
+        with open_ahead(store, moves, direct=True) as open_source:
+            for move in moves:
+                for file, offset, nbytes in move:
+                    data = open_source(file).read(block_buffer(nbytes), offset, nbytes)
+                    assert np.array_equal(data, CONTENT[offset : offset + nbytes])
+    asked = sorted(store.asked)
+    assert all(stop - start <= request for start, stop in asked)
+    read = sorted((each.offset, each.offset + each.nbytes) for move in moves for each in move)
+    assert covered(asked) == covered(read)
+
+
+def covered(ranges: list[tuple[int, int]]) -> list[int]:
+    """The bytes of disjoint ranges, as the ends of their runs."""
+    ends: list[int] = []
+    for start, stop in ranges:
+        if ends and ends[-1] == start:
+            ends.pop()
+        else:
+            assert not ends or ends[-1] < start
+            ends.append(start)
+        ends.append(stop)
+    return ends
+
+
+def test_what_touches_is_one_request() -> None:
+    store = Made(connections=1)
+    moves = [[Range("file", 300, 100), Range("file", 500, 4)], [Range("file", 400, 100)]]
+    with open_ahead(store, moves, direct=True) as open_source:
+        open_source("file").read(block_buffer(100), 300, 100)
+    assert store.asked == [(300, 504)]
+
+
+def test_scalars_that_several_moves_gather_are_one_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last of a batch that is full already."""
+    monkeypatch.setattr(ahead, "BATCH_NBYTES", 50_000)
+    monkeypatch.setattr(ahead, "SMALL_NBYTES", 1000)
+    store = Made(connections=1)
+    large = [Range("file", 40_000, 50_000)]
+    even = [Range("file", start, 4) for start in range(0, 400, 8)]
+    odd = [Range("file", start + 4, 4) for start in range(0, 400, 8)]
+    with open_ahead(store, [large, even, odd], direct=True) as open_source:
+        open_source("file").read(block_buffer(4), 4, 4)
+    assert store.asked == [(40_000, 90_000), (0, 400)]
+
+
+def test_a_failure_reaches_the_reader_and_the_threads_end() -> None:
+    class Broken(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            raise CheckpointError("is broken")
+            yield data
+
+    before = threading.active_count()
+    with (
+        open_ahead(Broken(), [[Range("file", 0, 100)]], direct=True) as open_source,
+        pytest.raises(CheckpointError, match="is broken"),
+    ):
+        open_source("file").read(block_buffer(100), 0, 100)
+    assert threading.active_count() == before
+
+
+def test_what_is_not_planned_is_read_all_the_same() -> None:
+    store = Made()
+    with open_ahead(store, [[Range("file", 0, 100)]], direct=True) as open_source:
+        reader = open_source("file")
+        for offset, nbytes in ((50, 100), (0, 100), (0, 100)):  # not whole, planned, once more
+            data = reader.read(block_buffer(nbytes), offset, nbytes)
+            assert np.array_equal(data, CONTENT[offset : offset + nbytes])
+
+
+def test_no_more_is_fetched_ahead_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "REQUEST_NBYTES", 1000)
+    monkeypatch.setattr(ahead, "BATCH_NBYTES", 2000)
+    monkeypatch.setattr(ahead, "SMALL_NBYTES", 0)
+    store = Made(connections=6)
+    moves = [[Range("file", start, 1000)] for start in range(0, CONTENT.size, 1000)]
+    with open_ahead(store, moves, direct=True) as open_source:
+        read = partial(open_source("file").read, block_buffer(1000))
+        for n, [move] in enumerate(moves):
+            time.sleep(0.001)
+            assert len(store.asked) <= n + 6
+            read(move.offset, move.nbytes)

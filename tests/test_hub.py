@@ -346,8 +346,22 @@ def test_one_line_says_what_to_do(
     assert not (tmp_path / "out").exists()
 
 
+URLS_REFUSED = {
+    "a URL whose package is missing": "s3://bucket/model",
+    "a URL of an unknown kind": "foo://model",
+    "a URL with nothing behind it": "memory://nothing",
+}
+
+
+@pytest.mark.parametrize("case", URLS_REFUSED)
+def test_one_line_refuses_a_url(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    result = run("convert", URLS_REFUSED[case], tmp_path / "out")
+    assert (result.exit_code, result.stderr.strip()) == (1, documented()[case])
+
+
 def test_the_documented_refusals_are_those_that_are_tested() -> None:
-    assert list(documented())[: len(REFUSED)] == list(REFUSED)
+    assert list(documented()) == [*REFUSED, *URLS_REFUSED]
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "nul\0"])

@@ -23,12 +23,12 @@ from support.hub import Fault, Hub
 from support.specs import SMALL_SHARD_NBYTES
 from test_hub import ID, fetched_once, run
 
-from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert
+from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert, verify
 from fp4moe_convert.storage import ahead, remote
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage.ahead import Range, open_ahead
-from fp4moe_convert.storage.buffers import block_buffer
-from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError
+from fp4moe_convert.storage.buffers import Bytes, block_buffer
+from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError, copied
 
 SIGNED = "GET /signed"
 RESOLVE = "/resolve/"
@@ -42,10 +42,10 @@ class Made(RemoteStore):
         super().__init__("made", {"file": {"bytes": CONTENT.size}}, connections=connections)
         self.asked: list[tuple[int, int]] = []
 
-    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
+    def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         assert name == "file"
-        self.asked.append((offset, offset + nbytes))
-        yield from self.answer(CONTENT[offset : offset + nbytes].tobytes())
+        self.asked.append((offset, offset + into.size))
+        yield from copied(self.answer(CONTENT[offset : offset + into.size].tobytes()), into)
 
     def answer(self, data: bytes) -> Iterator[bytes]:
         """In pieces, as they come."""
@@ -107,7 +107,11 @@ def test_a_connection_that_stalls_is_given_up(
     hub.add(ID, source)
     hub.faults.append(Fault(SIGNED, 4, stall_after=500))
     convert(ID, tmp_path / "out")
-    fetched_once(hub, source)
+    verify(tmp_path / "out", source)
+    assert hub.faults[0].times == 0
+    sent = sum(stop - start for own in hub.served().values() for start, stop in own)
+    every_byte = sum(path.stat().st_size for path in source.iterdir())
+    assert sent <= every_byte + 4 * 500  # what came of the pieces that stalled
 
 
 def test_signed_addresses_are_renewed(hub: Hub, source: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fp4moe_convert import (
 )
 from fp4moe_convert.conversion import preview
 from fp4moe_convert.storage import remote
+from fp4moe_convert.storage.buffers import Bytes
 from fp4moe_convert.storage.urls import UrlStore
 
 
@@ -42,9 +43,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     asked: list[tuple[str, int, int]] = []
     request = UrlStore.request
 
-    def counted(store: UrlStore, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
-        asked.append((name, offset, offset + nbytes))
-        return request(store, name, offset, nbytes)
+    def counted(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        asked.append((name, offset, offset + into.size))
+        return request(store, name, offset, into)
 
     monkeypatch.setattr(UrlStore, "request", counted)
     return asked

@@ -8,8 +8,9 @@ from typing import Any
 import fsspec
 
 from ..errors import CheckpointError, MissingFileError
+from .buffers import Bytes
 from .reader import Identity
-from .remote import RemoteStore, TryAgainError
+from .remote import RemoteStore, TryAgainError, copied
 
 _CHANGES = ("ETag", "etag", "md5Hash", "content_hash", "generation", "LastModified", "mtime")
 """What file systems call a value that changes when a file does; the best first."""
@@ -54,13 +55,14 @@ class UrlStore(RemoteStore):
         except Exception as error:
             raise CheckpointError(f"{name}: {_reason(error)}") from error
 
-    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
+    def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         try:
-            yield self._fs.cat_file(self._paths[name], start=offset, end=offset + nbytes)
+            data = self._fs.cat_file(self._paths[name], start=offset, end=offset + into.size)
         except _FOR_GOOD as error:
             raise CheckpointError(f"{name}: {_reason(error)}") from error
         except Exception as error:  # each file system has its own
             raise TryAgainError(_reason(error)) from error
+        yield from copied([data], into)
 
 
 def _identity(info: Mapping[str, Any]) -> Identity:

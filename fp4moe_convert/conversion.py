@@ -34,7 +34,7 @@ from .storage.header import spec_nbytes
 from .storage.local import LocalReader
 from .storage.opening import open_store
 from .storage.reader import Store, read_bytes
-from .storage.remote import Fetched, fetched_from
+from .storage.remote import Fetched, RemoteStore, fetched_from
 from .verification import damaged_shards
 from .verification import verify as verify_folder
 
@@ -296,7 +296,12 @@ def fill(
     on_bytes = track(
         "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
     )
-    moves = (move for shard in to_write for move in shard.moves)
+    moves = (
+        move
+        for shard in to_write
+        for number, move in enumerate(shard.moves)
+        if number not in planned.filled.get(shard.name, {})
+    )
     with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
         scatter(
             to_write,
@@ -306,6 +311,8 @@ def fill(
             threads=threads,
             on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
             on_filled=writing.finish_shard,
+            on_move=writing.note_move if isinstance(store, RemoteStore) else None,
+            filled=planned.filled,
         )
     return Written(
         writing, row_order, sum(shard.nbytes for shard in to_write), kept=len(planned.kept)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -12,18 +16,21 @@ from email.utils import formatdate
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
-from support.folders import every_file, without_source
-from support.hub import Fault, Hub
+from support.folders import every_file, flip_bit, without_source
+from support.hub import Fault, Hub, running
+from support.processes import until
 from support.specs import SMALL_SHARD_NBYTES
 from test_hub import ID, fetched_once, run
 
 from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert, verify
+from fp4moe_convert.execution import output_folder
 from fp4moe_convert.storage import ahead, remote
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage.ahead import Range, open_ahead
@@ -109,9 +116,8 @@ def test_a_connection_that_stalls_is_given_up(
     convert(ID, tmp_path / "out")
     verify(tmp_path / "out", source)
     assert hub.faults[0].times == 0
-    sent = sum(stop - start for own in hub.served().values() for start, stop in own)
     every_byte = sum(path.stat().st_size for path in source.iterdir())
-    assert sent <= every_byte + 4 * 500  # what came of the pieces that stalled
+    assert hub.sent_nbytes <= every_byte + 4 * 500  # what came of the pieces that stalled
 
 
 def test_signed_addresses_are_renewed(hub: Hub, source: Path, tmp_path: Path) -> None:
@@ -152,6 +158,157 @@ def test_after_the_last_try_what_is_finished_is_kept(
     assert result.exit_code == 0
     assert f"{len(kept)} of" in result.stderr
     assert without_source(every_file(tmp_path / "out")) == without_source(expected)
+
+
+def run_until(
+    hub: Hub, out: Path, fraction: float, max_shard_nbytes: int = 10**9
+) -> dict[str, bytes]:
+    """Convert until that much is written, and then the Hub is down; what the folder has then."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.done > progress.total * fraction and not hub.faults:
+            hub.faults.append(Fault(SIGNED, float("inf"), status=503))
+
+    with little_room(), pytest.raises(UnreachableError):
+        convert(ID, out, max_shard_nbytes=max_shard_nbytes, on_progress=on_progress)
+    hub.faults.clear()
+    return every_file(out)
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
+    """What `source` becomes in one shard."""
+    convert(source, tmp_path / "whole")
+    return without_source(every_file(tmp_path / "whole"))
+
+
+def test_a_shard_goes_on_where_it_stopped(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+    for fraction in (0.3, 0.6, 0.9):
+        [partial] = [n for n in run_until(hub, tmp_path / "out", fraction) if "partial" in n]
+        assert partial == "model-00001-of-00001.safetensors.partial"
+    before = hub.sent_nbytes
+    notes: list[str] = []
+    convert(ID, tmp_path / "out", on_note=notes.append)
+    assert without_source(every_file(tmp_path / "out")) == whole
+    assert notes == [
+        "model-00001-of-00001.safetensors: resuming: what an earlier run has fetched for it is kept"
+    ]
+    every_byte = sum(path.stat().st_size for path in source.iterdir())
+    assert hub.sent_nbytes - before < 0.2 * every_byte
+    # What was fetched and not written yet, and in each run the headers.
+    assert hub.sent_nbytes < 1.3 * every_byte
+
+
+def test_bytes_that_a_crash_has_lost_are_fetched_again(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+    run_until(hub, tmp_path / "out", 0.7)
+    [partial] = (tmp_path / "out").glob("*.partial")
+    # The header, and something of each megabyte.
+    for position in (0, 500_000, 1_000_000, 2_000_000):
+        flip_bit(partial, position)
+    convert(ID, tmp_path / "out")
+    assert without_source(every_file(tmp_path / "out")) == whole
+
+
+def test_a_shard_of_another_length_is_begun_again(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+    run_until(hub, tmp_path / "out", 0.5)
+    [partial] = (tmp_path / "out").glob("*.partial")
+    os.truncate(partial, 1000)
+    convert(ID, tmp_path / "out")
+    assert without_source(every_file(tmp_path / "out")) == whole
+
+
+def test_other_options_begin_afresh(
+    hub: Hub, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+    run_until(hub, tmp_path / "out", 0.5)
+    convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    assert without_source(every_file(tmp_path / "out")) == without_source(expected)
+
+
+def test_overwrite_begins_afresh(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(ID, source)
+    run_until(hub, tmp_path / "out", 0.8)
+    hub.forget()
+    convert(ID, tmp_path / "out", overwrite=True)
+    fetched_once(hub, source)
+    assert without_source(every_file(tmp_path / "out")) == whole
+
+
+def test_a_folder_goes_on_with_what_the_hub_began(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As little as that is: another source has other times of change."""
+    hub.add(ID, source)
+    run_until(hub, tmp_path / "out", 0.5)
+    convert(source, tmp_path / "out")
+    assert without_source(every_file(tmp_path / "out")) == whole
+
+
+def test_a_branch_that_has_moved_is_refused(
+    hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    first = hub.add(ID, source).commit
+    run_until(hub, tmp_path / "out", 0.5)
+    newer = Path(shutil.copytree(source, tmp_path / "newer"))
+    (newer / "tokenizer.json").write_text("{}")
+    second = hub.add(ID, newer).commit
+    result = run("convert", ID, tmp_path / "out")
+    assert result.exit_code == 1
+    assert (
+        f"was begun from {ID}@{first}, and this is {ID}@{second}; --revision {first} goes on"
+        in result.stderr
+    )
+    result = run("convert", ID, tmp_path / "out", "--revision", first)
+    assert (result.exit_code, "resuming" in result.stderr) == (0, True)
+    assert without_source(every_file(tmp_path / "out")) == whole
+
+
+def test_a_power_cut_costs_little(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_calls: list[Any]
+) -> None:
+    """Shard and journal are synced now and then, the shard first."""
+    monkeypatch.setattr(output_folder, "SYNC_NBYTES", 500_000)
+    hub.add(ID, source)
+    convert(ID, tmp_path / "out")
+    partial, journal = "model-00001-of-00001.safetensors.partial", ".fp4moe-journal.jsonl"
+    synced = [call[1] for call in disk_calls if call[0] == "sync"]
+    at = [number for number, name in enumerate(synced) if name == partial]
+    assert len(at) == 1 + 2_800_000 // 500_000
+    assert all(synced[number + 1] == journal for number in at)
+
+
+def test_a_kill_costs_what_was_in_memory(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    code = (
+        "from fp4moe_convert.storage import ahead\n"
+        "ahead.REQUEST_NBYTES, ahead.BATCH_NBYTES = 10_000, 50_000\n"
+        "from fp4moe_convert.__main__ import main_convert; main_convert()"
+    )
+    every_byte = sum(path.stat().st_size for path in source.iterdir())
+    with running({ID: source}, rate=5e6) as hub:
+        command = [sys.executable, "-c", code, ID, tmp_path / "out", "-q", "--connections", "2"]
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        for fraction in (0.3, 0.7):
+            process = subprocess.Popen(command, env=environment)
+            until(lambda limit=fraction * every_byte: hub.sent_nbytes > limit)
+            process.kill()
+            process.wait()
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        assert without_source(every_file(tmp_path / "out")) == whole
+        assert hub.sent_nbytes < 1.25 * every_byte
 
 
 def test_a_server_that_sends_no_ranges_is_refused(

@@ -62,6 +62,8 @@ class Repository:
     """Its files are."""
     refs: dict[str, str] = field(default_factory=dict)
     """Commits by branch and tag."""
+    earlier: dict[str, Repository] = field(default_factory=dict)
+    """What it was, by commit."""
 
     @classmethod
     def of(cls, folder: Path) -> Repository:
@@ -125,6 +127,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.epoch = 0
         """Signed addresses of earlier ones have expired."""
+        self._sent_nbytes = 0
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._rate = rate
@@ -156,14 +159,19 @@ class Hub:
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
     def add(self, repo_id: str, folder: Path) -> Repository:
-        self.repositories[repo_id] = Repository.of(folder)
-        return self.repositories[repo_id]
+        """A model, or a new commit of one."""
+        new, old = Repository.of(folder), self.repositories.get(repo_id)
+        if old is not None:
+            new.earlier = {**old.earlier, old.commit: old}
+        self.repositories[repo_id] = new
+        return new
 
     def forget(self) -> None:
         """Start counting afresh."""
         with self._lock:
             self.requests.clear()
             self.sent.clear()
+            self._sent_nbytes = 0
 
     def served(self) -> dict[str, list[tuple[int, int]]]:
         """The ranges that were sent, by file, sorted."""
@@ -172,6 +180,12 @@ class Hub:
             for sent in self.sent:
                 ranges.setdefault(sent.name, []).append((sent.start, sent.stop))
         return {name: sorted(own) for name, own in ranges.items()}
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Of all files."""
+        with self._lock:
+            return self._sent_nbytes
 
     # What requests do with it.
 
@@ -187,6 +201,10 @@ class Hub:
     def note_sent(self, sent: Sent) -> None:
         with self._lock:
             self.sent.append(sent)
+
+    def count(self, nbytes: int) -> None:
+        with self._lock:
+            self._sent_nbytes += nbytes
 
     def pace(self, nbytes: int) -> None:
         """Wait until so many bytes may be sent."""
@@ -265,6 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not known):
             raise _Refusal(404 if known else 401, "RepoNotFound", "Repository not found")
         commit = found.refs.get(revision or "main", revision)
+        if commit in found.earlier:
+            found = found.earlier[commit]
         if commit != found.commit:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if found.gated and not known and "/resolve/" in self.path:
@@ -314,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         hub = self.server.hub
         until = int(time.time()) + SIGNED_SECONDS
-        signed = f"/signed/{quote(repo_id, safe='')}/{quote(name, safe='')}"
+        signed = "/signed/" + "/".join(quote(each, safe="") for each in (repo_id, commit, name))
         query = f"until={until}&signature={_signature(signed, until, hub.epoch)}"
         about["Location"] = f"{hub.storage}{signed}?{query}"
         about |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.nbytes)}
@@ -328,8 +348,9 @@ class _Handler(BaseHTTPRequestHandler):
         expected = _signature(path, until, self.server.hub.epoch)
         if until < time.time() or self.query["signature"] != expected:
             raise _Refusal(403, message="Request has expired")
-        repo_id, name = map(unquote, path.removeprefix("/signed/").split("/"))
-        file = self.server.hub.repositories[repo_id].files[name]
+        repo_id, commit, name = map(unquote, path.removeprefix("/signed/").split("/"))
+        repository = self.server.hub.repositories[repo_id]
+        file = repository.earlier.get(commit, repository).files[name]
         self.send_file(name, file, {"ETag": '"storage-has-its-own"'})
 
     def send_file(self, name: str, file: Stored, headers: Mapping[str, str]) -> None:
@@ -354,9 +375,9 @@ class _Handler(BaseHTTPRequestHandler):
                 while position < last:
                     count = min(last - position, 2**18)
                     self.server.hub.pace(count)
-                    position += os.sendfile(
-                        self.connection.fileno(), data.fileno(), position, count
-                    )
+                    sent = os.sendfile(self.connection.fileno(), data.fileno(), position, count)
+                    position += sent
+                    self.server.hub.count(sent)
         finally:
             self.server.hub.note_sent(Sent(name, start, position))
         if self.fault.stall_after is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from hypothesis import given
 from hypothesis import strategies as st
 from support.folders import every_file, flip_bit, without_source
@@ -317,6 +317,29 @@ def test_a_server_that_sends_no_ranges_is_refused(
     hub.faults.append(Fault(SIGNED, float("inf"), ignores_range=True))
     with pytest.raises(CheckpointError, match="sends no ranges"):
         convert(ID, tmp_path / "out")
+
+
+def test_a_storage_that_leads_elsewhere_is_followed(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(ID, source)
+    hub.detour = True
+    convert(ID, tmp_path / "out")
+    fetched_once(hub, source)
+
+
+@pytest.mark.parametrize("setting", ["HTTP_PROXY", "ALL_PROXY"])
+def test_through_a_proxy(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """A server that is asked for a whole URL, as proxies are, and has it: the Hub itself."""
+    hub.add(ID, source)
+    monkeypatch.setenv(setting, hub.endpoint)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    convert(ID, tmp_path / "out")
+    fetched_once(hub, source)
+    assert all(" http://" in each for each in hub.requests)
 
 
 def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ class HubStore(RemoteStore):
         self._is_plain = is_plain
         self._addresses: dict[str, str] = {}
         self._resolving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._is_direct = True
         self._lines = Lines(_httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def provenance(self) -> Mapping[str, str]:
@@ -234,7 +235,7 @@ class HubStore(RemoteStore):
                 return
             address = self._signed_address(name, url)
             try:
-                if self._lines.reach(address):
+                if self._is_direct and self._lines.reach(address):
                     yield from self._directly(name, address, headers, offset, into)
                 else:
                     yield from self._through_library(name, address, headers, offset, into)
@@ -248,10 +249,12 @@ class HubStore(RemoteStore):
         self, name: str, address: str, headers: Mapping[str, str], offset: int, into: Bytes
     ) -> Iterator[int]:
         with self._lines.get(address, headers) as response:
+            if response.getheader("Location"):
+                self._is_direct = False  # the library knows how to follow
+                raise TryAgainError("the storage leads elsewhere", after=0)
             _check_status(response.status, response.reason, response.headers)
             skip = self._check_answer(name, response.status, response.headers, offset, into.size)
-            while skip:
-                skip -= len(response.read(min(skip, 2**20))) or skip
+            response.read(skip)
             got = 0
             # In pieces, so that a stalled connection is seen.
             while count := response.readinto(into[got : got + PIECE_NBYTES].data):
@@ -323,8 +326,6 @@ def _check_status(status: int, reason: str, headers: _Headers) -> None:
         raise TryAgainError(f"the storage answers {status} {reason}", after=_asked_wait(headers))
     if status >= 400:
         raise _RefusedError(status)
-    if status >= 300:
-        raise TryAgainError(f"the storage leads elsewhere ({status})")
 
 
 def _without_first(pieces: Iterable[bytes], skip: int) -> Iterator[bytes]:

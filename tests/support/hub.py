@@ -127,6 +127,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.epoch = 0
         """Signed addresses of earlier ones have expired."""
+        self.detour = False
+        """Signed addresses lead on to others."""
         self._sent_nbytes = 0
         self.stopping = threading.Event()
         self._lock = threading.Lock()
@@ -348,6 +350,9 @@ class _Handler(BaseHTTPRequestHandler):
         expected = _signature(path, until, self.server.hub.epoch)
         if until < time.time() or self.query["signature"] != expected:
             raise _Refusal(403, message="Request has expired")
+        if self.server.hub.detour and "again" not in self.query:
+            self.head(302, 0, {"Location": f"{self.path}&again=1"})
+            return
         repo_id, commit, name = map(unquote, path.removeprefix("/signed/").split("/"))
         repository = self.server.hub.repositories[repo_id]
         file = repository.earlier.get(commit, repository).files[name]

@@ -22,12 +22,11 @@ from .reader import Identity, Opener, Store, keep_open
 from .remote import RemoteReader, RemoteStore, StoppedError
 
 REQUEST_NBYTES = 4 * 2**20
-"""Of the longest request. A kill costs what requests under way have brought: with 16 connections
-51 MB of requests of 8 MiB, and half of that of 4 MiB, which were as fast on this machine's loopback
-(2 cores). Shorter ones would wait for their first byte for a larger part of the time."""
-BATCH_NBYTES = 32 * 2**20
-"""Moves are looked at together up to this. An expert of DeepSeek-V3 has 25 MB: three matrices that
-lie one after the other, and their scales."""
+"""Of the longest request. A kill costs what requests under way have brought, and what waits for
+them. Shorter ones would wait for their first byte for a larger part of the time."""
+BATCH_NBYTES = 16 * 2**20
+"""Moves are looked at together up to this. Of an expert of DeepSeek-V3 gate and up have 15 MB and
+lie side by side; down and all the scales have 10 MB."""
 SMALL_NBYTES = 64 * 2**10
 """A move below this never begins a batch: the scalars of a layer's experts lie together, and
 several moves gather them."""

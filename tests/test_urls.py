@@ -12,6 +12,7 @@ import pytest
 from support.folders import MANIFEST, every_file, flip_bit, without_source
 from support.specs import SMALL_SHARD_NBYTES
 from test_hub import header_nbytes, run, weights
+from test_network import little_room
 
 from fp4moe_convert import (
     CheckpointError,
@@ -106,6 +107,27 @@ def test_a_file_that_goes_during_a_run_is_named(source: Path) -> None:
     first.unlink()
     with pytest.raises(MissingFileError, match=first.name):
         store.open(first.name)
+
+
+def test_what_was_made_from_other_bytes_is_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, request = f"file://{source}", UrlStore.request
+
+    def failing(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        if offset > 500_000:
+            raise CheckpointError("is gone")
+        return request(store, name, offset, into)
+
+    with little_room(), monkeypatch.context() as patch:
+        patch.setattr(UrlStore, "request", failing)
+        with pytest.raises(CheckpointError, match="is gone"):
+            convert(url, tmp_path / "out")
+    assert list((tmp_path / "out").glob("*.partial"))
+    for path in weights(source).values():
+        flip_bit(path, 300_000)
+    convert(url, tmp_path / "out")
+    verify(tmp_path / "out", source)
 
 
 def test_failures_of_a_file_system(

@@ -867,13 +867,17 @@ OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.secti
 
 
 def make(folder: Path, name: str) -> None:
-    """Write the original checkpoint of a family into ``folder``, which is created.
+    """Write the original checkpoint of one of `FAMILIES` into ``folder``, which is created.
 
     Raises:
         KeyError: no such family.
         FileExistsError: ``folder`` exists.
     """
-    family = FAMILIES[name]
+    write_family(folder, FAMILIES[name])
+
+
+def write_family(folder: Path, family: Family) -> None:
+    """As `make`, for a family of any sizes."""
     folder.mkdir(parents=True)
     path, pattern = family.beside or ("", r"$^")
     beside: list[Tensor] = []

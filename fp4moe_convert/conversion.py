@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
 from .execution.output_folder import Opened, OutputFolder, Writing
-from .execution.scatter import OnFilled, scatter
+from .execution.scatter import OnFilled, OnMove, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
@@ -164,8 +164,10 @@ class WriteShards(Protocol):
         threads: int,
         on_bytes: OnBytes,
         on_filled: OnFilled,
+        on_move: OnMove,
+        filled: Mapping[str, Mapping[int, str]],
     ) -> None:
-        """Arguments and errors are those of `scatter`."""
+        """Arguments and errors are those of `scatter`. Moves need not be told of."""
 
 
 def write_here(
@@ -177,9 +179,17 @@ def write_here(
     threads: int,
     on_bytes: OnBytes,
     on_filled: OnFilled,
+    on_move: OnMove | None = None,
+    filled: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """`WriteShards` in this process."""
-    moves = (move for shard in shards for move in shard.moves)
+    filled = filled or {}
+    moves = (
+        move
+        for shard in shards
+        for number, move in enumerate(shard.moves)
+        if number not in filled.get(shard.name, {})
+    )
     with open_ahead(work.store, source_ranges(moves), direct=direct_io) as open_source:
         scatter(
             shards,
@@ -189,6 +199,9 @@ def write_here(
             threads=threads,
             on_bytes=on_bytes,
             on_filled=on_filled,
+            # What lies on a disk is read again sooner than it is compared.
+            on_move=on_move if isinstance(work.store, RemoteStore) else None,
+            filled=filled,
         )
 
 
@@ -338,28 +351,17 @@ def fill(
     on_bytes = track(
         "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
     )
-<<<<<<< HEAD
-    moves = (
-        move
-        for shard in to_write
-        for number, move in enumerate(shard.moves)
-        if number not in planned.filled.get(shard.name, {})
-    )
-    with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
-        scatter(
-=======
     if to_write:
         assert write_shards is not None
         write_shards(
             work,
->>>>>>> main
             to_write,
             out_dir,
             direct_io=direct_io,
             threads=threads,
             on_bytes=lambda item, n: on_bytes(plan.layer_of.get(item, item), n),
             on_filled=writing.finish_shard,
-            on_move=writing.note_move if isinstance(store, RemoteStore) else None,
+            on_move=writing.note_move,
             filled=planned.filled,
         )
     return Written(

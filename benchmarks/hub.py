@@ -1,7 +1,7 @@
 """How fast a model is converted from a Hub, beside a raw download over as many connections.
 
     python -m benchmarks.hub                                # a model of 4.3 GB, three minutes
-    python -m benchmarks.hub --rate 200e6 --rounds 2        # over a line of 200 MB/s
+    python -m benchmarks.hub --connection-rate 40e6 --latency 0.03    # as from far away
     python -m benchmarks.hub --connections 4 --json hub.json
 
 A Hub on this machine (tests/support/hub.py, in a process of its own) has the model in the page
@@ -15,6 +15,7 @@ It takes room for the model three times over in --work-dir.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -43,14 +44,17 @@ from .report import headline, parser_of, say, table, write_json
 
 ID = "org/model"
 CHUNK_NBYTES = 64 * 2**20
+LINE = ("rate", "connection_rate", "latency")
+"""What the Hub's line is like, as far as it is not to be as fast as it goes."""
 
 
 @contextlib.contextmanager
-def serving(model: Path, rate: float | None) -> Iterator[str]:
+def serving(model: Path, arguments: argparse.Namespace) -> Iterator[str]:
     """A Hub with the model; its endpoint."""
     command = [sys.executable, "-m", "tests.support.hub", f"{ID}={model}"]
-    if rate is not None:
-        command += ["--rate", str(rate)]
+    for name in LINE:
+        if (value := vars(arguments)[name]) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -89,7 +93,9 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--rate", type=float, help="bytes a second of the line; as fast as it goes")
+    parser.add_argument("--rate", type=float, help="bytes a second of the line")
+    parser.add_argument("--connection-rate", type=float, help="bytes a second of one connection")
+    parser.add_argument("--latency", type=float, help="seconds until an answer begins")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, help="write all results here")
     arguments = parser.parse_args()
@@ -100,7 +106,7 @@ def main() -> None:
         raw: list[float] = []
         ours: list[float] = []
         memory = 0
-        with serving(model, arguments.rate) as endpoint:
+        with serving(model, arguments) as endpoint:
             os.environ["HF_ENDPOINT"] = endpoint
             for number in range(arguments.rounds):
                 say(f"round {number + 1} of {arguments.rounds}")
@@ -134,7 +140,7 @@ def main() -> None:
         {
             "environment": about,
             "connections": arguments.connections,
-            "rate": arguments.rate,
+            **{name: vars(arguments)[name] for name in LINE},
             "raw_s": raw,
             "convert_s": ours,
             "ratio": ratios,

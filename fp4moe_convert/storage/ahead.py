@@ -123,13 +123,15 @@ class _Ahead:
         """Large buffers that are free."""
         self._held = 0
         """Bytes of buffers that are not."""
-        self._room = store.connections * REQUEST_NBYTES
         pieces: list[_Piece] = []
+        largest = 0
         for batch in _batches(moves):
             own = _pieces(batch)
-            # A worker may need all of its batch before it gives any of it back.
-            self._room = max(self._room, 2 * sum(piece.room for piece in own))
+            largest = max(largest, sum(piece.room for piece in own))
             pieces += own
+        # Workers need all of a batch before they give any of it back. What waits for the rest of
+        # its batch must not take the room of a request.
+        self._room = store.connections * REQUEST_NBYTES + 2 * largest
         self._by_file: dict[str, list[_Piece]] = defaultdict(list)
         for piece in pieces:
             self._by_file[piece.file].append(piece)

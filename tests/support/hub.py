@@ -1,6 +1,6 @@
 """A Hub on this machine, for the real huggingface_hub to talk to through HF_ENDPOINT.
 
-    python tests/support/hub.py OWNER/NAME=FOLDER ... [--port N] [--rate BYTES]
+    python tests/support/hub.py OWNER/NAME=FOLDER ... [--port N] [--rate BYTES] [--latency SECONDS]
 
 It answers what that library asks to read a model: model info, the tree, and ``resolve``, which
 sends the bytes of a plain file and leads to a signed address of a large one, on another port as on
@@ -113,10 +113,19 @@ class Fault:
 class Hub:
     """The stand-in, while it is entered."""
 
-    def __init__(self, *, rate: float | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        rate: float | None = None,
+        connection_rate: float | None = None,
+        latency: float = 0.0,
+        port: int = 0,
+    ) -> None:
         """
         Args:
             rate: bytes a second that all answers together may have.
+            connection_rate: bytes a second that one answer may have.
+            latency: seconds until an answer begins.
             port: of the endpoint.
         """
         self.repositories: dict[str, Repository] = {}
@@ -133,6 +142,8 @@ class Hub:
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._rate = rate
+        self._connection_rate = connection_rate
+        self.latency = latency
         self._next_send = 0.0
         self._servers = [_Server(("127.0.0.1", number), self) for number in (port, 0)]
 
@@ -208,15 +219,19 @@ class Hub:
         with self._lock:
             self._sent_nbytes += nbytes
 
-    def pace(self, nbytes: int) -> None:
-        """Wait until so many bytes may be sent."""
-        if self._rate is None:
-            return
-        with self._lock:
-            now = time.monotonic()
-            self._next_send = max(self._next_send, now) + nbytes / self._rate
-            wait = self._next_send - now
-        self.stopping.wait(wait)
+    def pace(self, nbytes: int, started: float, sent: int) -> None:
+        """Wait until so many bytes may be sent, of an answer that began at some time and has sent
+        some."""
+        now = time.monotonic()
+        wait = 0.0
+        if self._rate is not None:
+            with self._lock:
+                self._next_send = max(self._next_send, now) + nbytes / self._rate
+                wait = self._next_send - now
+        if self._connection_rate is not None:
+            wait = max(wait, started + (sent + nbytes) / self._connection_rate - now)
+        if wait > 0:
+            self.stopping.wait(wait)
 
 
 class _Server(ThreadingHTTPServer):
@@ -247,6 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        self.server.hub.stopping.wait(self.server.hub.latency)
         self.fault = self.server.hub.note(f"{self.command} {self.path}") or Fault("", 0)
         try:
             if self.fault.status is not None:
@@ -374,12 +390,12 @@ class _Handler(BaseHTTPRequestHandler):
         ends = (self.fault.cut_after, self.fault.stall_after)
         last = min([stop, *(start + end for end in ends if end is not None)])
         self.wfile.flush()
-        position = start
+        position, started = start, time.monotonic()
         try:
             with file.path.open("rb") as data:
                 while position < last:
                     count = min(last - position, 2**18)
-                    self.server.hub.pace(count)
+                    self.server.hub.pace(count, started, position - start)
                     sent = os.sendfile(self.connection.fileno(), data.fileno(), position, count)
                     position += sent
                     self.server.hub.count(sent)
@@ -428,10 +444,13 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="OWNER/NAME=FOLDER")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--connection-rate", type=float)
+    parser.add_argument("--latency", type=float, default=0.0)
     arguments = parser.parse_args()
     pairs = (model.partition("=") for model in arguments.models)
     models = {repo_id: Path(folder) for repo_id, _, folder in pairs}
-    with running(models, rate=arguments.rate, port=arguments.port) as hub:
+    options = {key: value for key, value in vars(arguments).items() if key != "models"}
+    with running(models, **options) as hub:
         print(hub.endpoint, flush=True)
         threading.Event().wait()
 

@@ -16,6 +16,7 @@ from .errors import (
     OutputError,
     RowOrderError,
     ServingError,
+    UnreachableError,
     VerifyError,
 )
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
+    from .storage.opening import open_store
     from .verification import Verified, verify
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "RowOrderError",
     "RunReport",
     "ServingError",
+    "UnreachableError",
     "Verified",
     "VerifyError",
     "convert",
     "inspect",
+    "open_store",
     "prepare",
     "restore",
     "verify",
@@ -61,6 +65,7 @@ _HOME = {
     "inspect": "inspection",
     "prepare": "conversion",
     "RunReport": "report",
+    "open_store": "storage.opening",
     "restore": "restoration",
     "Verified": "verification",
     "verify": "verification",

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
+from .layouts.base import source_ranges
 from .plan import Plan, make_plan
 from .progress import OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
@@ -28,10 +28,13 @@ from .source.checkpoint import Checkpoint, open_checkpoint
 from .source.completeness import remarks
 from .source.experts import require_layers
 from .source.quantization import require_nvfp4
+from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
 from .storage.header import spec_nbytes
-from .storage.local import LocalFolder, LocalReader
-from .storage.reader import keep_open, read_bytes
+from .storage.local import LocalReader
+from .storage.opening import open_store
+from .storage.reader import Store, read_bytes
+from .storage.remote import Fetched, fetched_from
 from .verification import damaged_shards
 from .verification import verify as verify_folder
 
@@ -49,6 +52,8 @@ class ConversionReport(RunReport):
     """Whether that release is installed here; otherwise it is the newest on record."""
     row_order: str
     """Its fingerprint."""
+    fetched: Fetched | None
+    """What came over the network, where the source is there."""
 
     @property
     def serve(self) -> dict[str, str]:
@@ -65,6 +70,7 @@ class ConversionReport(RunReport):
             "flashinfer": self.flashinfer,
             "flashinfer_installed": self.flashinfer_installed,
             "row_order": self.row_order,
+            "fetched": None if self.fetched is None else self.fetched.as_json(),
         }
 
 
@@ -77,10 +83,26 @@ class Preview:
     warnings: list[str]
     """Those that need no tensor."""
 
+    @property
+    def fetched(self) -> Fetched | None:
+        """What the preview has taken, where the source is on the network."""
+        return fetched_from(self.work.store)
+
+    @property
+    def to_fetch_nbytes(self) -> int:
+        """What a conversion has to read of the source."""
+        weights = sum(
+            s.nbytes for shard in self.work.plan.shards for m in shard.moves for s in m.sources
+        )
+        return weights + sum(self.work.copied.values())
+
     def as_json(self, out_dir: Path) -> dict[str, Any]:
         """The plan and what else there is to say, if the result lies in ``out_dir``."""
         return {
+            "source": dict(self.work.store.provenance()),
             **self.work.plan.as_json(),
+            "to_fetch_bytes": self.to_fetch_nbytes,
+            "fetched": None if self.fetched is None else self.fetched.as_json(),
             "other_files": len(self.work.copied),
             "other_bytes": sum(self.work.copied.values()),
             **self.prospects.as_json(),
@@ -90,7 +112,7 @@ class Preview:
 
 
 def prepare(
-    model_dir: Path, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
+    model_dir: str | Path | Store, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
 ) -> tuple[Checkpoint, Plan]:
     """Open a checkpoint and plan its conversion; reads headers, writes nothing.
 
@@ -101,13 +123,15 @@ def prepare(
     return work.checkpoint, work.plan
 
 
-def preview(model_dir: str | Path, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES) -> Preview:
+def preview(
+    model_dir: str | Path | Store, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
+) -> Preview:
     """As `prepare`, with all that a conversion would say beforehand.
 
     Raises:
         CheckpointError: it cannot be converted, and why.
     """
-    checkpoint = open_checkpoint(LocalFolder(Path(model_dir)))
+    checkpoint = open_checkpoint(open_store(model_dir))
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
@@ -119,7 +143,7 @@ def preview(model_dir: str | Path, *, max_shard_nbytes: int = defaults.MAX_SHARD
 
 
 def convert(
-    model_dir: str | Path,
+    model_dir: str | Path | Store,
     out_dir: str | Path,
     *,
     max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
@@ -137,7 +161,7 @@ def convert(
     Until it does, the folder has no index.
 
     Args:
-        model_dir: a local model folder; a Hub cache snapshot will do.
+        model_dir: a model folder, or what else `open_store` can open: a model on the Hub, a URL.
         out_dir: empty, not there yet, or left by an earlier run.
         max_shard_nbytes: no output file is larger, unless a single tensor is.
         direct_io: bypass the page cache where the file systems allow.
@@ -155,7 +179,7 @@ def convert(
         VerifyError: ``verify`` found a difference.
     """
     started = time.perf_counter()
-    model_dir, out_dir = Path(model_dir), Path(out_dir)
+    out_dir = Path(out_dir)
 
     foreseen = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
     work, plan = foreseen.work, foreseen.work.plan
@@ -179,15 +203,17 @@ def convert(
         on_bytes = track(
             "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
         )
-        scatter(
-            to_write,
-            out_dir,
-            open_source=keep_open(partial(store.open, direct=direct_io)),
-            direct=direct_io,
-            threads=threads,
-            on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
-            on_filled=writing.finish_shard,
-        )
+        moves = (move for shard in to_write for move in shard.moves)
+        with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
+            scatter(
+                to_write,
+                out_dir,
+                open_source=open_source,
+                direct=direct_io,
+                threads=threads,
+                on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
+                on_filled=writing.finish_shard,
+            )
         warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
 
         # The files beside them, and the reading back.
@@ -201,7 +227,7 @@ def convert(
         if verify:
             try:
                 verified = verify_folder(
-                    out_dir, model_dir, direct_io=direct_io, threads=threads,
+                    out_dir, store, direct_io=direct_io, threads=threads,
                     on_progress=on_progress,
                 )  # fmt: skip
             except VerifyError:
@@ -227,6 +253,7 @@ def convert(
         flashinfer=row_order.flashinfer,
         flashinfer_installed=row_order.installed,
         row_order=row_order.fingerprint,
+        fetched=fetched_from(store),
         warnings=warnings,
         verify_seconds=verified.seconds if verified else None,
     )

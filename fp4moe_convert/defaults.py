@@ -10,3 +10,6 @@ THREADS = 6
 """Readers and writers. Four are often all reading or all writing; a few more keep the two mixed.
 Six were as fast as eight on 2 cores (10.6 and 12.1 s for 6.8 GB, medians of 4 rounds), and take
 33 MB less."""
+
+CONNECTIONS = 16
+"""Requests under way to a source on another machine."""

@@ -3,7 +3,8 @@
 ConvertError            the command line prints it as one line and exits with 1, or 75: try again
 ├── CheckpointError     the source cannot be converted
 │   ├── HeaderError     a safetensors file breaks a rule of its own format
-│   └── MissingFileError    the source has no file of that name
+│   ├── MissingFileError    the source has no file of that name
+│   └── UnreachableError    the source does not answer now; later it may
 ├── FormatError         a converted checkpoint has a version, layout or form unknown to this release
 ├── OutputError         the output folder cannot be used, or writing to it failed
 │   ├── InUseError      another run holds it
@@ -58,6 +59,12 @@ class HeaderError(CheckpointError):
 
 class MissingFileError(CheckpointError):
     """The source has no file of that name."""
+
+
+class UnreachableError(CheckpointError):
+    """The source does not answer now; later it may."""
+
+    try_again = True
 
 
 class FormatError(ConvertError):

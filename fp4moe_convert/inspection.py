@@ -19,7 +19,8 @@ from .source.completeness import remarks
 from .source.converted import is_converted
 from .source.experts import PassedLayer, find_layers, require_layers
 from .source.quantization import describe, require_nvfp4
-from .storage.local import LocalFolder
+from .storage.opening import open_store
+from .storage.reader import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,14 @@ class Inspection:
         return self.prospects.commands(self.folder) if self.state == "converted" else {}
 
 
-def inspect(folder: str | Path) -> Inspection:
+def inspect(folder: str | Path | Store) -> Inspection:
     """Describe a model folder without reading its weights.
 
     Raises:
         CheckpointError: not a model folder, or one that contradicts itself.
         FormatError: converted, but to a format that this release does not know.
     """
-    checkpoint = open_checkpoint(LocalFolder(Path(folder)))
+    checkpoint = open_checkpoint(open_store(folder))
     dtypes: Counter[str] = Counter()
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
@@ -110,7 +111,7 @@ def inspect(folder: str | Path) -> Inspection:
         _, others = find_layers(checkpoint, converted=layers)
         outlook = prospects(checkpoint, converted.source, layers.values())
     return Inspection(
-        folder=str(folder),
+        folder=checkpoint.location,
         state=state,
         reason=reason,
         quantization=describe(section),

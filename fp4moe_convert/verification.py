@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,15 @@ import numpy as np
 from . import defaults
 from .errors import ConvertError, VerifyError
 from .format.manifest import ShardRecord
-from .layouts.base import Move
+from .layouts.base import Move, source_ranges
 from .progress import OnProgress, track
 from .readback import Take, check_shard, open_converted, open_shards, read_back, whole_tensors
 from .source.checkpoint import open_checkpoint
 from .source.spans import Shard
+from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
-from .storage.local import LocalFolder
-from .storage.reader import Opener, keep_open
+from .storage.opening import open_store
+from .storage.reader import Opener, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Verified:
     tensors: int
     nbytes: int
     """Of the output; as many again were read from the source if there was one."""
-    source: Path | None
+    source: str | None
+    """Its location, if there was one."""
     documentation: list[str]
     """What has happened since to files that no engine reads, a line each."""
     seconds: float
@@ -48,7 +51,7 @@ class Verified:
             "files": self.files,
             "tensors": self.tensors,
             "bytes": self.nbytes,
-            "source": None if self.source is None else str(self.source),
+            "source": self.source,
             "documentation": self.documentation,
             "seconds": round(self.seconds, 3),
         }
@@ -56,7 +59,7 @@ class Verified:
 
 def verify(
     out_dir: str | Path,
-    source: str | Path | None = None,
+    source: str | Path | Store | None = None,
     *,
     direct_io: bool = True,
     threads: int = defaults.THREADS,
@@ -66,7 +69,7 @@ def verify(
 
     Args:
         out_dir: a converted checkpoint.
-        source: the checkpoint it was converted from; None to trust the manifest.
+        source: the checkpoint it was converted from, as for `convert`; None to trust the manifest.
         direct_io: bypass the page cache where the file systems allow.
         threads: number of readers.
         on_progress: called after each few MiB, from any thread, one call at a time.
@@ -77,32 +80,35 @@ def verify(
         FormatError: ``out_dir`` has a format version or layout that this release does not know.
     """
     started = time.perf_counter()
-    out_dir, source = Path(out_dir), None if source is None else Path(source)
+    out_dir = Path(out_dir)
     converted = open_converted(out_dir)
-    checkpoint = None if source is None else open_checkpoint(LocalFolder(source))
+    checkpoint = None if source is None else open_checkpoint(open_store(source))
     shards = converted.shards()
-    make_take = None
-    if checkpoint is None:
-        moves = whole_tensors(shards)
-    else:
-        moves = converted.moves(checkpoint, shards)
-        open_source = keep_open(partial(checkpoint.store.open, direct=direct_io))
-        make_take = partial(_comparison, shards, open_source)
-    tensors = read_back(
-        shards,
-        moves,
-        converted.manifest.shards,
-        open_shards(out_dir, direct=direct_io),
-        make_take=make_take,
-        threads=threads,
-        on_bytes=track("verifying", sum(move.nbytes for move in moves), on_progress),
-    )
+    with ExitStack() as stack:
+        make_take = None
+        if checkpoint is None:
+            moves = whole_tensors(shards)
+        else:
+            moves = converted.moves(checkpoint, shards)
+            open_source = stack.enter_context(
+                open_ahead(checkpoint.store, source_ranges(moves), direct=direct_io)
+            )
+            make_take = partial(_comparison, shards, open_source)
+        tensors = read_back(
+            shards,
+            moves,
+            converted.manifest.shards,
+            open_shards(out_dir, direct=direct_io),
+            make_take=make_take,
+            threads=threads,
+            on_bytes=track("verifying", sum(move.nbytes for move in moves), on_progress),
+        )
     return Verified(
         files=len(converted.files) + len(shards) + 1,
         tensors=tensors,
         nbytes=sum(shard.header.file_nbytes for shard in shards)
         + sum(record.nbytes for record in converted.files),
-        source=source,
+        source=None if checkpoint is None else checkpoint.location,
         documentation=list(converted.documentation),
         seconds=time.perf_counter() - started,
     )

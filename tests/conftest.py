@@ -7,17 +7,19 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from support.folders import contents
 from support.golden import CASES
+from support.hub import Hub
 from support.make_checkpoint import make_checkpoint
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES, TINY
 
 from fp4moe_convert import convert
+from fp4moe_convert.storage import remote
 
 # The light installation has no torch. These files are about tensors of it, so that without it they
 # cannot even be imported; all that is in them is marked `flashinfer`.
@@ -134,3 +136,25 @@ def install_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None]
         monkeypatch.setitem(sys.modules, "flashinfer", None)
 
     return install
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on this machine that huggingface_hub in this process takes for the only one, and that
+    needs no waiting between tries. Its cache and its tokens are the test's own."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with Hub() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        yield hub
+        _http.close_session()

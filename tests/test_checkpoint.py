@@ -546,6 +546,7 @@ def groups(**input_activations: Any) -> dict[str, Any]:
 MODELOPT = {"quant_method": "modelopt"}
 MIXED = {**MODELOPT, "quant_algo": "MIXED_PRECISION"}
 PACKED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+HYBRID = {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"}
 WEIGHT_ONLY = (
     ", whose experts are weight-only (W4A16), which no engine serves with flashinfer_trtllm, the "
     "backend that this layout is for; serve the original with another MoE backend"
@@ -554,7 +555,7 @@ AWQ = (
     ", whose experts multiply their input by a pre_quant_scale, which no engine does for experts; "
     "export the model as NVFP4"
 )
-KNOWN = "; this release knows such experts from modelopt and compressed-tensors"
+KNOWN = "; this release knows such experts from modelopt, fp8 and compressed-tensors"
 
 
 def mixed(**algorithms: str) -> dict[str, Any]:
@@ -578,9 +579,14 @@ def mixed(**algorithms: str) -> dict[str, Any]:
         ),
         (MIXED | mixed(mlp_shared="NVFP4"), "modelopt MIXED_PRECISION"),
         (
-            {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"},
-            f"fp8 MIXED_PRECISION, whose experts are NVFP4{KNOWN}",
+            {**HYBRID, "quant_method": "mxfp8"},
+            f"mxfp8 MIXED_PRECISION, whose experts are NVFP4{KNOWN}",
         ),
+        (
+            {**HYBRID, "moe_quant_algo": "W4A16_NVFP4"},
+            f"fp8 MIXED_PRECISION{WEIGHT_ONLY}",
+        ),
+        ({"quant_method": "fp8"}, "fp8"),
         (
             {**MODELOPT, "quant_algo": "NVFP4_AWQ"},
             f"modelopt NVFP4_AWQ{AWQ}",
@@ -614,6 +620,8 @@ FOUR_BITS = {"num_bits": 4, "type": "float"}
         MIXED | mixed(mlp_experts_0_w1="nvfp4", mlp_experts_1_w1="FP8"),
         PACKED | groups(input_activations=FOUR_BITS),
         {**PACKED, "quant_method": "compressed_tensors", **groups(input_activations=FOUR_BITS)},
+        HYBRID,
+        HYBRID | {"group_size": 16} | mixed(mlp_experts="NVFP4"),
     ],
 )
 def test_takes_what_says_that_some_experts_are_nvfp4(
@@ -649,6 +657,7 @@ def test_the_algorithm_of_the_experts_may_stand_in_hf_quant_config(model_dir: Pa
                 "a": {"weights": {**FOUR_BITS, "group_size": 32}, "input_activations": FOUR_BITS}
             }
         },
+        HYBRID | {"group_size": 32},
     ],
 )
 def test_refuses_another_group_size_of_some_experts(

@@ -142,6 +142,32 @@ def test_sections_that_vllm_cannot_serve(section: dict[str, Any], served: bool) 
     assert (VLLM.why_not(model) is None) == served
 
 
+HYBRID = {
+    "quant_method": "fp8",
+    "quant_algo": "MIXED_PRECISION",
+    "moe_quant_algo": "NVFP4",
+    "group_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_type", "cannot"),
+    [
+        ({}, "deepseek_v4", set()),
+        ({"group_size": None}, "deepseek_v4", {"sglang"}),
+        ({"quant_algo": "MIXED"}, "deepseek_v4", {"sglang"}),
+        ({}, "deepseek_v3", {"vllm"}),
+        ({"moe_quant_algo": "MXFP4", "group_size": None}, "deepseek_v3", set()),
+    ],
+    ids=str,
+)
+def test_engines_look_for_nvfp4_amid_fp8_where_all_is_said(
+    changes: dict[str, Any], model_type: str, cannot: set[str]
+) -> None:
+    model = Model(("DeepseekV4ForCausalLM",), {"model_type": model_type}, HYBRID | changes)
+    assert {engine.name for engine in ENGINES if engine.why_not(model)} == cannot
+
+
 def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
     compressed = Model(("MixtralForCausalLM",), {}, {"quant_method": "compressed-tensors"})
     assert SGLANG.why_not(compressed) is None

@@ -63,7 +63,7 @@ def test_an_untouched_folder_verifies(source: Path, out: Path) -> None:
     assert alone.nbytes + (out / MANIFEST).stat().st_size == sum(
         path.stat().st_size for path in out.iterdir()
     )
-    assert (alone.source, compared.source) == (None, source)
+    assert (alone.source, compared.source) == (None, str(source))
 
 
 def name_at(path: Path, position: int) -> str | None:

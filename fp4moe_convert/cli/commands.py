@@ -118,7 +118,28 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
 
 # readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
 _argument = functools.partial(typer.Argument, show_default=False, readable=False)
-ModelDir = Annotated[Path, _argument(help="A local model folder with NVFP4 experts.")]
+Model = Annotated[
+    str,
+    _argument(
+        metavar="MODEL",
+        help="A model with NVFP4 experts: a folder, OWNER/NAME on the Hub, or a URL for fsspec.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a model on the Hub.", show_default=False),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="The Hub's cache, where it is not in its usual place. It is read, never written.",
+        readable=False,
+        show_default=False,
+    ),
+]
+Connections = Annotated[
+    int, typer.Option(min=1, max=256, help="Requests under way, where MODEL is on the network.")
+]
 OutDir = Annotated[
     Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
@@ -140,8 +161,10 @@ Threads = Annotated[
 @convert_app.command()
 @_fails_plainly
 def convert_command(
-    model_dir: ModelDir,
+    model: Model,
     out_dir: OutDir,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
     max_shard_size: Annotated[
         int,
         typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
@@ -167,13 +190,17 @@ def convert_command(
     quiet: Quiet = False,
     direct_io: DirectIo = True,
     threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
 ) -> None:
     """Convert a checkpoint with NVFP4 experts to the layout of FlashInfer's TRT-LLM MoE kernels."""
+    from ..storage.opening import open_store
+
+    store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
         from .display import preview_tables
 
-        foreseen = preview(model_dir, max_shard_nbytes=max_shard_size)
+        foreseen = preview(store, max_shard_nbytes=max_shard_size)
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
@@ -183,7 +210,7 @@ def convert_command(
     when_interrupted(advice="; run the same command again to resume")
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
         report = convert(
-            model_dir,
+            store,
             out_dir,
             max_shard_nbytes=max_shard_size,
             direct_io=direct_io,
@@ -202,26 +229,32 @@ def convert_command(
 def verify_command(
     out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
     source: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="MODEL_DIR",
-            readable=False,
+            metavar="MODEL",
             help="The checkpoint it was converted from: undo each layout and compare.",
             show_default=False,
         ),
     ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
     threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
 ) -> None:
     """Read every byte of a converted checkpoint and compare it with its manifest, or its source."""
+    from ..storage.opening import open_store
     from ..verification import verify
     from .display import progress_on, verified_table
 
+    store = source and open_store(
+        source, revision=revision, cache_dir=cache_dir, connections=connections
+    )
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
         verified = verify(
-            out_dir, source, direct_io=direct_io, threads=threads, on_progress=on_progress
+            out_dir, store, direct_io=direct_io, threads=threads, on_progress=on_progress
         )
     _print(verified.as_json() if as_json else [verified_table(verified)])
 
@@ -273,12 +306,21 @@ def restore_command(
 @app.command("inspect")
 @_fails_plainly
 def inspect_command(
-    folder: Annotated[Path, _argument(help="A model folder, source or converted.")],
+    model: Annotated[
+        str,
+        _argument(
+            metavar="MODEL",
+            help="A model, source or converted: a folder, OWNER/NAME on the Hub, or a URL.",
+        ),
+    ],
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model folder holds, and what a conversion would do or did."""
+    """Say what a model holds, and what a conversion would do or did."""
     from ..inspection import inspect
+    from ..storage.opening import open_store
     from .display import inspection_tables
 
-    inspection = inspect(folder)
+    inspection = inspect(open_store(model, revision=revision, cache_dir=cache_dir))
     _print(inspection.as_json() if as_json else inspection_tables(inspection))

@@ -30,6 +30,7 @@ from ..inspection import Inspection
 from ..progress import OnProgress, Progress
 from ..prospects import Prospects
 from ..report import RunReport
+from ..storage.remote import Fetched
 from ..verification import Verified
 from .process import when_interrupted
 
@@ -112,6 +113,7 @@ def report_table(report: ConversionReport) -> Table:
             "converted": _layers(report.layers),
             "passed through": _passed(report.passed_layers),
             **_written(report, "source"),
+            "fetched": "" if report.fetched is None else _fetched(report.fetched),
             "row order": f"{report.row_order} ({_release(report)})",
             **_prospects(report.prospects, report.serve),
         }
@@ -176,6 +178,7 @@ def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
             "tensors": f"{plan.tensors_in:,} -> {plan.tensors_out:,}",
             "bytes": f"{plan.bytes_in:,} -> {plan.bytes_out:,}",
             "other files": _files(len(copied), sum(copied.values())),
+            **_to_fetch(preview),
             **_prospects(preview.prospects, preview.prospects.commands(str(out_dir))),
         }
     )
@@ -191,6 +194,24 @@ def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
             _cell(shard.name), f"{shard.nbytes:,}", str(len(shard.tensors)), _cell("\n".join(held))
         )
     yield shards
+
+
+def _to_fetch(preview: Preview) -> dict[str, str]:
+    """Where the source is on the network: what a conversion costs there, and what this has cost."""
+    if (fetched := preview.fetched) is None:
+        return {}
+    nbytes, rate = preview.to_fetch_nbytes, fetched.bytes_per_second
+    written = preview.work.plan.bytes_out + sum(preview.work.copied.values())
+    return {
+        "to fetch": f"{nbytes:,} bytes, {nbytes / rate / 60:,.0f} min at the {rate / 1e6:.1f} MB/s "
+        "at which the headers came; larger reads are faster",
+        "disk": f"{written:,} bytes, nothing of the source",
+        "fetched": f"{_fetched(fetched)}, headers and configurations",
+    }
+
+
+def _fetched(fetched: Fetched) -> str:
+    return f"{fetched.nbytes:,} bytes, {fetched.requests:,} requests, {fetched.seconds:.1f} s"
 
 
 def inspection_tables(inspection: Inspection) -> Iterator[Table]:

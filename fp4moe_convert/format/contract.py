@@ -134,9 +134,16 @@ def settings_of(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else section
 
 
+def is_fp8_hybrid(section: Mapping[str, Any]) -> bool:
+    """Whether a source's description is one of FP8 that gives the experts NVFP4, as DeepSeek-V4's
+    is."""
+    return section.get("quant_method") == "fp8" and section.get("moe_quant_algo") == "NVFP4"
+
+
 def is_mixed_precision(section: Mapping[str, Any]) -> bool:
     """Whether a source's description, one of ModelOpt's, gives each layer its own algorithm."""
-    return settings_of(section).get("quant_algo") == "MIXED_PRECISION"
+    mixed = settings_of(section).get("quant_algo") == "MIXED_PRECISION"
+    return mixed and not is_fp8_hybrid(section)
 
 
 def is_compressed_tensors(section: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ..format.contract import Geometry, TensorSpec
 from ..source.experts import MoeLayer
 from ..source.spans import Span
+from ..storage.ahead import Range
 from ..storage.buffers import Bytes
 
 MOVE_NBYTES = 8 * 2**20
@@ -73,6 +74,12 @@ class Move:
     sources: tuple[Span, ...]
     arrangement: Arrangement | None
     """None: the sources' bytes, one after the other."""
+
+
+def source_ranges(moves: Iterable[Move]) -> Iterator[list[Range]]:
+    """What each move reads."""
+    for move in moves:
+        yield [Range(source.file, source.offset, source.nbytes) for source in move.sources]
 
 
 @dataclass(frozen=True, slots=True)

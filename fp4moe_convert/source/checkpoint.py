@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..errors import CheckpointError, MissingFileError
@@ -25,7 +25,7 @@ from ..format.files import (
 from ..format.manifest import FileRecord
 from ..format.untrusted import decode_object
 from ..storage.header import MAX_NAME_LENGTH, read_header
-from ..storage.reader import Listing, Store, read_all, read_bytes
+from ..storage.reader import Listing, Store, in_parallel, read_all, read_bytes
 from ..storage.stand_in import START_NBYTES, stand_in_for
 from .names import is_mtp_by_name, layer_number
 from .spans import Shard
@@ -250,9 +250,9 @@ def _open_shards(
 
     for shard in opened:
         count(shard)
-    for name in names:
-        shards.append(_open_shard(store, name))
-        count(shards[-1])
+    for shard in in_parallel(partial(_open_shard, store), names, width=store.connections):
+        shards.append(shard)
+        count(shard)
     return tuple(shards)
 
 
@@ -344,20 +344,23 @@ def _other_files(
     """Files to copy as they are: tokenizer, code, licence, anything in sub-folders."""
     found = []
     left_out = dict(listing.left_out)
-    for name in listing.files:
-        if name in known:
-            continue
-        if name == JOURNAL_NAME or name.endswith(PARTIAL_SUFFIX):
-            # An unfinished conversion, here or in the output, has files of these names.
-            left_out[name] = "is unfinished"
+    # An unfinished conversion, here or in the output, has files of these names.
+    unfinished = {n for n in listing.files if n == JOURNAL_NAME or n.endswith(PARTIAL_SUFFIX)}
+    left_out |= dict.fromkeys(sorted(unfinished - known), "is unfinished")
+    names = [name for name in listing.files if name not in known | unfinished]
+
+    def check(name: str) -> int:
+        # One that cannot be read, or is not there in truth, is found now, not hours later.
+        reader = store.open(name)
+        what = stand_in_for(read_bytes(reader, 0, min(reader.nbytes, START_NBYTES)))
+        if what and not name.endswith(_PAGE_SUFFIXES):
+            raise CheckpointError(f"{name}: {what}")
+        return reader.nbytes
+
+    sizes = in_parallel(check, names, width=store.connections)
+    for name, nbytes in zip(names, sizes, strict=True):
+        if _OTHER_WEIGHTS.fullmatch(name):
+            left_out[name] = f"holds {nbytes:,} bytes of other weights"
         else:
-            # One that cannot be read, or is not there in truth, is found now, not hours later.
-            reader = store.open(name)
-            what = stand_in_for(read_bytes(reader, 0, min(reader.nbytes, START_NBYTES)))
-            if what and not name.endswith(_PAGE_SUFFIXES):
-                raise CheckpointError(f"{name}: {what}")
-            if _OTHER_WEIGHTS.fullmatch(name):
-                left_out[name] = f"holds {reader.nbytes:,} bytes of other weights"
-            else:
-                found.append(name)
+            found.append(name)
     return tuple(found), left_out

@@ -116,7 +116,7 @@ FAMILIES: tuple[Family, ...] = (
         tensors=NUMBERED_EXPERTS,
         parts=per_expert(gate_proj="gate", up_proj="up", down_proj="down"),
     ),
-    # MiniMax-M2, Mixtral.
+    # MiniMax-M2, Mixtral, DeepSeek-V4.
     Family(
         name="experts.N.{w1,w3,w2}",
         tensors=NUMBERED_EXPERTS,

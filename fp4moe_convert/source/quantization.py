@@ -1,5 +1,5 @@
 """How a checkpoint says that it is quantized, and whether it has NVFP4 experts to convert: those of
-ModelOpt, throughout or in mixed precision, and of llm-compressor (compressed-tensors)."""
+ModelOpt, throughout, in mixed precision or amid FP8, and of llm-compressor (compressed-tensors)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..format.contract import (
     GROUP_SIZE,
     QUANT_METHOD,
     is_compressed_tensors,
+    is_fp8_hybrid,
     is_mixed_precision,
     settings_of,
 )
@@ -55,7 +56,8 @@ def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
     for name, algorithm in _quantized_experts(settings_of(source), file):
         if (number := layer_number(f"{name}.")) is not None:
             algorithms[number] = algorithms.get(number, frozenset()) | {algorithm}
-    return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, is_mixed_precision(source), algorithms)
+    mixed = is_mixed_precision(source) or is_fp8_hybrid(source)
+    return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, mixed, algorithms)
 
 
 def require_nvfp4(checkpoint: Checkpoint) -> None:
@@ -101,6 +103,8 @@ def _group_sizes(
     if is_compressed_tensors(section):
         four_bits = [group for group in groups if _is_nvfp4(group)]
         return [group["weights"].get("group_size") for group in four_bits] or None
+    if is_fp8_hybrid(section):
+        return [settings.get("group_size")]
     # transformers' reader of ModelOpt's section also knows the method as "modelopt_fp4".
     if not method.startswith("modelopt"):
         return None
@@ -130,7 +134,7 @@ def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | N
             "experts; export the model as NVFP4"
         )
     if experts != {str(algorithm)}:
-        known = "; this release knows such experts from modelopt and compressed-tensors"
+        known = "; this release knows such experts from modelopt, fp8 and compressed-tensors"
         words = " and ".join(sorted(experts))
         return f", whose experts are {words}{known if 'NVFP4' in experts else ''}"
     return ""
@@ -140,7 +144,7 @@ def _algorithms_of_experts(
     settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
 ) -> set[str]:
     """Those that a description of mixed precision gives the decoder's experts."""
-    if algorithm := settings.get("moe_quant_algo"):  # DeepSeek-V4: the rest is FP8
+    if algorithm := settings.get("moe_quant_algo"):  # amid FP8
         return {str(algorithm)}
     return {algorithm for _, algorithm in _quantized_experts(settings, hf_quant_config)}
 

@@ -71,6 +71,10 @@ class RecordedSource:
     def local_path(self) -> Path | None:
         return None
 
+    @property
+    def connections(self) -> int:
+        return 1
+
     def check_exists(self) -> None:
         """Raises CheckpointError: the checkpoint has no record of its source."""
         self._places  # noqa: B018 (reads it)

@@ -19,7 +19,7 @@ from ..errors import HeaderError
 from ..format.contract import TensorSpec, round_up
 from ..format.untrusted import check_count
 from .reader import Reader, read_bytes
-from .stand_in import stand_in_for
+from .stand_in import START_NBYTES, stand_in_for
 
 MAX_HEADER_NBYTES = 100_000_000
 """The safetensors library has the same limit."""
@@ -32,9 +32,6 @@ MAX_NAME_LENGTH = 4096
 
 LENGTH_NBYTES = 8
 """Of the length word that a file starts with."""
-
-_FIRST_READ_NBYTES = 128 * 1024
-"""Most headers are shorter, so one read gets them whole."""
 
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4,
@@ -128,23 +125,20 @@ def read_header(reader: Reader) -> Header:
     """
     if reader.nbytes < LENGTH_NBYTES:
         raise HeaderError(f"{reader.name}: {reader.nbytes} bytes is too short for a header length")
-    raw = read_bytes(reader, 0, min(reader.nbytes, _FIRST_READ_NBYTES))
-    if what := stand_in_for(raw):
-        raise HeaderError(f"{reader.name}: {what}")
-    nbytes = header_nbytes(raw)
+    # No more than the length first: what follows a header is weights, which a dry run of a model on
+    # the Hub is not to fetch.
+    nbytes = header_nbytes(read_bytes(reader, 0, LENGTH_NBYTES))
     json_nbytes = nbytes - LENGTH_NBYTES
-    if json_nbytes > MAX_HEADER_NBYTES:
-        raise HeaderError(
-            f"{reader.name}: header claims {json_nbytes} bytes, the limit is {MAX_HEADER_NBYTES}"
-        )
-    if nbytes > reader.nbytes:
-        raise HeaderError(
-            f"{reader.name}: header claims {json_nbytes} bytes, "
-            f"the file has {reader.nbytes - LENGTH_NBYTES} after the length"
-        )
-    if nbytes > len(raw):
-        raw = read_bytes(reader, 0, nbytes)
-    return parse_header(bytes(raw[:nbytes]), reader.nbytes, reader.name)
+    if json_nbytes > MAX_HEADER_NBYTES or nbytes > reader.nbytes:
+        # Text claims a huge length.
+        if what := stand_in_for(read_bytes(reader, 0, min(reader.nbytes, START_NBYTES))):
+            raise HeaderError(f"{reader.name}: {what}")
+        if json_nbytes > MAX_HEADER_NBYTES:
+            reason = f"the limit is {MAX_HEADER_NBYTES}"
+        else:
+            reason = f"the file has {reader.nbytes - LENGTH_NBYTES} after the length"
+        raise HeaderError(f"{reader.name}: header claims {json_nbytes} bytes, {reason}")
+    return parse_header(bytes(read_bytes(reader, 0, nbytes)), reader.nbytes, reader.name)
 
 
 def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:

@@ -85,6 +85,9 @@ class LocalFolder:
     of its snapshots in a folder beside them, and links there.
     """
 
+    connections = 1
+    """A disk reads fastest forwards."""
+
     def __init__(self, path: Path) -> None:
         self.local_path = path
         self.location = os.fspath(path)

@@ -1,26 +1,28 @@
 """Where a model's files lie, as two protocols: a store of files, and a reader of one of them.
 
-`local` implements them for folders. Another kind of source is another implementation; the plan and
-its execution need no more than this.
+`local` implements them for folders, `remote` for what lies on other machines. The plan and its
+execution need no more than this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from ..errors import CheckpointError
 from .buffers import Bytes, block_buffer
 
 Identity: TypeAlias = Mapping[str, str | int]
 """Size (``bytes``), and values that change when the file's bytes change, as JSON values. For a
-local file that is the time of its last change."""
+local file that is the time of its last change, for a remote one the ETag."""
 
 
-DIFFERS_IN_COPIES = frozenset({"modified_ns"})
+DIFFERS_IN_COPIES = frozenset({"modified_ns", "etag"})
 """Values of an identity that a copy of the same bytes need not have."""
 
 
@@ -48,7 +50,7 @@ class Reader(Protocol):
             nbytes: of the range.
 
         Returns:
-            [nbytes] uint8, a view of ``buffer``.
+            [nbytes] uint8, a view of ``buffer`` or of memory that is the caller's now.
 
         Raises:
             CheckpointError: the file cannot be read, or ends inside the range.
@@ -78,6 +80,10 @@ class Store(Protocol):
     def local_path(self) -> Path | None:
         """The folder, where the store is one on this machine."""
 
+    @property
+    def connections(self) -> int:
+        """How many of its files, or parts of them, are best asked for at once."""
+
     def check_exists(self) -> None:
         """Raises CheckpointError: there is no such store."""
 
@@ -98,6 +104,23 @@ class Store(Protocol):
 
     def provenance(self) -> Mapping[str, str]:
         """``path`` and, where known, ``hub_id`` and ``revision``."""
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], *, width: int
+) -> Iterator[Result]:
+    """``map``, with at most ``width`` results under way or waiting."""
+    if width == 1:
+        yield from map(function, items)
+        return
+    left = iter(items)
+    with ThreadPoolExecutor(width) as pool:
+        while batch := tuple(islice(left, width)):
+            yield from pool.map(function, batch)
 
 
 Opener: TypeAlias = Callable[[str], Reader]

@@ -13,14 +13,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from support import record_models
+from support import model_zoo, record_models
 from support.cpu_engines import sglang_cpu
+from support.folders import edit_json
 
 from fp4moe_convert.serving.engine import Model
 from fp4moe_convert.serving.sglang import SGLANG
@@ -42,6 +44,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "nested without group_size": {
         "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": []}
     },
+}
+
+HYBRID = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+    "quant_algo": "MIXED_PRECISION",
+    "moe_quant_algo": "NVFP4",
+    "group_size": 16,
 }
 
 
@@ -82,6 +93,21 @@ def section_in_vllm(section: dict[str, Any]) -> None:
     assert (VLLM.why_not(Model((), {}, section)) is None) == served
 
 
+def amid_fp8_in_vllm() -> None:
+    """vLLM takes a section for one with experts of their own just for those models."""
+    from vllm.models.deepseek_v41.quant_config import DeepseekV4FP8Config
+
+    for model_type in (
+        *("deepseek_v3", "deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text"),
+        *("deepseek_mtp", "glm4_moe", None),
+    ):
+        method = DeepseekV4FP8Config.override_quantization_method(
+            HYBRID, None, SimpleNamespace(model_type=model_type)
+        )
+        why_not = VLLM.why_not(Model((), {"model_type": model_type}, HYBRID))
+        assert (method is None) == (why_not is not None), model_type
+
+
 def swiglu_step_in_vllm() -> None:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe import (
@@ -104,6 +130,19 @@ def section_in_sglang(section: dict[str, Any]) -> None:
     )
     assert not config.is_w4a16
     assert SGLANG.why_not(Model((), {}, section)) is None
+
+
+def amid_fp8_in_sglang() -> None:
+    """SGLang finds the experts just in such a section."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    for changes in ({}, {"group_size": None}, {"quant_algo": "MIXED"}):
+        section = HYBRID | changes
+        with tempfile.TemporaryDirectory() as folder:
+            model_zoo.make(Path(folder, "model"), "deepseek_v4")
+            edit_json(Path(folder, "model", "config.json"), quantization_config=section)
+            found = ModelConfig(f"{folder}/model").nvfp4_moe_meta
+        assert (found is None) == (SGLANG.why_not(Model((), {}, section)) is not None), changes
 
 
 def mixtral_in_sglang() -> None:
@@ -155,11 +194,13 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
     "vllm": {
         "models on record": lambda: models_on_record(VLLM),
         **{f"section: {k}": lambda s=s: section_in_vllm(s) for k, s in SECTIONS.items()},
+        "experts amid FP8": amid_fp8_in_vllm,
         "clamped SwiGLU of Step-3.5": swiglu_step_in_vllm,
     },
     "sglang": {
         "models on record": lambda: models_on_record(SGLANG),
         **{f"section: {k}": lambda s=s: section_in_sglang(s) for k, s in SECTIONS.items()},
+        "experts amid FP8": amid_fp8_in_sglang,
         "Mixtral": mixtral_in_sglang,
         "layers without names": names_in_sglang,
     },

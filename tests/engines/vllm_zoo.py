@@ -86,6 +86,13 @@ NO_RELOAD = dict.fromkeys(
 UNLOADABLE = {originals.STACKED: "kernel does not support MoEActivation.SWIGLUOAI activation"}
 """Originals that vLLM does not load with the backend, and what it says."""
 
+UNREADABLE = {
+    "mixed": "Missing 'quant_algo'",
+    "compressed-tensors": "no attribute 'items'",
+    "amid": "Cannot find any of ['activation_scheme']",
+}
+"""What vLLM says without the plugin of a section that one with it hands on, by its kind."""
+
 REFUSED = "fp4moe: these weights are converted, the model was built for a checkpoint that is not"
 """The mistake, with the plugin."""
 
@@ -165,7 +172,7 @@ def cases() -> Iterator[Case]:
             yield Case(f"{family}: converted, whole draft", True, partial(equal_draft, family))
         if family in model_zoo.OTHER_SECTIONS and family not in NO_RELOAD:
             read = partial(read_without_plugin, family)
-            refuses = "no attribute 'items'" if "-ct" in family else "Missing 'quant_algo'"
+            refuses = UNREADABLE[model_zoo.FAMILIES[family].section.split()[0]]
             yield Case(f"{family}: converted, read without the plugin", True, read, refuses)
             yield Case(f"{family}: converted, reload", True, partial(reload_converted, family))
     yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
@@ -266,10 +273,10 @@ def reload_converted(family: str, zoo: Zoo) -> str:
 
 def read_without_plugin(family: str, zoo: Zoo) -> str:
     """What another process would make of the section that one with the plugin hands on."""
-    from fp4moe_convert.serving.vllm.hooks import CONFIGS
+    from vllm.model_executor.layers.quantization import get_quantization_config
 
     model_config = engine_config(zoo.converted(family), ALONE).model_config
-    stock = CONFIGS[model_config.quantization].stock
+    stock = get_quantization_config(model_config.quantization).stock
     return repr(stock.from_config(model_config.hf_config.quantization_config))
 
 

@@ -32,6 +32,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same, without what a manifest says of where the source lay."""
+    manifest = json.loads(files[MANIFEST])
+    del manifest["source"]
+    manifest.pop("manifest", None)
+    return {**files, MANIFEST: json.dumps(manifest).encode()}
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON object; None removes one."""
     content = {**json.loads(path.read_text()), **changes}

@@ -38,7 +38,7 @@ CHUNK_WORDS = 1 << 17
 
 # bytes of one value; the order is the one in which safetensors 0.8 sorts a file (the sort key is
 # the dtype, widest first, then the name).
-ITEM_NBYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+ITEM_NBYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1, "U8": 1}
 DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(ITEM_NBYTES)}
 
 ATTENTION_HEAD_DIMS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -255,6 +255,12 @@ def make_valid(words: np.ndarray[Any, np.dtype[np.uint64]], dtype: str) -> None:
         codes = words.view(np.uint8)
         codes &= 0x7F
         np.minimum(codes, 0x7E, out=codes)
+    elif dtype == "F8_E8M0":  # 2^-9 .. 2^-2
+        codes = words.view(np.uint8)
+        codes &= 0x07
+        codes += 118
+    elif dtype == "I64":  # 0 .. 7: numbers of experts
+        words &= 7
     elif dtype == "BF16":  # sign, lowest exponent bit and mantissa are free: +-[2^-7, 2^-5)
         values = words.view("<u2")
         values &= 0x80FF

@@ -63,6 +63,13 @@ def shared_expert(prefixes: str, *, quantized: bool = True) -> Iterator[Tensor]:
         yield from gated_mlp(QWEN, tensor.name, I, quantized)
 
 
+def compressor(prefix: str, ratio: int, rows: int, head: int) -> Iterator[Tensor]:
+    """What DeepSeek-V4 makes one key of ``ratio`` with."""
+    yield f32(f"{prefix}.ape", ratio, rows)
+    yield from many(f"{prefix}.{{wkv,wgate}}.weight", rows, H)
+    yield from many(f"{prefix}.norm.weight", head)
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table."""
@@ -85,9 +92,9 @@ class Family:
     rename: Mapping[str, str] = field(default_factory=dict)
     """Patterns and replacements, in order, for names of tensors and of ignored modules, in the end.
     All patterns above are of names before that."""
-    section: Literal["modelopt", "mixed by module", "mixed by linear", "compressed-tensors"] = (
-        "modelopt"
-    )
+    section: Literal[
+        "modelopt", "mixed by module", "mixed by linear", "amid fp8", "compressed-tensors"
+    ] = "modelopt"
     """Who describes the quantization, and how."""
     fp8: str = r"$^"
     """Pattern of the bf16 weights that are FP8 here."""
@@ -104,7 +111,7 @@ class Family:
 
     @property
     def is_mixed(self) -> bool:
-        return self.section.startswith("mixed")
+        return self.section.startswith(("mixed", "amid"))
 
 
 REMOTE_CONFIGURATION = """\
@@ -407,8 +414,103 @@ NEMOTRON_H = Family(
     in_file=True,
 )
 
+# With a layer of each kind of attention, the first of those that route by the token alone, and
+# one of multi-token prediction, which stays in MXFP4.
+DEEPSEEK_V4 = Family(
+    replace(QWEN, layers=3, intermediate=512),
+    {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "compress_ratios": [0, 4, 128, 0],
+        "compress_rope_theta": 160000,
+        "decoder_sparse_step": None,
+        "expert_dtype": "fp4",
+        "hc_eps": 1e-06,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "head_dim": 512,
+        "index_head_dim": 128,
+        "index_n_heads": 4,
+        "index_topk": 512,
+        "intermediate_size": None,
+        "max_position_embeddings": 4096,
+        "mlp_only_layers": None,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_experts": None,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 1,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 1,
+        "o_groups": 4,
+        "o_lora_rank": 128,
+        "q_lora_rank": 128,
+        "qk_rope_head_dim": 64,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 256,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "sliding_window": 128,
+        "swiglu_limit": 10.0,
+        "topk_method": "noaux_tc",
+    },
+    extra=(
+        *many("model.layers.{0,1,2}.attn.wq_a.weight", 128, H),
+        *many("model.layers.{0,1,2}.attn.wkv.weight", 512, H),
+        *many("model.layers.{0,1,2}.attn.wq_b.weight", 4 * 512, 128),
+        *many("model.layers.{0,1,2}.attn.wo_a.weight", 4 * 128, 512),
+        *many("model.layers.{0,1,2}.attn.wo_b.weight", H, 4 * 128),
+        *many("model.layers.{0,1,2}.attn.q_norm.weight", 128),
+        *many("model.layers.{0,1,2}.attn.kv_norm.weight", 512),
+        *(f32(f"model.layers.{n}.attn.attn_sink", 4) for n in (0, 1, 2)),
+        *compressor("model.layers.1.attn.compressor", 4, 2 * 512, 512),
+        *compressor("model.layers.2.attn.compressor", 128, 512, 512),
+        *compressor("model.layers.1.attn.indexer.compressor", 4, 2 * 128, 128),
+        *many("model.layers.1.attn.indexer.wq_b.weight", 4 * 128, 128),
+        *many("model.layers.1.attn.indexer.weights_proj.weight", 4, H),
+        *(
+            f32(f"model.layers.{n}.hc_{part}_{leaf}", *shape)
+            for n in (0, 1, 2)
+            for part in ("attn", "ffn")
+            for leaf, shape in (("fn", (24, 4 * H)), ("base", (24,)), ("scale", (3,)))
+        ),
+        Tensor("model.layers.0.mlp.gate.tid2eid", "I64", (64, 2), "tid2eid"),
+        *(f32(f"model.layers.{n}.mlp.gate.bias", E) for n in (1, 2)),
+        *many("model.layers.{0,1,2}.mlp.shared_experts.{gate,up}_proj.weight", 512, H),
+        *many("model.layers.{0,1,2}.mlp.shared_experts.down_proj.weight", H, 512),
+        f32("hc_head_fn", 4, 4 * H),
+        f32("hc_head_base", 4),
+        f32("hc_head_scale", 1),
+        *(
+            Tensor(f"mtp.0.ffn.experts.{n}.{projection}.{leaf}", dtype, (rows, size), projection)
+            for n in range(E)
+            for projection, rows, cols in (("w1", 512, H), ("w2", H, 512), ("w3", 512, H))
+            for leaf, dtype, size in (("weight", "I8", cols // 2), ("scale", "F8_E8M0", cols // 32))
+        ),
+    ),
+    without=r"\.self_attn\b",
+    fp8=r"\.(attn|indexer)\.w(q_a|kv|q_b|o_a|o_b)\.|\.shared_experts\.",
+    rename={
+        r"\.mlp\b": ".ffn",
+        r"\.input_layernorm\b": ".attn_norm",
+        r"\.post_attention_layernorm\b": ".ffn_norm",
+        r"^model\.embed_tokens\b": "embed",
+        r"^lm_head\b": "head",
+        r"^model\.": "",
+        **W1_W3_W2,
+    },
+    section="amid fp8",
+)
+
 FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
+    "deepseek_v4": DEEPSEEK_V4,
     "minimax_m3_text": MINIMAX_M3,
     "minimax_m3_text-mixed": replace(MINIMAX_M3, section="mixed by linear", mxfp8=r"self_attn\b"),
     "minimax_m2-ct": replace(MINIMAX_M2, section="compressed-tensors"),
@@ -815,7 +917,7 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
             if re.search(family.quantized, tensor.name):
                 parts = nvfp4(tensor)
             elif re.search(family.fp8, tensor.name):
-                parts = (fp8_channels if family.section == "compressed-tensors" else fp8)(tensor)
+                parts = FP8.get(family.section, fp8)(tensor)
             elif re.search(family.mxfp8, tensor.name):
                 parts = mxfp8(tensor)
         for part in parts:
@@ -858,6 +960,17 @@ def fp8_channels(weight: Tensor) -> Iterator[Tensor]:
     yield bf16(f"{weight.name}_scale", weight.shape[0], 1)
 
 
+def fp8_blocks(weight: Tensor) -> Iterator[Tensor]:
+    """DeepSeek-V4's FP8: an E8M0 scale for a block of 128 by 128."""
+    scale = f"{weight.name.removesuffix('weight')}scale"
+    yield weight._replace(dtype="F8_E4M3")
+    yield Tensor(scale, "F8_E8M0", tuple(-(-size // 128) for size in weight.shape), scale)
+
+
+FP8 = {"compressed-tensors": fp8_channels, "amid fp8": fp8_blocks}
+"""By the section; elsewhere it is `fp8`."""
+
+
 def as_compressed_tensors(tensor: Tensor) -> Tensor:
     """A tensor of a linear layer in NVFP4 under the name that llm-compressor gives it."""
     module, _, leaf = tensor.name.rpartition(".")
@@ -870,14 +983,15 @@ def as_compressed_tensors(tensor: Tensor) -> Tensor:
 
 
 def quantized_layers(family: Family) -> Json:
-    """The algorithm of each module, as mixed precision has it."""
+    """The algorithm of each module, as mixed precision has it; amid FP8, that of the experts."""
     tensors = {tensor.name: tensor for tensor in tensors_of_family(family)}
+    dtypes = ("U8",) if family.section == "amid fp8" else ("U8", "F8_E4M3")
     layers: Json = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or tensor.dtype not in ("U8", "F8_E4M3"):
+        if leaf != "weight" or tensor.dtype not in dtypes:
             continue
-        if family.section == "mixed by module":
+        if family.section != "mixed by linear":
             module = re.sub(r"\.experts\..*", ".experts", module)
         if tensor.dtype == "U8":
             layers[module] = {"quant_algo": "NVFP4", "group_size": BLOCK}
@@ -949,10 +1063,29 @@ def section_of(family: Family) -> Json:
     section["ignore"] = ignored_modules(family, section["ignore"])
     if family.section == "compressed-tensors":
         return compressed_section(family, section["ignore"])
+    if family.section == "amid fp8":
+        return fp8_section(family)
     if family.is_mixed:
         section.pop("config_groups")
         section.update(quant_algo="MIXED_PRECISION", quantized_layers=quantized_layers(family))
     return section
+
+
+def fp8_section(family: Family) -> Json:
+    """DeepSeek-V4's own section, with what ModelOpt adds to it."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "group_size": BLOCK,
+        "ignore": ["mtp.*"],
+        "moe_quant_algo": "NVFP4",
+        "producer": {"name": "modelopt", "version": "0.44.0"},
+        "quant_algo": "MIXED_PRECISION",
+        "quant_method": "fp8",
+        "quantized_layers": quantized_layers(family),
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    }
 
 
 def hf_quant_config_of(family: Family) -> Json:

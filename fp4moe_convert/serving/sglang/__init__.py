@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...format.contract import is_compressed_tensors
+from ...format.contract import GROUP_SIZE, is_compressed_tensors, is_fp8_hybrid
 from ..engine import Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
@@ -23,6 +23,10 @@ def _why_not(model: Model) -> str | None:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
     if not is_modelopt and not model.gated:
         return NO_UNGATED
+    # configs/model_config.py:788 in 0.5.23.
+    complete = (model.section.get("quant_algo"), model.section.get("group_size"))
+    if is_fp8_hybrid(model.section) and complete != ("MIXED_PRECISION", GROUP_SIZE):
+        return "SGLang wants MIXED_PRECISION and a group_size beside moe_quant_algo"
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"

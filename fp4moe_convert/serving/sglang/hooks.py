@@ -109,7 +109,7 @@ def _is_whole(model_config: Any) -> bool:
 
 
 def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """After ``get_quant_config``: check a converted checkpoint and return a config of ours.
+    """After ``_get_quantization_config``: check a converted checkpoint and return a config of ours.
 
     Returns:
         None, which lets the config stand, for any other checkpoint and for other layers of one.
@@ -122,6 +122,7 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
         CompressedTensorsConfig,
     )
     from sglang.srt.layers.quantization.modelopt_quant import (
+        HybridFp8NvFp4Config,
         ModelOptFp4Config,
         ModelOptMixedPrecisionConfig,
     )
@@ -132,13 +133,18 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
             raise refusal(reason, f"leave --{option.replace('_', '-')} out")
     converted = check_section(section[CONVERTED_KEY], engine="SGLang")
     warn_if_untested("SGLang", sglang.__version__, TESTED)
-    known = (ModelOptFp4Config, ModelOptMixedPrecisionConfig, CompressedTensorsConfig)
+    known = (
+        ModelOptFp4Config,
+        ModelOptMixedPrecisionConfig,
+        HybridFp8NvFp4Config,
+        CompressedTensorsConfig,
+    )
     own = getattr(quant_config, "nvfp4_config", quant_config)  # of a mixed one, that of NVFP4
     if type(quant_config) not in known or getattr(own, "is_w4a16", False):
         raise refusal(
             f"{section.get('quant_algo') or section.get('format')} experts served as "
             f"{model_config.quantization} are not supported, NVFP4 as modelopt_fp4, modelopt_mixed "
-            "or compressed-tensors is",
+            "or compressed-tensors is, and amid fp8",
             "leave --quantization out",
         )
     if getattr(own, "use_per_token_activation", False):
@@ -251,7 +257,7 @@ UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.Weig
 
 HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "sglang.srt.utils.hf_transformers.config.get_config": (_restore_section, "after"),
-    "sglang.srt.model_loader.weight_utils.get_quant_config": (_take_over, "after"),
+    "sglang.srt.model_loader.loader._get_quantization_config": (_take_over, "after"),
     "sglang.srt.model_loader.loader._initialize_model": (_put_gate, "after"),
     f"{UPDATER}.update_weights_from_disk": (_judge_update, "around"),
 }

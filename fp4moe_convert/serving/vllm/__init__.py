@@ -6,11 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...format.contract import GROUP_SIZE, Geometry, is_mixed_precision
+from ...format.contract import GROUP_SIZE, Geometry, is_fp8_hybrid, is_mixed_precision
 from ..engine import Engine, KnownModels, Model
 
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 """Keys of hf_quant_config.json (quantization/modelopt.py:829 in 0.33.0)."""
+
+_FP8_HYBRIDS = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
 
 def _why_not(model: Model) -> str | None:
@@ -18,6 +20,9 @@ def _why_not(model: Model) -> str | None:
     limits = model.text.get("swiglu_limits")
     if "Step3p5ForCausalLM" in model.architectures and isinstance(limits, list) and any(limits):
         return "vLLM's clamped SwiGLU of Step-3.5 is not among those of flashinfer_trtllm"
+    # models/deepseek_v41/quant_config.py:171 in 0.33.0.
+    if is_fp8_hybrid(model.section) and model.text.get("model_type") not in _FP8_HYBRIDS:
+        return "vLLM looks for NVFP4 experts amid FP8 in DeepSeek-V4 alone"
     if is_mixed_precision(model.section):  # each layer has its own algorithm there
         return None
     nested = model.section.get("quantization")

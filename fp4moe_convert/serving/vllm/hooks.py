@@ -61,6 +61,7 @@ from ...format.contract import (
     QUANT_METHOD,
     ConvertedSection,
     Geometry,
+    is_fp8_hybrid,
     is_mixed_precision,
     round_up,
 )
@@ -242,7 +243,7 @@ class ConvertedNvFp4Config(_ConvertedLayers, ModelOptNvFp4Config):
             sections = (getattr(config, "quantization_config", None) for config in configs)
             for section in (hf_quant_cfg, *sections):
                 if section and section.get("quant_method") == QUANT_METHOD:
-                    _present_as_source(section)
+                    _present_as_source(section, user_quant, hf_config)
             if CONVERTED_KEY in hf_quant_cfg:
                 name: str = hf_quant_cfg["quant_method"]
                 return name
@@ -266,6 +267,8 @@ CONFIGS: dict[str, type[_ConvertedLayers]] = {
     "compressed-tensors": ConvertedCompressedTensorsConfig,
 }
 """In the place of stock's, by the name that vLLM gives them."""
+DEEPSEEK_V4 = "deepseek_v4_fp8"
+"""The name of one more, `deepseek_v4.ConvertedDeepseekV4Config`, which is there when needed."""
 
 
 class _ConvertedExperts(FusedMoEMethodBase):
@@ -434,11 +437,11 @@ def _as_read(converted: ConvertedSection) -> Mapping[str, Any]:
     return file if file is not None and is_in_file else source
 
 
-def _present_as_source(section: dict[str, Any]) -> None:
+def _present_as_source(section: dict[str, Any], user_quant: str | None, hf_config: Any) -> None:
     """Let config.json's section read as the source's, with itself below `CONVERTED_KEY`.
 
-    ``quant_algo`` and ``config_groups`` are left out: a process without the plugin then refuses the
-    section.
+    What its reader needs is left out: ``quant_algo``, ``config_groups`` or ``activation_scheme``. A
+    process without the plugin then refuses the section.
     """
     converted = dict(section)
     source = read_section(converted).source
@@ -447,19 +450,28 @@ def _present_as_source(section: dict[str, Any]) -> None:
     if isinstance(inner := section.get("quantization"), dict):  # as hf_quant_config.json has it
         section["quantization"] = {k: v for k, v in inner.items() if k != "quant_algo"}
     section.pop("quant_algo", None)
-    section.update({"quant_method": _method(source), CONVERTED_KEY: converted})
+    section.update(
+        {"quant_method": _method(source, user_quant, hf_config), CONVERTED_KEY: converted}
+    )
     if section["quant_method"] == "modelopt_mixed":
         section.setdefault("quantized_layers", None)  # or vLLM looks for hf_quant_config.json
     if section["quant_method"] == "compressed-tensors":
         section["config_groups"] = None
+    if section["quant_method"] == DEEPSEEK_V4:
+        section.pop("activation_scheme", None)
 
 
-def _method(source: Mapping[str, Any]) -> str:
+def _method(source: Mapping[str, Any], user_quant: str | None, hf_config: Any) -> str:
     """What vLLM calls the quantization of a source.
 
     Raises:
         ServingError: it is none that has experts to convert.
     """
+    if is_fp8_hybrid(source):
+        from .deepseek_v4 import Stock
+
+        if Stock.override_quantization_method(source, user_quant, hf_config) is not None:
+            return DEEPSEEK_V4
     described = {"quant_method": "modelopt", **source}  # hf_quant_config.json does not say that
     names = [
         config.stock.override_quantization_method(described, None) for config in CONFIGS.values()

@@ -180,7 +180,8 @@ def publish_groups(*, tp_size: int, ep_size: int, stage: int = 0, stages: int = 
 
 def more_models() -> None:
     """What further models want: the Transformers backend and compressed-tensors ask which
-    accelerator there is, and FP8 linear layers are quantized anew by a compiled function."""
+    accelerator there is, FP8 linear layers are quantized anew by a compiled function, and
+    DeepSeek-V4 compiles kernels in advance unless told otherwise."""
     import torch
     from sglang.kernels.ops.quantization import fp8_kernel
     from sglang.srt.models import transformers
@@ -190,6 +191,7 @@ def more_models() -> None:
     fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_fp8
 
     transformers.get_device = lambda: "cpu"
+    os.environ["SGLANG_OPT_USE_TILELANG_MHC_PRE"] = "0"
 
 
 def _quantize_fp8(values: Any, out: Any, scale: Any, is_static: bool) -> None:

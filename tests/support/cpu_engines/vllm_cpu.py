@@ -5,7 +5,8 @@ Everything else is vLLM's own code. Replaced here:
 - model classes are inspected in this process: another one would import vLLM anew for each of them;
 - torchvision is importable but inert: image processors import it, and no image is processed;
 - linear layers get vLLM's emulating kernel for MXFP8, and for FP8 a plain version of the compiled
-  function that quantizes them anew.
+  function that quantizes them anew, or, in blocks, the CPU's kernel without its packing;
+- DeepSeek-V4 is the class that vLLM has for CUDA, whose streams and events are inert here.
 """
 
 from __future__ import annotations
@@ -19,17 +20,36 @@ from unittest.mock import MagicMock
 @cache
 def bootstrap() -> None:
     """To be called after `vllm_golden.bootstrap`, before a model is configured."""
+    import torch
+    import vllm.models.deepseek_v4
     from transformers.utils import import_utils
     from vllm import _custom_ops
     from vllm.model_executor.kernels.linear import (
         EmulationMxfp8LinearKernel,
         register_linear_kernel,
     )
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
     from vllm.model_executor.models import registry
+    from vllm.models.deepseek_v4.nvidia import flashmla, model
+    from vllm.models.deepseek_v41.quant_config import DeepseekV4FP8Config
     from vllm.platforms import PlatformEnum
 
+    class UnpackedFp8Blocks(CPUFp8BlockScaledMMKernel):  # type: ignore[misc]
+        @classmethod
+        def is_supported(cls, _compute_capability: int | None = None) -> tuple[bool, None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            pass
+
     register_linear_kernel(EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
+    register_linear_kernel(UnpackedFp8Blocks, PlatformEnum.CPU, "fp8_block")
     _custom_ops.scaled_fp8_quant = _quantize_fp8
+
+    vllm.models.deepseek_v4.DeepseekV4ForCausalLM = model.DeepseekV4ForCausalLM
+    vllm.models.deepseek_v4.DeepseekV4FP8Config = DeepseekV4FP8Config
+    torch.cuda.Stream = torch.cuda.Event = MagicMock  # type: ignore[assignment, misc]
+    flashmla.compute_fp8_einsum_recipe = lambda: ((1, 128, 128), False)
 
     registry._run_in_subprocess = lambda inspect: inspect()
     # transformers caches the answer: ask before an inert torchvision looks installed.

@@ -1,0 +1,316 @@
+"""Models on the Hugging Face Hub.
+
+huggingface_hub knows where the Hub is, who we are, and what its answers mean. A revision is
+resolved to a commit once, and everything is read at that commit, whose files cannot change. Weights
+are read from the signed addresses to which the Hub leads; asking the Hub each time would soon meet
+its limit of requests.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import importlib.metadata
+import os
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
+
+from ..errors import CheckpointError, UnreachableError
+from .local import LocalFolder
+from .reader import Identity, Store
+from .remote import Patience, RemoteStore, Traffic, TryAgainError
+
+FIRST_TRIES = 3
+"""Until the Hub counts as unreachable when nothing has come from it yet."""
+
+MAX_SKIPPED_NBYTES = 16 * 2**20
+"""Of an answer that has the whole file instead of a range, as servers may give of small files."""
+
+_TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__mro__[1], OSError)
+"""The first is HTTPError of httpx or httpx2, whichever the library stands on."""
+
+_PASSING = {
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
+_LIBRARY: Any = {
+    "library_name": "fp4moe-convert",
+    "library_version": importlib.metadata.version("fp4moe-convert"),
+}
+"""Who asks."""
+
+_LOG_IN = "set HF_TOKEN or run hf auth login"
+
+
+def open_hub(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    connections: int,
+) -> Store:
+    """Open a model on the Hub, or its snapshot in the cache where that is complete.
+
+    Args:
+        repo_id: ``OWNER/NAME``.
+        revision: a branch, a tag or a commit; None for the default branch.
+        cache_dir: of huggingface_hub; None for its own.
+        connections: requests that may be under way at a time.
+
+    Raises:
+        CheckpointError: there is no such model or revision, or it may not be read.
+        UnreachableError: the Hub does not answer, and the cache has no complete snapshot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise CheckpointError(
+            f"{repo_id}: is no folder and no id of a model on the Hub, such as OWNER/NAME"
+        ) from None
+    if constants.HF_HUB_OFFLINE:
+        if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
+            return snapshot
+        raise CheckpointError(
+            f"{repo_id}: HF_HUB_OFFLINE is set, and the cache "
+            f"{cache_dir or constants.HF_HUB_CACHE} has no complete snapshot of it; unset that, or "
+            "download the model first"
+        )
+    api, traffic = HfApi(**_LIBRARY), Traffic()
+    patience = Patience(repo_id, tries=FIRST_TRIES)
+    while True:
+        try:
+            with traffic, _explained(repo_id, revision):
+                info = api.model_info(
+                    repo_id,
+                    revision=revision,
+                    files_metadata=True,
+                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                )
+            break
+        except TryAgainError as error:
+            try:
+                patience.wait_after(error, threading.Event())
+            except UnreachableError:
+                # As huggingface_hub does.
+                if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
+                    return snapshot
+                raise
+    commit = info.sha
+    files: dict[str, Identity] = {}
+    is_plain: set[str] = set()
+    for file in info.siblings or ():
+        etag = file.lfs.sha256 if file.lfs else file.blob_id
+        if file.size is None or etag is None:
+            raise CheckpointError(f"{repo_id}: the Hub does not say the size of {file.rfilename}")
+        files[file.rfilename] = {"bytes": file.size, "etag": etag}
+        if file.lfs is None:
+            is_plain.add(file.rfilename)
+    if commit is None or not files:
+        raise CheckpointError(f"{repo_id}: has no files at that revision")
+    if (snapshot := _complete_snapshot(repo_id, commit, files, cache_dir)) is not None:
+        return snapshot
+    return HubStore(
+        repo_id, commit, files, is_plain=is_plain, connections=connections, traffic=traffic
+    )
+
+
+def _latest_snapshot(
+    repo_id: str, revision: str | None, cache_dir: str | Path | None
+) -> LocalFolder | None:
+    """What the cache has of a revision, as far as it knows that, if it is complete."""
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return LocalFolder(Path(folder))
+
+
+def _complete_snapshot(
+    repo_id: str, commit: str, files: Mapping[str, Identity], cache_dir: str | Path | None
+) -> LocalFolder | None:
+    folder = ""
+    for name, identity in files.items():
+        found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
+        if not isinstance(found, str) or os.path.getsize(found) != identity["bytes"]:
+            return None
+        folder = found.removesuffix(name)
+    return LocalFolder(Path(folder))
+
+
+class HubStore(RemoteStore):
+    """The files of a model at one commit."""
+
+    def __init__(
+        self,
+        repo_id: str,
+        commit: str,
+        files: Mapping[str, Identity],
+        *,
+        is_plain: set[str],
+        connections: int,
+        traffic: Traffic,
+    ) -> None:
+        """
+        Args:
+            repo_id: ``OWNER/NAME``.
+            commit: a full hash.
+            files: size and ETag of each.
+            is_plain: names of those that lie in git, and not in LFS.
+            connections: as for `RemoteStore`.
+            traffic: as for `RemoteStore`.
+        """
+        super().__init__(f"hf://{repo_id}", files, connections=connections, traffic=traffic)
+        self._repo_id = repo_id
+        self._commit = commit
+        self._is_plain = is_plain
+        self._addresses: dict[str, str] = {}
+        self._resolving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def provenance(self) -> Mapping[str, str]:
+        return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
+
+    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        with _explained(self._repo_id, self._commit):
+            url = hf_hub_url(self._repo_id, name, revision=self._commit)
+            address = url if name in self._is_plain else self._signed_address(name, url)
+            headers = {"Accept-Encoding": "identity"}
+            if urlsplit(address).netloc == urlsplit(url).netloc:  # a token is for the Hub alone
+                headers |= build_hf_headers(**_LIBRARY)
+            headers["Range"] = f"bytes={offset}-{offset + nbytes - 1}"
+            with get_session().stream(
+                "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            ) as response:
+                status = response.status_code
+                if address != url and 400 <= status < 500 and status not in _PASSING:
+                    with self._resolving[name]:
+                        if self._addresses.get(name) == address:
+                            del self._addresses[name]
+                    raise TryAgainError(f"its signed address is refused ({status})", after=0)
+                if status >= 400:
+                    response.read()
+                    hf_raise_for_status(response)
+                skip = self._check_answer(name, response, offset, nbytes)
+                for piece in response.iter_raw():
+                    if len(piece) > skip:
+                        yield piece[skip:]
+                    skip = max(skip - len(piece), 0)
+
+    def _signed_address(self, name: str, url: str) -> str:
+        """Where the Hub leads to from the ``url`` of a large file."""
+        with self._resolving[name]:
+            if name not in self._addresses:
+                with self.traffic:
+                    found = get_hf_file_metadata(
+                        url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **_LIBRARY
+                    )
+                stated = {"bytes": found.size, "etag": found.etag}
+                if stated != self._files[name]:
+                    raise CheckpointError(
+                        f"{name}: is {stated}, but the Hub lists it as {dict(self._files[name])}"
+                    )
+                self._addresses[name] = found.location
+            return self._addresses[name]
+
+    def _check_answer(self, name: str, response: Any, offset: int, nbytes: int) -> int:
+        """Make sure that an answer has the bytes asked for; how many come before these."""
+        headers = response.headers
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise CheckpointError(f"{name}: comes compressed; is a proxy between?")
+        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name]['bytes']}"
+        if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+            if (found := headers.get("Content-Range")) != expected:
+                raise TryAgainError(f"the answer has {found}, expected {expected}")
+            return 0
+        if offset > MAX_SKIPPED_NBYTES:
+            raise CheckpointError(f"{name}: the server sends no ranges; is a proxy between?")
+        return offset
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn failures of a request into what they mean, and what to do.
+
+    Raises:
+        TryAgainError: it may pass.
+        CheckpointError: it will not.
+    """
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id}: access is restricted; ask for it at {constants.ENDPOINT}/{repo_id}, then "
+            f"{_LOG_IN}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: no folder here has that name, and the Hub has no such model, or a private "
+            f"one; check the name, and for a private one {_LOG_IN}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: has no revision {revision!r}; name a branch, a tag or a commit of it"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise CheckpointError(f"{repo_id}: HF_HUB_OFFLINE is set") from error
+    except HfHubHTTPError as error:
+        response = error.response
+        status = response.status_code
+        what = f"the Hub answers {status} {error.server_message or response.reason_phrase}"
+        if status in _PASSING:
+            raise TryAgainError(what, after=_asked_wait(response.headers)) from error
+        advice = f"; {_LOG_IN}" if status in (401, 403) else ""
+        raise CheckpointError(f"{repo_id}: {what}{advice}") from error
+    except _TRANSPORT_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})") from error
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server tells us to wait: by Retry-After, as a number or a date, or, at the
+    Hub, by RateLimit."""
+    if found := re.search(r"\br=0\b.*\bt=(\d+)", headers.get("ratelimit", "")):
+        return float(found[1])
+    text = headers.get("retry-after", "")
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,57 @@
+"""Which store a user means: a folder, a model on the Hub, or any place that fsspec can read."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .. import defaults
+from ..errors import CheckpointError
+from .local import LocalFolder
+from .reader import Store
+
+_HUB_PREFIX = "hf://"
+
+
+def open_store(
+    location: str | Path | Store,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    connections: int = defaults.CONNECTIONS,
+) -> Store:
+    """Find out what a location is, and reach for it.
+
+    Args:
+        location: a folder; ``OWNER/NAME`` on the Hub, where no such path exists, or
+            ``hf://OWNER/NAME[@REVISION]``; a URL that fsspec knows; a store, which is returned.
+            A `Path` is always a folder.
+        revision: a branch, a tag or a commit of a model on the Hub.
+        cache_dir: the Hub's cache, where it is not in its usual place.
+        connections: requests that may be under way at a time.
+
+    Raises:
+        CheckpointError: there is no such place, or it may not be read.
+        UnreachableError: it does not answer.
+    """
+    if not isinstance(location, (str, Path)):
+        return location
+    if isinstance(location, str) and _is_on_hub(location):
+        from .hub import open_hub
+
+        repo_id, _, given = location.removeprefix(_HUB_PREFIX).partition("@")
+        return open_hub(
+            repo_id,
+            revision=revision or given or None,
+            cache_dir=cache_dir,
+            connections=connections,
+        )
+    if revision is not None:
+        raise CheckpointError(f"{location}: has no revisions: it is not a model on the Hub")
+    return LocalFolder(Path(location))
+
+
+def _is_on_hub(location: str) -> bool:
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location, re.ASCII) is not None
+    return location.startswith(_HUB_PREFIX) or (is_id and not os.path.exists(location))

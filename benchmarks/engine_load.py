@@ -145,12 +145,18 @@ def read_sizes(path: Path) -> dict[str, int]:
 class Worker:
     """A process of an engine, on one GPU."""
 
-    def __init__(self, engine: str, gpu: int, log: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self, engine: str, gpu: int, ranks: int, log: Path, options: Sequence[str]
+    ) -> None:
+        """
+        Args:
+            ranks: how many processes like this one load at once.
+        """
         self.gpu, self.log = gpu, log
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.engine_worker", engine, *options],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "HF_HUB_OFFLINE": "1"},
+                env=os.environ | environment_of_rank(gpu, ranks),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -177,6 +183,14 @@ class Worker:
     def __exit__(self, *_exception: object) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def environment_of_rank(gpu: int, ranks: int) -> dict[str, str]:
+    return {
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "HF_HUB_OFFLINE": "1",
+        "LOCAL_WORLD_SIZE": str(ranks),  # as torchrun has it: they share the host's cores
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,7 +508,8 @@ def started(arguments: argparse.Namespace, log: Path, stack: ExitStack) -> Worke
     ways = [None, *(arguments.ways if arguments.fresh else ())]
     workers = {
         (engine, way): [
-            stack.enter_context(Worker(engine, gpu, log, options)) for gpu in range(arguments.gpus)
+            stack.enter_context(Worker(engine, gpu, arguments.gpus, log, options))
+            for gpu in range(arguments.gpus)
         ]
         for engine in arguments.engines
         for way in ways

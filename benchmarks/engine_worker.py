@@ -46,10 +46,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load took. Bytes of GPU memory are those of torch's allocator."""
+    """What a load took."""
 
     seconds: float
     peak_allocated: int
+    """By torch's allocator, above what was allocated before: SGLang keeps the first model."""
     peak_reserved: int
     weights: int
     """Bytes that the model holds in the end."""
@@ -222,6 +223,7 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
     if gpu:
         fill_free_memory()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     wait()
     copies = None
     started = time.perf_counter()
@@ -235,8 +237,8 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
     held = tensors_of(model)
     return Loaded(
         seconds=seconds,
-        peak_allocated=torch.cuda.max_memory_allocated() if gpu else 0,
-        peak_reserved=torch.cuda.max_memory_reserved() if gpu else 0,
+        peak_allocated=torch.cuda.max_memory_allocated() - before[0] if gpu else 0,
+        peak_reserved=torch.cuda.max_memory_reserved() - before[1] if gpu else 0,
         weights=sum({t.data_ptr(): t.nbytes for t in held.values()}.values()),
         copies=copies,
         taken_over=sum(map(engine.is_taken_over, model.modules())),

@@ -23,6 +23,8 @@ from .errors import (
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
+    from .parts import PartReport, convert_part, finish
+    from .plan import Part
     from .progress import OnProgress, Progress
     from .report import RunReport
     from .restoration import restore
@@ -41,6 +43,8 @@ __all__ = [
     "NoSpaceError",
     "OnProgress",
     "OutputError",
+    "Part",
+    "PartReport",
     "Progress",
     "RowOrderError",
     "RunReport",
@@ -49,6 +53,8 @@ __all__ = [
     "Verified",
     "VerifyError",
     "convert",
+    "convert_part",
+    "finish",
     "inspect",
     "open_store",
     "prepare",
@@ -63,6 +69,10 @@ _HOME = {
     "ConversionReport": "conversion",
     "convert": "conversion",
     "inspect": "inspection",
+    "Part": "plan",
+    "PartReport": "parts",
+    "convert_part": "parts",
+    "finish": "parts",
     "prepare": "conversion",
     "RunReport": "report",
     "open_store": "storage.opening",

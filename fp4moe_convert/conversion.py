@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
-from .execution.output_folder import OutputFolder
+from .execution.output_folder import Opened, OutputFolder, Writing
 from .execution.scatter import scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
-from .layouts.base import source_ranges
-from .plan import Plan, make_plan
+from .layouts.base import RowOrder, source_ranges
+from .plan import Part, Plan, make_plan
 from .progress import OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
 from .report import RunReport, peak_rss
@@ -82,6 +82,13 @@ class Preview:
     prospects: Prospects
     warnings: list[str]
     """Those that need no tensor."""
+    part: Part | None = None
+    """The shards are those of this part only."""
+
+    def only(self, part: Part) -> Preview:
+        """As much of it as one part does."""
+        plan = self.work.plan.only(part)
+        return replace(self, work=replace(self.work, plan=plan), part=part)
 
     @property
     def fetched(self) -> Fetched | None:
@@ -98,8 +105,10 @@ class Preview:
 
     def as_json(self, out_dir: Path) -> dict[str, Any]:
         """The plan and what else there is to say, if the result lies in ``out_dir``."""
+        part = {"part": self.part.number, "parts": self.part.count} if self.part else {}
         return {
             "source": dict(self.work.store.provenance()),
+            **part,
             **self.work.plan.as_json(),
             "to_fetch_bytes": self.to_fetch_nbytes,
             "fetched": None if self.fetched is None else self.fetched.as_json(),
@@ -151,6 +160,7 @@ def convert(
     threads: int = defaults.THREADS,
     verify: bool = False,
     overwrite: bool = False,
+    write_shards: bool = True,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> ConversionReport:
@@ -169,6 +179,7 @@ def convert(
         verify: read every byte of finished shards before they are kept and, afterwards, of the
             result, which is compared with the source.
         overwrite: start afresh and delete what earlier runs left in ``out_dir``.
+        write_shards: False: runs of parts have written them, and it is an error if one is missing.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is written again.
 
@@ -182,42 +193,24 @@ def convert(
     out_dir = Path(out_dir)
 
     foreseen = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
-    work, plan = foreseen.work, foreseen.work.plan
-    store = work.checkpoint.store
+    work, plan, store = foreseen.work, foreseen.work.plan, foreseen.work.store
     with OutputFolder(out_dir, source=store.local_path) as opened:
-        # What earlier runs left, and whether it may stay.
-        planned = opened.plan(work, overwrite=overwrite)
-        if verify:
-            damaged = damaged_shards(
-                out_dir, planned.records, direct_io=direct_io, threads=threads,
-                on_progress=on_progress,
-            )  # fmt: skip
-            planned.redo(damaged)
-        # Before anything is deleted: what cannot be written again stays.
-        row_order = plan.layout.authority(plan.geometries.values())
-
-        # The shards.
-        writing = planned.start()
-        tell(planned.remarks(), on_note)
-        to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
-        on_bytes = track(
-            "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
+        written = fill(
+            opened,
+            work,
+            direct_io=direct_io,
+            threads=threads,
+            verify=verify,
+            overwrite=overwrite,
+            write_shards=write_shards,
+            on_progress=on_progress,
+            on_note=on_note,
         )
-        moves = (move for shard in to_write for move in shard.moves)
-        with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
-            scatter(
-                to_write,
-                out_dir,
-                open_source=open_source,
-                direct=direct_io,
-                threads=threads,
-                on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
-                on_filled=writing.finish_shard,
-            )
+        row_order = written.row_order
         warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
 
         # The files beside them, and the reading back.
-        done = writing.finish(
+        done = written.writing.finish(
             lambda records: write_surroundings(
                 work.checkpoint, plan, out_dir, row_order=row_order, shards=records
             )
@@ -242,9 +235,9 @@ def convert(
         tensors_out=plan.tensors_out,
         bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
-        bytes_written=sum(shard.nbytes for shard in to_write),
+        bytes_written=written.nbytes,
         shards=len(plan.shards),
-        shards_kept=len(planned.kept),
+        shards_kept=written.kept,
         other_files=len(work.copied),
         other_bytes=sum(work.copied.values()),
         seconds=seconds,
@@ -256,6 +249,66 @@ def convert(
         fetched=fetched_from(store),
         warnings=warnings,
         verify_seconds=verified.seconds if verified else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The shards of a plan are there."""
+
+    writing: Writing
+    row_order: RowOrder
+    nbytes: int
+    """Of the shards that this run has written."""
+    kept: int
+    """Shards that were there from an earlier run."""
+
+
+def fill(
+    opened: Opened,
+    work: Conversion,
+    *,
+    direct_io: bool,
+    threads: int,
+    verify: bool,
+    overwrite: bool = False,
+    write_shards: bool = True,
+    on_progress: OnProgress | None,
+    on_note: OnNote | None,
+) -> Written:
+    """Write the shards of a plan that are not there yet. Arguments and errors are `convert`'s."""
+    out_dir, plan, store = opened.folder.path, work.plan, work.store
+    # What earlier runs left, and whether it may stay.
+    planned = opened.plan(work, overwrite=overwrite)
+    if verify:
+        damaged = damaged_shards(
+            out_dir, planned.records, direct_io=direct_io, threads=threads, on_progress=on_progress
+        )
+        planned.redo(damaged)
+    if not write_shards:
+        planned.require_all()
+    # Before anything is deleted: what cannot be written again stays.
+    row_order = plan.layout.authority(plan.geometries.values())
+
+    writing = planned.start()
+    tell(planned.remarks(), on_note)
+    to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
+    on_bytes = track(
+        "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
+    )
+    moves = (move for shard in to_write for move in shard.moves)
+    with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
+        scatter(
+            to_write,
+            out_dir,
+            open_source=open_source,
+            direct=direct_io,
+            threads=threads,
+            on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
+            on_filled=writing.finish_shard,
+        )
+    return Written(
+        writing, row_order, sum(shard.nbytes for shard in to_write), kept=len(planned.kept)
     )
 
 

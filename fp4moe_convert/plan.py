@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,22 @@ class PlannedLayer:
     tensors: tuple[TensorSpec, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The share of one machine, where several carry out a plan."""
+
+    number: int
+    """From 1."""
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise ValueError(f"there is no part {self.number} of {self.count}")
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.count}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a conversion will do, before it does any of it."""
@@ -123,6 +139,20 @@ class Plan:
         """XXH3-128 over its shards' names and fingerprints."""
         shards = [(shard.name, shard.fingerprint) for shard in self.shards]
         return xxhash.xxh3_128_hexdigest(repr(shards).encode())
+
+    def only(self, part: Part) -> Plan:
+        """The plan with the shards of one part.
+
+        A part is a run of shards, so that it reads a run of the source. A shard belongs to the part
+        that its middle falls into, so parts differ by less than two shards.
+        """
+        shards, start = [], 0
+        for shard in self.shards:
+            middle = start + shard.nbytes // 2
+            if middle * part.count // self.bytes_out == part.number - 1:
+                shards.append(shard)
+            start += shard.nbytes
+        return replace(self, shards=tuple(shards))
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values; moves are left out, they follow from tensors and layouts."""

@@ -167,6 +167,10 @@ def test_exit_code_75_while_another_run_holds_the_folder(tiny: Path, tmp_path: P
         ["convert", "model", "out", "--threads", "many"],
         ["convert", "model", "out", "--max-shard-size", "12 junk"],
         ["convert", "model", "out", "--max-shard-size", "9" * 400],
+        ["convert", "model", "out", "--part", "2"],
+        ["convert", "model", "out", "--part", "5/4"],
+        ["convert", "model", "out", "--part", "1/2", "--overwrite"],
+        ["finish"],
         ["verify"],
         ["inspect"],
         ["nonsense"],
@@ -178,6 +182,30 @@ def test_exit_code_2_for_wrong_usage(arguments: list[str]) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Usage: " in result.stderr
+
+
+def test_parts(tiny: Path, tmp_path: Path) -> None:
+    """What they print; tests/test_parts.py has what they do."""
+    arguments = ["convert", tiny, tmp_path / "out", "--max-shard-size", "600KB", "--quiet"]
+    whole = one_json(run(*arguments, "--dry-run", "--json").stdout)
+    planned = one_json(run(*arguments, "--part", "1/2", "--dry-run", "--json").stdout)
+    assert (planned["part"], planned["parts"]) == (1, 2)
+    shards = planned["shards"]
+    assert list(shards) == list(whole["shards"])[: len(shards)]
+    assert len(shards) < len(whole["shards"])
+    assert not (tmp_path / "out").exists()
+
+    first = one_json(run(*arguments, "--part", "1/2", "--json").stdout)
+    assert (first["part"], first["parts"], first["whole"]) == (1, 2, None)
+    assert first["bytes_written"] == first["bytes_out"] == sum(s["bytes"] for s in shards.values())
+    assert first["shards_missing"] == len(whole["shards"]) - len(shards) > 0
+    again = run(*arguments, "--part", "1/2").stdout
+    assert re.search(rf"^waits +for {first['shards_missing']} shards of other parts$", again, re.M)
+    last = run(*arguments, "--part", "2/2").stdout
+    assert re.search(r"^written +part 2 of 2: ", last, re.M)
+    assert re.search(r"^converted +2 MoE layers$", last, re.M)
+    finished = run("finish", tmp_path / "out", "--json", "--quiet")
+    assert one_json(finished.stdout)["shards_kept"] == len(whole["shards"])
 
 
 @pytest.mark.parametrize(

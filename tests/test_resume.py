@@ -603,8 +603,11 @@ def test_names_in_a_journal_lead_to_no_other_folder(
     assert contents(stopped) == expected
 
 
-FIELDS = ("name", "record", "format_version", "row_order", "plan", "sources", "owner", "files")
-KINDS = ("shard", "run", "files", "forget")
+FIELDS = (
+    *("name", "record", "format_version", "row_order", "plan", "sources", "owner", "files"),
+    *("parts", "max_shard_nbytes", "source"),
+)
+KINDS = ("shard", "run", "files", "forget", "division")
 lines = st.dictionaries(
     st.sampled_from(["line", *FIELDS]), st.sampled_from(KINDS) | json_values
 ) | st.fixed_dictionaries({"line": st.sampled_from(KINDS)} | dict.fromkeys(FIELDS, json_values))
@@ -616,6 +619,7 @@ def test_a_journal_of_anything_is_read(tmp_path: Path, lines: list[bytes]) -> No
     (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join(lines))
     journal = Journal(tmp_path)
     assert all(isinstance(name, str) for name in journal.files | journal.finished.keys())
+    assert all(isinstance(each.parts, int) for each in journal.divisions.values())
     journal.close(remove=True)
 
 

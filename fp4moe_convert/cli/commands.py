@@ -24,6 +24,8 @@ from .process import when_interrupted
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ..plan import Part
+
 # The library is imported inside the commands: --help does not need it, and numpy would double its
 # time.
 
@@ -51,6 +53,17 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or not 1 <= (nbytes := float(match[1]) * unit) < 2**63:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MiB")
     return round(nbytes)
+
+
+def parse_part(text: str) -> Part:
+    """ "2/4" is part 2 of 4."""
+    from ..plan import Part
+
+    number, _, count = text.partition("/")
+    try:
+        return Part(int(number), int(count))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a part such as 2/4") from None
 
 
 def _fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
@@ -186,6 +199,16 @@ def convert_command(
             "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
         ),
     ] = False,
+    part: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_part,
+            metavar="I/N",
+            show_default=False,
+            help="Write part I of N only, as one of several machines. The last to end finishes "
+            "the folder.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -195,28 +218,89 @@ def convert_command(
     """Convert a checkpoint with NVFP4 experts to the layout of FlashInfer's TRT-LLM MoE kernels."""
     from ..storage.opening import open_store
 
+    if part and overwrite:
+        raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
         from .display import preview_tables
 
         foreseen = preview(store, max_shard_nbytes=max_shard_size)
+        if part:
+            foreseen = foreseen.only(part)
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     from ..conversion import convert
-    from .display import progress_on, report_table
+    from ..parts import convert_part
+    from .display import part_tables, progress_on, report_table
 
     when_interrupted(advice="; run the same command again to resume")
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        report = convert(
-            store,
+        options: dict[str, Any] = {
+            "max_shard_nbytes": max_shard_size,
+            "direct_io": direct_io,
+            "threads": threads,
+            "verify": verify,
+            "on_progress": on_progress,
+            "on_note": None if quiet else _say,
+        }
+        if part:
+            share = convert_part(store, out_dir, part, **options)
+        else:
+            report = convert(store, out_dir, overwrite=overwrite, **options)
+    if part:
+        _warn(share.whole.warnings if share.whole else [])
+        _print(share.as_json() if as_json else part_tables(share))
+        return
+    _warn(report.warnings)
+    _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("finish")
+@_fails_plainly
+def finish_command(
+    out_dir: Annotated[Path, _argument(help="A folder with all parts of a conversion.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The checkpoint that was converted, where it lies elsewhere than for the parts.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all of the result and compare it with the source."),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
+) -> None:
+    """Finish a conversion whose parts lie together: check that all are there and write the rest."""
+    from ..parts import finish, source_of
+    from ..storage.opening import open_store
+    from .display import progress_on, report_table
+
+    store = open_store(
+        source or source_of(out_dir),
+        revision=revision,
+        cache_dir=cache_dir,
+        connections=connections,
+    )
+
+    when_interrupted(advice="; run the same command again to resume")
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = finish(
             out_dir,
-            max_shard_nbytes=max_shard_size,
+            store,
             direct_io=direct_io,
             threads=threads,
             verify=verify,
-            overwrite=overwrite,
             on_progress=on_progress,
             on_note=None if quiet else _say,
         )

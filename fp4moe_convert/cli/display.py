@@ -27,6 +27,7 @@ from ..conversion import ConversionReport, Preview
 from ..errors import printable
 from ..format.contract import Geometry
 from ..inspection import Inspection
+from ..parts import PartReport
 from ..progress import OnProgress, Progress
 from ..prospects import Prospects
 from ..report import RunReport
@@ -120,6 +121,26 @@ def report_table(report: ConversionReport) -> Table:
     )
 
 
+def part_tables(share: PartReport) -> Iterator[Table]:
+    """What the run of a part did, and what it finished."""
+    rate = f", {share.bytes_per_second / 1e9:.2f} GB/s" if share.bytes_written else ""
+    waiting = f"for {share.shards_missing} shards of other parts" if share.shards_missing else ""
+    yield _table(
+        {
+            "written": f"{share.part}: {share.shards:,} shards, {share.bytes_out:,} bytes",
+            "kept": f"{share.shards_kept} of them, finished by an earlier run"
+            if share.shards_kept
+            else "",
+            "time": f"{share.seconds:.1f} s{rate}",
+            "peak memory": f"{share.peak_rss / 1e6:.0f} MB",
+            "waits": waiting
+            or ("" if share.whole else "for another run, which finishes the folder"),
+        }
+    )
+    if share.whole:
+        yield report_table(share.whole)
+
+
 def restored_table(report: RunReport) -> Table:
     """What a restoration did."""
     rows = {"restored": _layers(report.layers), **_written(report, "converted checkpoint")}
@@ -173,6 +194,7 @@ def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
     plan, copied = preview.work.plan, preview.work.copied
     yield _table(
         {
+            "only": f"{preview.part}, {len(plan.shards)} shards" if preview.part else "",
             "would convert": _layers(len(plan.layers)),
             "pass through": _passed(plan.passed_reasons),
             "tensors": f"{plan.tensors_in:,} -> {plan.tensors_out:,}",

@@ -5,27 +5,34 @@ lock is held on. Each run adds a line on itself and one with the names of the fi
 leave; each shard adds a line once its bytes are on the disk and before it gets its name. A shard
 with its final name *and* a line that fits it is finished; any other is written again. A line that a
 crash cut short does not parse and counts for nothing.
+
+Where several machines share a conversion, each part of it has a journal of its own, which its run
+alone writes to and holds the lock on. Such runs also share the lock on the folder's journal. A run
+of the whole has that lock to itself, and takes over what the parts have recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
 
 from ..errors import OutputError, naming
-from ..format.files import JOURNAL_NAME
+from ..format.files import JOURNAL_NAME, is_journal, part_journal_name
 from ..format.manifest import Identity, ShardRecord
 from ..format.untrusted import decode
+from ..plan import Part
 from ..storage.durable import remove_file, sync_folder
+from ..storage.files import open_regular
 from .lock import open_locked
 
 
@@ -40,6 +47,30 @@ class FinishedShard(msgspec.Struct, frozen=True, tag_field="line", tag="shard"):
     """The shard's fingerprint: which bytes go where, from which offsets of which files."""
     sources: dict[str, Identity]
     """Of each source file it was read from."""
+
+
+class Division(msgspec.Struct, frozen=True, tag_field="line", tag="division"):
+    """What a part is a part of. All parts of a conversion must say the same."""
+
+    parts: int
+    plan: str
+    """Fingerprint of the whole plan."""
+    max_shard_nbytes: int
+    source: str
+    """Where it lies; on another machine that may be elsewhere."""
+    sources: dict[str, Identity]
+    """Of each source file."""
+
+    def difference(self, other: Division) -> str | None:
+        """How ``other`` differs; None if both are of one conversion."""
+        if other.parts != self.parts:
+            return f"is of {other.parts} parts, not {self.parts}"
+        if other.max_shard_nbytes != self.max_shard_nbytes:
+            return f"has files of at most {other.max_shard_nbytes:,} bytes"
+        for name in sorted(self.sources.keys() | other.sources.keys()):
+            if self.sources.get(name) != other.sources.get(name):
+                return f"was made from another {name}"
+        return None if other.plan == self.plan else "was planned by another release"
 
 
 class _Run(msgspec.Struct, frozen=True, tag_field="line", tag="run"):
@@ -58,37 +89,53 @@ class _Forget(msgspec.Struct, frozen=True, tag_field="line", tag="forget"):
     """No shard on record so far is to be kept."""
 
 
-_Line: TypeAlias = FinishedShard | _Run | _Files | _Forget
+_Line: TypeAlias = FinishedShard | Division | _Run | _Files | _Forget
 
 
 class Journal:
-    """The journal of one output folder, locked until `close`."""
+    """The journal of one output folder, or of a part's run in it, locked until `close`."""
 
-    def __init__(self, out_dir: Path) -> None:
+    def __init__(self, out_dir: Path, part: Part | None = None) -> None:
         """Open or create, and lock.
 
         Raises:
-            OutputError: another process holds the folder, or the file cannot be used.
+            InUseError: another process holds the folder, or the part.
+            OutputError: the file cannot be used.
         """
         self._out_dir = out_dir
         self._path = out_dir / JOURNAL_NAME
+        self._shared_fd: int | None = None
         self.finished: dict[str, FinishedShard] = {}
         """The last line on each shard."""
         self.files: set[str] = set()
         """Names that runs so far may have left in the folder."""
         self.forgotten = False
         """Whether records have been taken back; a manifest then proves nothing either."""
+        self.divisions: dict[str, Division] = {}
+        """The last of each journal of the folder, by the journal's name."""
         self._appending = threading.Lock()
-        with naming(self._path, OutputError):
-            self._fd = open_locked(self._path, lambda: _owner(self._path))
+        with naming(self._path, OutputError), contextlib.ExitStack() as opened:
+            if part is not None:
+                self._shared_fd = open_locked(self._path, self._owner, shared=True)
+                opened.callback(os.close, self._shared_fd)
+                self._path = out_dir / part_journal_name(part.number, part.count)
+            self._fd = open_locked(self._path, self._owner)
+            opened.callback(os.close, self._fd)
             self.is_new = os.fstat(self._fd).st_size == 0
             """Whether this run has created it."""
-            for line in _lines(self._path):
-                self._apply(line)
+            self.read()
+            opened.pop_all()
         # The line tells a later run who holds the lock. A full disk is no reason to stop: running
         # on a finished folder must still work.
         with contextlib.suppress(OutputError):
-            self._append([_Run(_whoami())])
+            self._append([_Run(_whoami(part))])
+
+    def read(self) -> None:
+        """Read all journals of the folder, the other parts' too: what is recorded by now."""
+        with naming(self._path, OutputError):
+            for path in _journals(self._out_dir):
+                for line in _lines(path):
+                    self._apply(line, path.name)
 
     def declare(self, files: Iterable[str]) -> None:
         """Record names of files before they are created, so that a later run knows them as ours."""
@@ -96,9 +143,27 @@ class Journal:
         with naming(self._path, OutputError):
             sync_folder(self._out_dir)
 
+    def join(self, division: Division) -> None:
+        """Record what this part is a part of."""
+        self._append([division])
+
     def add(self, shards: Iterable[FinishedShard]) -> None:
         """Record shards whose bytes are on the disk, before they get their names."""
         self._append(shards)
+
+    def take_over(self, shards: Iterable[FinishedShard]) -> None:
+        """Record finished shards unless they are on record here. The folder's journal also takes
+        over the parts', whose records have to be among them or are void: these journals go."""
+        own = {line.name for line in _lines(self._path) if isinstance(line, FinishedShard)}
+        lines: list[_Line] = [shard for shard in shards if shard.name not in own]
+        parts = [path for path in _journals(self._out_dir) if path.name != JOURNAL_NAME]
+        if self._shared_fd is None and parts:
+            lines += list(self.divisions.values())[:1]
+        self._append(lines)
+        if self._shared_fd is None:
+            for path in parts:
+                with naming(path, OutputError):
+                    remove_file(path)
 
     def forget(self) -> None:
         """Take back all records of shards."""
@@ -111,13 +176,36 @@ class Journal:
         try:
             if remove:
                 remove_file(self._path)
+                if self._shared_fd is not None:
+                    self._remove_lock()
         finally:
             os.close(fd)
+            if self._shared_fd is not None:
+                os.close(self._shared_fd)
+
+    def _remove_lock(self) -> None:
+        """Remove the folder's journal if nothing but this part's lock has been there."""
+        assert self._shared_fd is not None
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._shared_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._shared_fd).st_size == 0:
+                remove_file(self._out_dir / JOURNAL_NAME)
+
+    def _owner(self) -> str:
+        """Who wrote the latest line of a run on itself: of this part, or of any where the folder is
+        held."""
+        whole = self._path.name == JOURNAL_NAME
+        with contextlib.suppress(OSError):
+            journals = _journals(self._out_dir) if whole else [self._path]
+            for path in sorted(journals, key=os.path.getmtime, reverse=True):
+                if owners := [line.owner for line in _lines(path) if isinstance(line, _Run)]:
+                    return owners[-1]
+        return "another process"
 
     def _append(self, lines: Iterable[_Line]) -> None:
         lines = list(lines)
         for line in lines:
-            self._apply(line)
+            self._apply(line, self._path.name)
         with naming(self._path, OutputError):
             # The leading line feed: a line that a crash cut short must not swallow the next.
             texts = (json.dumps(msgspec.to_builtins(line)) for line in lines)
@@ -129,10 +217,12 @@ class Journal:
                     data = data[os.write(self._fd, data) :]
                 os.fsync(self._fd)
 
-    def _apply(self, line: _Line) -> None:
+    def _apply(self, line: _Line, journal: str) -> None:
         match line:
             case FinishedShard():
                 self.finished[line.name] = line
+            case Division():
+                self.divisions[journal] = line
             case _Files():
                 self.files.update(line.files)
             case _Forget():
@@ -140,21 +230,53 @@ class Journal:
                 self.finished.clear()
 
 
+def check_same(division: Division, others: Mapping[str, Division], out_dir: Path) -> None:
+    """Make sure that all parts in a folder are of one conversion.
+
+    Raises:
+        OutputError: naming the journal that differs.
+    """
+    for name, other in others.items():
+        if (difference := division.difference(other)) is not None:
+            raise OutputError(
+                f"{out_dir}: {name} {difference}; give all parts the same number of parts, options "
+                "and source, or convert without --part, which keeps what fits"
+            )
+
+
+def divisions_in(out_dir: Path) -> dict[str, Division]:
+    """What the journals of a folder say that they are parts of, by the journal's name.
+
+    Raises:
+        OutputError: one cannot be read.
+    """
+    with naming(out_dir, OutputError):
+        return {
+            path.name: line
+            for path in _journals(out_dir)
+            for line in _lines(path)
+            if isinstance(line, Division)
+        }
+
+
+def _journals(out_dir: Path) -> list[Path]:
+    """The folder's own comes first: what parts have recorded is later."""
+    return sorted(
+        (out_dir / name for name in os.listdir(out_dir) if is_journal(name)),
+        key=lambda path: (path.name != JOURNAL_NAME, path.name),
+    )
+
+
 def _lines(path: Path) -> Iterator[_Line]:
-    for text in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            yield decode(text, _Line)  # type: ignore[arg-type]  # a union is no class, to mypy
+    with contextlib.suppress(FileNotFoundError):  # another part has just removed it
+        with open(path, "rb", opener=open_regular) as file:
+            texts = file.read().split(b"\n")
+        for text in texts:
+            with contextlib.suppress(ValueError):
+                yield decode(text, _Line)  # type: ignore[arg-type]  # a union is no class, to mypy
 
 
-def _owner(path: Path) -> str:
-    """Who wrote the latest line of a run on itself."""
-    with contextlib.suppress(OSError):
-        owners = [line.owner for line in _lines(path) if isinstance(line, _Run)]
-        if owners:
-            return owners[-1]
-    return "another process"
-
-
-def _whoami() -> str:
+def _whoami(part: Part | None) -> str:
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return f"process {os.getpid()} on {socket.gethostname()}, at work since {now}"
+    which = "" if part is None else f", {part}"
+    return f"process {os.getpid()} on {socket.gethostname()}{which}, at work since {now}"

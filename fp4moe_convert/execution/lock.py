@@ -17,12 +17,13 @@ from ..errors import InUseError, OutputError
 from ..storage.files import open_regular
 
 
-def open_locked(path: Path, owner: Callable[[], str]) -> int:
+def open_locked(path: Path, owner: Callable[[], str], *, shared: bool = False) -> int:
     """Open or create a file for reading and appending, and lock it.
 
     Args:
         path: of the file, in the folder that the lock is for.
         owner: says who holds the lock, where somebody else does.
+        shared: others may hold it, too, if they also share it.
 
     Returns:
         A descriptor; closing it unlocks.
@@ -36,7 +37,7 @@ def open_locked(path: Path, owner: Callable[[], str]) -> int:
         # O_NOFOLLOW: a link planted here would have us write where it leads.
         fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):

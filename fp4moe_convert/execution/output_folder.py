@@ -12,6 +12,9 @@ A run takes the folder through states, each a type that offers only what is allo
     Writing   stale files are gone; shards are written, and each gets its name when it is finished
     Done      everything is there, the index too
     Rejected  verification failed: the index, config.json and the manifest are gone
+
+Runs of parts share a folder. Such a run touches no file but its own shards, goes no further than
+Writing, and leaves its journal for the run that finishes the whole.
 """
 
 from __future__ import annotations
@@ -31,16 +34,17 @@ from ..format.files import (
     FOREIGN_FOLDERS,
     GENERATED,
     INDEX_NAME,
-    JOURNAL_NAME,
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
+    is_journal,
     no_engine_reads,
 )
 from ..format.manifest import Manifest, ShardRecord
+from ..plan import Part
 from ..storage.copying import record_of
 from ..storage.durable import WriteFile, make_folder, publish, remove_file, sync_folder
 from ..storage.local import LocalReader, files_below
-from .journal import FinishedShard, Journal
+from .journal import Division, FinishedShard, Journal, check_same
 from .stock import Target, Work, take_stock
 from .surroundings import names_in_manifest, read_manifest
 
@@ -50,40 +54,44 @@ AFRESH = "--overwrite starts afresh"
 class OutputFolder:
     """An output folder, locked for as long as the ``with`` block lasts."""
 
-    def __init__(self, path: Path, *, source: Path | None) -> None:
+    def __init__(self, path: Path, *, source: Path | None, part: Part | None = None) -> None:
         """Make the folder if need be, and lock it.
 
         Args:
             path: of the folder.
             source: the source folder, where it is a local one; neither may lie in the other.
+            part: lock this part only.
 
         Raises:
-            OutputError: the folder is unfit or not ours, or another process holds it.
+            InUseError: another process holds the folder, or the part.
+            OutputError: the folder is unfit or not ours.
         """
         _check_place(path, source)
         self.path = path
+        self.part = part
         with naming(path, OutputError):
             self._created = not path.exists()
             make_folder(path)
-            known = (path / JOURNAL_NAME).exists() or (path / MANIFEST_NAME).exists()
+            entries = list(path.iterdir())  # once: other parts may be making theirs
+            known = any(is_journal(entry.name) or entry.name == MANIFEST_NAME for entry in entries)
             foreign = {
-                entry.name
-                for entry in path.iterdir()
-                if entry.is_dir() or not no_engine_reads(entry.name)
+                entry.name for entry in entries if entry.is_dir() or not no_engine_reads(entry.name)
             } - FOREIGN_FOLDERS
             if foreign and not known:
                 lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign else ""
                 raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
-        self.journal = Journal(path)
+        self.journal = Journal(path, part)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:
+            files = set(files_below(path, OutputError))
+            self.journal.read()  # other parts record their names before they make their files
             self.ours = self.journal.files | names_in_manifest(path)
             """Names that a conversion has left, or is about to."""
             self.manifest: Manifest | None = None
             self.no_manifest = ""
             """Why there is none that can be relied on."""
             self._read_manifest()
-            self._refuse_foreign()
+            self._refuse_foreign(files)
         except BaseException as failure:
             self.__exit__(type(failure), failure, None)
             raise
@@ -137,6 +145,16 @@ class OutputFolder:
         """Whether the folder looks finished."""
         return (self.path / INDEX_NAME).is_file()
 
+    def missing(self, work: Work) -> list[str]:
+        """Names of shards that no run, of whichever part, has finished so far."""
+        self.journal.read()
+        finished = self.journal.finished
+        return [
+            shard.name
+            for shard in work.shards
+            if shard.name not in finished or not (self.path / shard.name).is_file()
+        ]
+
     def _read_manifest(self) -> None:
         try:
             self.manifest = read_manifest(self.path)
@@ -148,13 +166,12 @@ class OutputFolder:
                 ) from None
             self.no_manifest = str(error)
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, files: Iterable[str]) -> None:
         """Links are never ours: we make none, and would write through a planted one."""
-        files = set(files_below(self.path, OutputError)) - {JOURNAL_NAME}
         self.refuse(
             name
             for name in files
-            if not no_engine_reads(name)
+            if not (no_engine_reads(name) or is_journal(name))
             and (
                 name.removesuffix(PARTIAL_SUFFIX) not in self.ours
                 or (self.path / name).is_symlink()
@@ -252,6 +269,18 @@ class Opened:
 
     folder: OutputFolder
 
+    def join(self, division: Division) -> None:
+        """Record what this part is a part of.
+
+        Raises:
+            OutputError: another part, or an earlier run of this one, is a part of something else.
+        """
+        journal, path = self.folder.journal, self.folder.path
+        check_same(division, journal.divisions, path)
+        journal.join(division)
+        journal.read()  # of two that start at once, the later sees the other here
+        check_same(division, journal.divisions, path)
+
     def plan(self, work: Work, *, overwrite: bool) -> Planned:
         """Decide which finished shards are kept.
 
@@ -268,9 +297,13 @@ class Opened:
         folder.refuse_folders_named({shard.name for shard in work.shards} | folder.ours)
         planned = Planned(folder, work, users=folder.users_own(work))
         folder.ours -= planned.users
+        recorded = dict(folder.journal.finished)
+        if folder.part is not None:
+            # Nothing else may be deleted, or remarked upon: other parts are at work.
+            folder.ours = {shard.name for shard in work.shards}
+            recorded = {name: line for name, line in recorded.items() if name in folder.ours}
         if not overwrite:
             folder.refuse_edited(work)
-            recorded = dict(folder.journal.finished)
             if folder.manifest is not None and not folder.journal.forgotten:
                 recorded |= _recorded_by(folder.manifest, work, folder)
             planned.kept, planned.to_redo = take_stock(
@@ -332,6 +365,15 @@ class Planned:
             del self.kept[name]
         self.to_redo.update(reasons)
 
+    def require_all(self) -> None:
+        """Raises OutputError: a shard would have to be written."""
+        if missing := [shard.name for shard in self.shards_to_write]:
+            why = self.to_redo.get(missing[0], "it is not there")
+            raise OutputError(
+                f"{self.folder.path}: lacks {len(missing)} of {len(self.work.shards)} shards: "
+                f"{missing[0]}: {why}; run the parts they belong to, or convert without --part"
+            )
+
     def start(self) -> Writing:
         """Make sure that there is room for what will come, and delete what is stale.
 
@@ -351,9 +393,9 @@ class Planned:
             # recognises them as ours.
             folder.ours |= {shard.name for shard in self.work.shards}
             folder.journal.declare(folder.ours)
-            # The manifest goes. From here on the journal has the records that only it had.
-            only_in_manifest = self.kept.keys() - folder.journal.finished.keys()
-            folder.journal.add(self.kept[name] for name in sorted(only_in_manifest))
+        # The manifest goes, unless everything is there, and so do the journals of parts. From here
+        # on this journal has the records that only they had.
+        folder.journal.take_over([] if is_whole else self.kept.values())
         writing = Writing(folder, self.work, keep, self.records)
         folder.enter(self, writing)
         folder.clear(keep)

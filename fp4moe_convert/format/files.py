@@ -18,6 +18,7 @@ comes last: a folder without one is unfinished."""
 
 JOURNAL_NAME = ".fp4moe-journal.jsonl"
 """Lies beside the shards while a conversion is unfinished."""
+_JOURNAL = re.compile(r"\.fp4moe-journal(-\d+-of-\d+)?\.jsonl")
 PARTIAL_SUFFIX = ".partial"
 """Ends a file's name until its last byte is on the disk."""
 
@@ -35,6 +36,16 @@ def no_engine_reads(name: str) -> bool:
     """Whether a file is a model card, a licence, a picture, or git's own. Such files are the
     user's, before and after a conversion. Any other file may be one that an engine reads."""
     return _FOR_PEOPLE.fullmatch(name) is not None
+
+
+def part_journal_name(number: int, count: int) -> str:
+    """Name of the journal of part ``number`` (from 1) of ``count``."""
+    return f".fp4moe-journal-{number}-of-{count}.jsonl"
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file is the journal of a conversion, or of a part of one."""
+    return _JOURNAL.fullmatch(name) is not None
 
 
 def shard_name(number: int, count: int) -> str:

@@ -19,8 +19,8 @@ from ..format.files import (
     GENERATED,
     HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
-    JOURNAL_NAME,
     PARTIAL_SUFFIX,
+    is_journal,
 )
 from ..format.manifest import FileRecord
 from ..format.untrusted import decode_object
@@ -345,7 +345,7 @@ def _other_files(
     found = []
     left_out = dict(listing.left_out)
     # An unfinished conversion, here or in the output, has files of these names.
-    unfinished = {n for n in listing.files if n == JOURNAL_NAME or n.endswith(PARTIAL_SUFFIX)}
+    unfinished = {n for n in listing.files if is_journal(n) or n.endswith(PARTIAL_SUFFIX)}
     left_out |= dict.fromkeys(sorted(unfinished - known), "is unfinished")
     names = [name for name in listing.files if name not in known | unfinished]
 

@@ -4,6 +4,7 @@
     python -m tests.support.kill --kills 20 --seed 7
     python -m tests.support.kill --power-cuts      # as root
     python -m tests.support.kill --restore         # kill restorations
+    python -m tests.support.kill --parts           # kill conversions in three parts
 
 A small checkpoint is converted into many small shards, so that every phase takes its share of the
 kills: claiming the folder, scattering, renaming, journal, copies, manifest, config, index. Half of
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4moe_convert import VerifyError, convert, restore, verify
+from fp4moe_convert import Part, VerifyError, convert, convert_part, restore, verify
 
 from .faulty_disk import Disk
 from .folders import INDEX, MANIFEST, every_file
@@ -59,15 +60,20 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A run that is killed: a conversion, or the restoration of one."""
+    """A run that is killed: a conversion, all parts of one in turn, or the restoration of one."""
 
     source: Path
     """The folder that is read."""
-    restores: bool
+    restores: bool = False
+    parts: int = 0
 
     def run(self, out: Path) -> None:
         if self.restores:
             restore(self.source, out)
+        elif self.parts:
+            for number in range(self.parts, 0, -1):
+                part = Part(number, self.parts)
+                convert_part(self.source, out, part, max_shard_nbytes=MAX_SHARD_NBYTES)
         else:
             convert(self.source, out, max_shard_nbytes=MAX_SHARD_NBYTES)
 
@@ -240,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--power-cuts", action="store_true")
     parser.add_argument("--restore", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     phases: Counter[str] = Counter()
@@ -248,7 +255,7 @@ def main() -> None:
         folder = Path(name)
         model, out, disk = folder / "model", folder / "out", None
         make_checkpoint(model, SPEC)
-        case = Case(model, restores=False)
+        case = Case(model, parts=3 if arguments.parts else 0)
         if arguments.restore:
             case.run(folder / "converted")
             case = Case(folder / "converted", restores=True)

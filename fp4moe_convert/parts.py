@@ -1,0 +1,209 @@
+"""A conversion shared by several machines: each writes a part of the shards, the last one the rest.
+
+All write into one folder that they share, or into folders of their own whose files are brought
+together later. Each keeps a journal of its part; the run that finishes relies on these.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import defaults
+from .conversion import ConversionReport, convert, fill, preview
+from .errors import InUseError, OutputError, VerifyError
+from .execution.journal import Division, check_same, divisions_in
+from .execution.output_folder import OutputFolder
+from .execution.surroundings import read_manifest
+from .plan import Part
+from .progress import OnNote, OnProgress
+from .report import peak_rss
+from .storage.reader import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReport:
+    """What the run of a part did."""
+
+    out_dir: Path
+    part: Part
+    shards: int
+    """Of this part."""
+    shards_kept: int
+    """Of these: finished by an earlier run."""
+    bytes_out: int
+    """Size of the part's shards, headers included."""
+    bytes_written: int
+    """Of these: what was not there from an earlier run."""
+    seconds: float
+    peak_rss: int
+    """Bytes; of the whole process so far."""
+    shards_missing: int
+    """Shards that other parts have still to write."""
+    whole: ConversionReport | None
+    """How the folder was finished, if this run did it."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes_written / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "out_dir": str(self.out_dir),
+            "part": self.part.number,
+            "parts": self.part.count,
+            "shards": self.shards,
+            "shards_kept": self.shards_kept,
+            "bytes_out": self.bytes_out,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "bytes_per_second": round(self.bytes_per_second),
+            "peak_rss_bytes": self.peak_rss,
+            "shards_missing": self.shards_missing,
+            "whole": None if self.whole is None else self.whole.as_json(),
+        }
+
+
+def convert_part(
+    model_dir: str | Path | Store,
+    out_dir: str | Path,
+    part: Part,
+    *,
+    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
+    direct_io: bool = True,
+    threads: int = defaults.THREADS,
+    verify: bool = False,
+    on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
+) -> PartReport:
+    """Write one part's shards; if no other is missing then, finish the folder.
+
+    Args:
+        part: which part; all parts of a conversion have the same count, options and source.
+        verify: read every byte of finished shards before they are kept. The run that finishes
+            compares the whole result with the source.
+
+    The other arguments, and the errors, are those of `conversion.convert`.
+    """
+    started = time.perf_counter()
+    out_dir = Path(out_dir)
+    whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
+    work = whole.only(part).work
+    provenance = work.store.provenance()
+    division = Division(
+        parts=part.count,
+        plan=whole.work.plan.fingerprint,
+        max_shard_nbytes=max_shard_nbytes,
+        source=_address(provenance["path"], provenance.get("revision")),
+        sources=work.identities,
+    )
+    nbytes, kept = 0, len(work.shards)
+    with OutputFolder(out_dir, source=work.store.local_path, part=part) as opened:
+        missing = []
+        if not opened.folder.has_index:
+            opened.join(division)
+            written = fill(
+                opened,
+                work,
+                direct_io=direct_io,
+                threads=threads,
+                verify=verify,
+                on_progress=on_progress,
+                on_note=on_note,
+            )
+            nbytes, kept = written.nbytes, written.kept
+            missing = opened.folder.missing(whole.work)
+    seconds = time.perf_counter() - started
+    report = None
+    if not missing:
+        # Two parts that end at once both come here. The later one to let go of its part finishes.
+        with suppress(InUseError):
+            report = convert(
+                work.store,
+                out_dir,
+                max_shard_nbytes=max_shard_nbytes,
+                direct_io=direct_io,
+                threads=threads,
+                verify=verify,
+                write_shards=False,
+                on_progress=on_progress,
+                on_note=on_note,
+            )
+    return PartReport(
+        out_dir=out_dir,
+        part=part,
+        shards=len(work.shards),
+        shards_kept=kept,
+        bytes_out=work.plan.bytes_out,
+        bytes_written=nbytes,
+        seconds=seconds,
+        peak_rss=peak_rss(),
+        shards_missing=len(missing),
+        whole=report,
+    )
+
+
+def source_of(out_dir: str | Path) -> str:
+    """Where the source of a folder's parts, or of a finished folder, was when it was converted.
+
+    Raises:
+        OutputError: nothing there tells.
+    """
+    return _recorded(Path(out_dir))[0]
+
+
+def finish(
+    out_dir: str | Path,
+    source: str | Path | Store | None = None,
+    *,
+    direct_io: bool = True,
+    threads: int = defaults.THREADS,
+    verify: bool = False,
+    on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
+) -> ConversionReport:
+    """Finish a folder in which all parts have been brought together.
+
+    Args:
+        out_dir: holds the shards and the journals of all parts.
+        source: what was converted, where it lies elsewhere than for the first part.
+
+    The other arguments, and the errors, are those of `conversion.convert`. In particular:
+
+    Raises:
+        OutputError: a shard is missing, differs from its journal, or is of another source.
+    """
+    out_dir = Path(out_dir)
+    recorded, max_shard_nbytes = _recorded(out_dir)
+    return convert(
+        recorded if source is None else source,
+        out_dir,
+        max_shard_nbytes=max_shard_nbytes,
+        direct_io=direct_io,
+        threads=threads,
+        verify=verify,
+        write_shards=False,
+        on_progress=on_progress,
+        on_note=on_note,
+    )
+
+
+def _recorded(out_dir: Path) -> tuple[str, int]:
+    """Where the source was, and the bound of a shard's size."""
+    if divisions := divisions_in(out_dir):
+        division = next(iter(divisions.values()))
+        check_same(division, divisions, out_dir)
+        return division.source, division.max_shard_nbytes
+    try:
+        manifest = read_manifest(out_dir)
+    except VerifyError as error:
+        raise OutputError(f"{out_dir}: holds no part of a conversion") from error
+    return _address(manifest.source.path, manifest.source.revision), manifest.max_shard_nbytes
+
+
+def _address(path: str, revision: str | None) -> str:
+    """What `open_store` takes for a source on record."""
+    return f"{path}@{revision}" if revision and path.startswith("hf://") else path

@@ -1,6 +1,6 @@
 """Load whole models onto GPUs through an engine's own loader: original against converted.
 
-    python -m benchmarks.engine_load sglang             # in SGLang's environment, on a Blackwell GPU
+    python -m benchmarks.engine_load sglang        # in SGLang's environment, on a Blackwell GPU
     python -m benchmarks.engine_load vllm --tp 1 8 --loaders all --cold 2 --copies
     python -m benchmarks.engine_load sglang --tp 2 --gpus 2       # both ranks at once
     python -m benchmarks.engine_load sglang vllm --stand-ins      # on another NVIDIA GPU
@@ -17,9 +17,10 @@ ranks of a size that has a GPU for each load at once, a process each, and the sl
 
 Included: all that the engine's loader does, from a configuration to a model that could serve, and a
 synchronised GPU. Not included: the process's start, reading config.json, the tokenizer, the KV
-cache, CUDA graphs, warm-up. Every kind of load is done once before it is timed. `--fresh` times also
-the first load of a process, as a server does it, once the kernel that FlashInfer compiles is there.
-After every load a checksum of each tensor that the model holds is compared with the original's.
+cache, CUDA graphs, warm-up. Every kind of load is done once before it is timed. `--fresh` also
+times the first load of a process, which is the one that a server makes, once the kernel that
+FlashInfer compiles is there. After every load a checksum of each tensor that the model holds is
+compared with the original's.
 
 `--stand-ins` (benchmarks/engine_stand_ins.py) is for a machine without a Blackwell GPU, or without
 the engines' compiled packages. Loading needs none of them.
@@ -29,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -37,7 +37,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -50,12 +49,12 @@ from tests.support.make_checkpoint import Spec, make_checkpoint
 
 from .common import cached_pages, environment, evict, installed, scratch_folder
 from .engine_worker import LOADERS, Job
+from .raw_copy import read_folder
 from .report import parser_of, say, table, write_json
 
 WAYS = {"original": None, "plain": "0", "converted": None}
 """Each way's FP4MOE_LOAD_THREADS."""
 SAMPLE_S = 0.005
-PIECE_NBYTES = 16 * 2**20
 
 
 # --- memory while a model is loaded ---------------------------------------------------------------
@@ -338,7 +337,7 @@ def make_models(folder: Path, spec: Spec) -> None:
     config = json.loads((original / "config.json").read_text())
     (original / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))  # for SGLang
     say(f"converting to {converted}")
-    convert(original, converted)
+    convert(original, converted, direct_io=False)  # leaves both in the page cache
     os.sync()
 
 
@@ -364,28 +363,10 @@ def evict_model(folder: Path) -> None:
 
 
 def read_rate(folder: Path) -> float:
-    """Bytes per second at which a model can be read from its disk: past the page cache, in large
-    pieces, by as many threads as there are cores."""
-    pieces = [
-        (path, start)
-        for path in sorted(folder.glob("*.safetensors"))
-        for start in range(0, path.stat().st_size, PIECE_NBYTES)
-    ]
+    """Bytes per second at which a model can be read from its disk, past the page cache."""
     evict_model(folder)
     started = time.perf_counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        nbytes = sum(pool.map(read_direct, pieces))
-    return nbytes / (time.perf_counter() - started)
-
-
-def read_direct(piece: tuple[Path, int]) -> int:
-    path, start = piece
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, PIECE_NBYTES) as aligned:
-            return os.preadv(fd, [aligned], start)
-    finally:
-        os.close(fd)
+    return read_folder(folder) / (time.perf_counter() - started)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -416,7 +397,17 @@ def loaders_of(engine: str, wanted: Sequence[str]) -> list[str]:
 
 def print_table(runs: Sequence[Measured]) -> None:
     """Of each setting the median time and the largest memory, in GB."""
-    head = ("load", "s", "weights", "allocated", "reserved", "GPU", "anonymous", "machine", "copies")
+    head = (
+        "load",
+        "s",
+        "weights",
+        "allocated",
+        "reserved",
+        "GPU",
+        "anonymous",
+        "machine",
+        "copies",
+    )
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
         if setting.warms_up or setting.counts_copies:

@@ -35,6 +35,7 @@ VLLM_MODULES = ("_C_stable_libtorch", "_moe_C_stable_libtorch", "_qutlass_C", "v
 def for_vllm() -> dict[str, Any]:
     """Returns options of the command line that the stand-ins need."""
     import torch
+
     from tests.support.cpu_engines.sglang_cpu import InertModule
 
     for name in VLLM_MODULES:
@@ -53,7 +54,7 @@ def for_vllm() -> dict[str, Any]:
     from vllm.platforms import current_platform
     from vllm.platforms.interface import DeviceCapability
 
-    blackwell = DeviceCapability(10, 0)
-    type(current_platform).get_device_capability = classmethod(lambda _cls, device_id=0: blackwell)
+    platform = type(current_platform)
+    platform.get_device_capability = staticmethod(lambda **_device: DeviceCapability(10, 0))
     registry._run_in_subprocess = lambda inspect: inspect()
     return {"attention_backend": "TRITON_MLA"}

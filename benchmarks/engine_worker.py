@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +117,7 @@ class SGLang:
         from sglang.srt.layers.moe.utils import initialize_moe_config
         from sglang.srt.model_loader import get_model
         from sglang.srt.runtime_context import get_context
+
         from tests.support.cpu_engines import sglang_cpu
 
         loader = LOADERS["sglang"][job.loader]
@@ -169,10 +169,11 @@ class VLLM:
             parallel_state.initialize_model_parallel()
 
     def ready(self, job: Job) -> Load:
-        from tests.support.cpu_engines.vllm_golden import pretend_rank
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.model_loader import get_model
+
+        from tests.support.cpu_engines.vllm_golden import pretend_rank
 
         loader = LOADERS["vllm"][job.loader]
         config = EngineArgs(
@@ -316,6 +317,7 @@ def main() -> None:
     engine = ENGINES[arguments.engine](arguments.device, arguments.stand_ins)
     if arguments.device == "cpu":
         import flashinfer
+
         from tests.support.cpu_engines.jobs import interleave_block_scales
 
         flashinfer.nvfp4_block_scale_interleave = interleave_block_scales

@@ -55,6 +55,6 @@ def for_vllm() -> dict[str, Any]:
     from vllm.platforms.interface import DeviceCapability
 
     platform = type(current_platform)
-    platform.get_device_capability = staticmethod(lambda **_device: DeviceCapability(10, 0))
+    platform.get_device_capability = staticmethod(lambda *_, **__: DeviceCapability(10, 0))
     registry._run_in_subprocess = lambda inspect: inspect()
     return {"attention_backend": "TRITON_MLA"}

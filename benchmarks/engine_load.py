@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -185,10 +185,13 @@ class Worker:
 
 
 def environment_of_rank(gpu: int, ranks: int) -> dict[str, str]:
+    """The variables of a process that shares its host's cores with others like it."""
+    cores = len(os.sched_getaffinity(0))
     return {
         "CUDA_VISIBLE_DEVICES": str(gpu),
         "HF_HUB_OFFLINE": "1",
-        "LOCAL_WORLD_SIZE": str(ranks),  # as torchrun has it: they share the host's cores
+        "LOCAL_WORLD_SIZE": str(ranks),  # as torchrun has it
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),  # as vLLM has it
     }
 
 
@@ -228,27 +231,22 @@ class Measured:
     """Why there is nothing to measure."""
 
 
-Workers = Mapping[tuple[str, str | None], Sequence[Worker]]
-"""By engine, and by way where they load once and only so; one for each GPU."""
-
-
 class Bench:
-    """The models, the processes, and what the original's tensors look like."""
+    """The models, what was measured, and what the original's tensors look like."""
 
-    def __init__(self, models: Path, links: Path, workers: Workers) -> None:
-        self.models, self.links, self.workers = models, links, workers
+    def __init__(self, models: Path, links: Path) -> None:
+        self.models, self.links = models, links
         self.runs: list[Measured] = []
         self.layers = len(section_of(models / "converted")["layers"])
         self._expected: dict[tuple[str, int, int], dict[str, str]] = {}
 
-    def load(self, setting: Setting) -> None:
+    def load(self, setting: Setting, workers: Sequence[Worker]) -> None:
         """Load once, compare, and note what was measured.
 
         Raises:
             SystemExit: a tensor is not as it is in the original's model.
         """
         folder = self.models / ("original" if setting.way == "original" else "converted")
-        workers = self.workers[setting.engine, setting.way if setting.fresh else None]
         whole = setting.tp_size <= len(workers)
         ranks = range(setting.tp_size) if whole else [setting.tp_size - 1]
         workers = workers[: len(ranks)]
@@ -372,23 +370,28 @@ def read_rate(folder: Path) -> float:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
-    """Everything to load, in order; the original before what is compared with it."""
+def groups(arguments: argparse.Namespace) -> Iterator[list[Setting]]:
+    """All loads, in order; the original before what is compared with it. Each group has processes
+    of its own, because an engine may keep a model that it has loaded."""
     for engine in arguments.engines:
-        for tp_size in arguments.tp:
-            for loader in loaders_of(engine, arguments.loaders):
-                for turn in range(arguments.rounds + 1):
-                    for way in arguments.ways:
-                        yield Setting(engine, loader, tp_size, way, warms_up=not turn)
-            for _ in range(arguments.cold):
-                for way in arguments.ways:
-                    yield Setting(engine, "default", tp_size, way, cold=True)
-            if arguments.copies:
-                for way in arguments.ways:
-                    yield Setting(engine, "default", tp_size, way, counts_copies=True)
+        for loader in loaders_of(engine, arguments.loaders):
+            yield list(settings(arguments, engine, loader))
         if arguments.fresh:
             for way in arguments.ways:
-                yield Setting(engine, "default", arguments.tp[0], way, fresh=True)
+                yield [Setting(engine, "default", arguments.tp[0], way, fresh=True)]
+
+
+def settings(arguments: argparse.Namespace, engine: str, loader: str) -> Iterator[Setting]:
+    for tp_size in arguments.tp:
+        for turn in range(arguments.rounds + 1):
+            for way in arguments.ways:
+                yield Setting(engine, loader, tp_size, way, warms_up=not turn)
+        for _ in range(arguments.cold):
+            for way in arguments.ways:
+                yield Setting(engine, loader, tp_size, way, cold=True)
+        if arguments.copies:
+            for way in arguments.ways:
+                yield Setting(engine, loader, tp_size, way, counts_copies=True)
 
 
 def loaders_of(engine: str, wanted: Sequence[str]) -> list[str]:
@@ -481,33 +484,28 @@ def main() -> None:
         print(json.dumps(report, indent=1))
         links = scratch / "links"
         links.mkdir()
-        with ExitStack() as stack:
-            workers = started(arguments, arguments.log or scratch / "log", stack)
-            bench = Bench(arguments.models, links, workers)
-            try:
-                for setting in settings(arguments):
-                    bench.load(setting)
-            finally:
-                runs = [asdict(run) for run in bench.runs]
-                write_json(arguments.json, {"environment": report, "runs": runs})
-                print_table(bench.runs)
+        bench = Bench(arguments.models, links)
+        for group in groups(arguments):
+            with started(arguments, group[0].engine, arguments.log or scratch / "log") as workers:
+                for setting in group:
+                    bench.load(setting, workers)
+            runs = [asdict(run) for run in bench.runs]
+            write_json(arguments.json, {"environment": report, "runs": runs})
+    print_table(bench.runs)
 
 
-def started(arguments: argparse.Namespace, log: Path, stack: ExitStack) -> Workers:
-    """All processes that are needed; they import their engines at the same time."""
+@contextmanager
+def started(arguments: argparse.Namespace, engine: str, log: Path) -> Iterator[list[Worker]]:
+    """A process for each GPU; they import the engine at the same time."""
     options = ["--device", arguments.device, *["--stand-ins"] * arguments.stand_ins]
-    ways = [None, *(arguments.ways if arguments.fresh else ())]
-    workers = {
-        (engine, way): [
+    with ExitStack() as stack:
+        workers = [
             stack.enter_context(Worker(engine, gpu, arguments.gpus, log, options))
             for gpu in range(arguments.gpus)
         ]
-        for engine in arguments.engines
-        for way in ways
-    }
-    for worker in (worker for some in workers.values() for worker in some):
-        worker.answer()
-    return workers
+        for worker in workers:
+            worker.answer()
+        yield workers
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Loaded:
 
     seconds: float
     peak_allocated: int
-    """By torch's allocator, above what was allocated before: SGLang keeps the first model."""
+    """By torch's allocator, above what was allocated before."""
     peak_reserved: int
     weights: int
     """Bytes that the model holds in the end."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     CheckpointError,
+    ClusterError,
     ConvertError,
     FormatError,
     HeaderError,
@@ -21,6 +22,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .cluster import convert_on_ray
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
     from .parts import PartReport, convert_part, finish
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "ConversionReport",
     "ConvertError",
     "FormatError",
@@ -53,6 +56,7 @@ __all__ = [
     "Verified",
     "VerifyError",
     "convert",
+    "convert_on_ray",
     "convert_part",
     "finish",
     "inspect",
@@ -71,6 +75,7 @@ _HOME = {
     "inspect": "inspection",
     "Part": "plan",
     "PartReport": "parts",
+    "convert_on_ray": "cluster",
     "convert_part": "parts",
     "finish": "parts",
     "prepare": "conversion",

@@ -1,8 +1,5 @@
-"""Staged copies, over a bus that is slower and less obliging than a GPU's.
+"""Staged copies, over a bus that is slower and less obliging than a GPU's (`support.slow_bus`).
 
-`SlowBus` carries out nothing before it must, or at moments of its own choosing, on a thread of its
-own. A chunk that is used again too early, a call that returns too early, or a copy that does not
-wait for the engine's own work leaves other bytes than torch's plain copy does.
 `test_fast_copy_on_gpu.py` tries the same on a GPU.
 """
 
@@ -12,84 +9,19 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.slow_bus import SlowBus
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.serving import fast_copy, slices
 from fp4moe_convert.serving.fast_copy import Copier
 
 pytestmark = pytest.mark.flashinfer
-
-
-class Stream:
-    """Does what it is asked, in order, on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[Callable[[], Any]] = SimpleQueue()
-        self.ask = self._jobs.put
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            self._jobs.get()()
-
-    def synchronize(self) -> None:
-        done = threading.Event()
-        self.ask(done.set)
-        done.wait()
-
-
-class SlowBus:
-    """Stands in for a GPU's: memory of the host is its device."""
-
-    def __init__(self, *, hesitates: Callable[[], float] = lambda: 0.0) -> None:
-        self.pinned: list[torch.Tensor] = []
-        self.sent = 0
-        self._hesitates = hesitates
-        self.engines = Stream()
-        self._own = Stream()
-
-    def pin(self, memory: torch.Tensor) -> None:
-        self.pinned.append(memory)
-
-    def unpin(self, memory: torch.Tensor) -> None:
-        [at] = [n for n, each in enumerate(self.pinned) if each is memory]
-        del self.pinned[at]
-        memory.fill_(0xEE)  # whatever still reads it
-
-    def follow(self) -> None:
-        asked = threading.Event()
-        self.engines.ask(asked.set)
-        self._own.ask(asked.wait)
-
-    def send(self, target: torch.Tensor, chunk: torch.Tensor) -> Any:
-        assert any(
-            memory.data_ptr() <= chunk.data_ptr() < memory.data_ptr() + memory.nbytes
-            for memory in self.pinned
-        )
-        if target.shape != chunk.shape:
-            raise RuntimeError(f"{target.shape} is not {chunk.shape}")
-        self.sent += 1
-        done = threading.Event()
-
-        def carry_out() -> None:
-            time.sleep(self._hesitates())
-            target.copy_(chunk)
-            done.set()
-
-        self._own.ask(carry_out)
-        done.synchronize = done.wait  # type: ignore[attr-defined]
-        return done
-
-    def synchronize(self) -> None:
-        self._own.synchronize()
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +66,9 @@ def test_chunks_are_filled_while_others_are_fetched() -> None:
     assert in_time == [True]
 
 
+BUS = SlowBus()
+
+
 @st.composite
 def views(draw: st.DrawFn) -> Any:
     """A share of a tensor: cut along one axis, as tensor parallelism does, and a target that may
@@ -145,7 +80,7 @@ def views(draw: st.DrawFn) -> Any:
     return shape, axis, start, length, draw(st.integers(0, 3)), draw(st.integers(1, 700))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(views())
 def test_any_share_arrives_and_nothing_beside_it(case: Any) -> None:
     shape, axis, start, length, room, chunk = case
@@ -155,7 +90,7 @@ def test_any_share_arrives_and_nothing_beside_it(case: Any) -> None:
         wide = list(source.shape)
         wide[axis] += room
         staged, plain = (torch.full(wide, 7, dtype=torch.uint8) for _ in range(2))
-        Copier(lambda _: SlowBus()).copy([(staged.narrow(axis, 0, length), source)])
+        Copier(lambda _: BUS).copy([(staged.narrow(axis, 0, length), source)])
         plain.narrow(axis, 0, length).copy_(source)
         assert torch.equal(staged, plain)
 

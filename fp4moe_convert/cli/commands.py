@@ -156,6 +156,9 @@ Connections = Annotated[
 OutDir = Annotated[
     Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
+MaxShardSize = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DirectIo = Annotated[
@@ -178,10 +181,7 @@ def convert_command(
     out_dir: OutDir,
     revision: Revision = None,
     cache_dir: CacheDir = None,
-    max_shard_size: Annotated[
-        int,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
-    ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses it
     verify: Annotated[
         bool,
         typer.Option(
@@ -209,6 +209,14 @@ def convert_command(
             "the folder.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Convert with the nodes of this Ray cluster; auto finds the one that runs here.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -220,6 +228,8 @@ def convert_command(
 
     if part and overwrite:
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
+    if part and ray:
+        raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
@@ -231,6 +241,7 @@ def convert_command(
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
+    from ..cluster import convert_on_ray
     from ..conversion import convert
     from ..parts import convert_part
     from .display import part_tables, progress_on, report_table
@@ -247,6 +258,8 @@ def convert_command(
         }
         if part:
             share = convert_part(store, out_dir, part, **options)
+        elif ray:
+            report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
     if part:
@@ -306,6 +319,47 @@ def finish_command(
         )
     _warn(report.warnings)
     _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("ci")
+@_fails_plainly
+def ci_command(
+    model: Model,
+    out_dir: OutDir,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # as above
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
+) -> None:
+    """Convert and verify as a CI job, or find in seconds that it has been done."""
+    from ..ci import run_job
+    from ..storage.opening import open_store
+    from .display import job_table, progress_on
+    from .summary import add_summary, done_summary, failed_summary
+
+    when_interrupted(advice="; run the same command again to resume")
+    try:
+        store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+        with progress_on(sys.stderr, quiet=quiet) as on_progress:
+            job = run_job(
+                store,
+                out_dir,
+                max_shard_nbytes=max_shard_size,
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+                on_note=None if quiet else _say,
+            )
+    except ConvertError as error:
+        add_summary(failed_summary(model, error))
+        raise
+    add_summary(done_summary(job))
+    _warn(job.conversion.warnings)
+    _print(job.as_json() if as_json else [job_table(job)])
 
 
 @app.command("verify")

@@ -263,7 +263,9 @@ class Bench:
             worker.send(asdict(job))
         answers = [worker.answer() for worker in workers]
         memory = None
-        if all(answer == "ready" for answer in answers):
+        if any(answer != "ready" for answer in answers) and len(answers) > 1:
+            sys.exit(f"{setting}: not all ranks are ready: {answers}")
+        if answers[0] == "ready":
             if setting.cold:
                 evict_model(folder)
             with Watch([w.pid for w in workers], [w.gpu for w in workers]) as watch:
@@ -473,6 +475,11 @@ def main() -> None:
     add("--log", type=Path, metavar="PATH", help="what the engines print")
     add("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()
+    if arguments.ways[0] != "original":
+        parser.error("--ways begins with original, which the others are compared with")
+    known = {"all"}.union(*(LOADERS[engine] for engine in arguments.engines))
+    if unknown := set(arguments.loaders) - known:
+        parser.error(f"--loaders: {min(unknown)} is none of {', '.join(sorted(known))}")
     sizes = ("layers", "experts", "hidden", "intermediate")
     spec = Spec(**{size: getattr(arguments, size) for size in sizes})
     if arguments.models:

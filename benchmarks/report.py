@@ -77,6 +77,7 @@ def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
     width = max(10, 3 * len(panels))

@@ -44,6 +44,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from fp4moe_convert import convert
 from tests.support.make_checkpoint import Spec, make_checkpoint
 
@@ -444,10 +446,7 @@ def surroundings(arguments: argparse.Namespace, spec: Spec) -> dict[str, Any]:
     packages = (*arguments.engines, "fastsafetensors", "runai-model-streamer", "instanttensor")
     where["versions"] |= {name: version(name) for name in packages if installed(name)}
     where |= {"model": asdict(spec), "stand_ins": arguments.stand_ins, "gpus": arguments.gpus}
-    if arguments.device == "cuda":
-        import torch
-
-        where["gpu"] = torch.cuda.get_device_name()
+    where["gpu"] = torch.cuda.get_device_name()
     if arguments.cold:
         where["disk_bytes_per_second"] = read_rate(arguments.models / "converted")
     return where
@@ -471,7 +470,6 @@ def main() -> None:
     add("--intermediate", type=int, default=2048)
     add("--models", type=Path, metavar="DIR", help="make the models here, and leave them")
     add("--stand-ins", action="store_true")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the benchmark")
     add("--log", type=Path, metavar="PATH", help="what the engines print")
     add("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()
@@ -504,7 +502,7 @@ def main() -> None:
 @contextmanager
 def started(arguments: argparse.Namespace, engine: str, log: Path) -> Iterator[list[Worker]]:
     """A process for each GPU; they import the engine at the same time."""
-    options = ["--device", arguments.device, *["--stand-ins"] * arguments.stand_ins]
+    options = ["--stand-ins"] if arguments.stand_ins else []
     with ExitStack() as stack:
         workers = [
             stack.enter_context(Worker(engine, gpu, arguments.gpus, log, options))

@@ -1,6 +1,6 @@
 """One process of an engine, for `engine_load`: it loads models as it is told, and measures.
 
-    python -m benchmarks.engine_worker sglang|vllm [--stand-ins] [--device cpu]
+    python -m benchmarks.engine_worker sglang|vllm [--stand-ins]
 
 It reads one job a line from stdin (`Job` as JSON), gets ready, says so, and waits for another line.
 Then it lets the engine's own model loader load, and writes what was measured (`Loaded` as JSON).
@@ -96,8 +96,7 @@ LOADERS: dict[str, dict[str, Loader]] = {
 class SGLang:
     """SGLang, playing any rank. Loading sends nothing through a process group."""
 
-    def __init__(self, device: str, stand_ins: bool) -> None:
-        self.device = device
+    def __init__(self, stand_ins: bool) -> None:
         if stand_ins:
             from .engine_stand_ins import for_sglang
 
@@ -134,7 +133,7 @@ class SGLang:
         load_config = LoadConfig(
             load_format=loader.load_format, model_loader_extra_config=dict(loader.extra)
         )
-        device_config = DeviceConfig(self.device, gpu_id=0)
+        device_config = DeviceConfig("cuda", gpu_id=0)
         return lambda: get_model(
             model_config=model_config, load_config=load_config, device_config=device_config
         )
@@ -147,8 +146,7 @@ class SGLang:
 class VLLM:
     """vLLM, playing any rank, in a process group of one."""
 
-    def __init__(self, device: str, stand_ins: bool) -> None:
-        self.device = device
+    def __init__(self, stand_ins: bool) -> None:
         self.options: dict[str, Any] = {}
         os.environ["VLLM_PLUGINS"] = "fp4moe"
         if stand_ins:
@@ -189,7 +187,6 @@ class VLLM:
             **loader.options,
             **self.options,
         ).create_engine_config()
-        config.load_config.device = self.device
 
         def load() -> torch.nn.Module:
             with set_current_vllm_config(config), pretend_rank(job.tp_size, job.tp_rank):
@@ -219,12 +216,10 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
     else:
         os.environ["FP4MOE_LOAD_THREADS"] = job.load_threads
     load = engine.ready(job)
-    gpu = engine.device == "cuda"
     gc.collect()
-    if gpu:
-        fill_free_memory()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    fill_free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     wait()
     copies = None
     started = time.perf_counter()
@@ -232,14 +227,13 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
         model, copies = load_counting(load)
     else:
         model = load()
-    if gpu:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     held = tensors_of(model)
     return Loaded(
         seconds=seconds,
-        peak_allocated=torch.cuda.max_memory_allocated() - before[0] if gpu else 0,
-        peak_reserved=torch.cuda.max_memory_reserved() - before[1] if gpu else 0,
+        peak_allocated=torch.cuda.max_memory_allocated() - allocated,
+        peak_reserved=torch.cuda.max_memory_reserved() - reserved,
         weights=sum({t.data_ptr(): t.nbytes for t in held.values()}.values()),
         copies=copies,
         taken_over=sum(map(engine.is_taken_over, model.modules())),
@@ -252,7 +246,8 @@ def fill_free_memory() -> None:
     loads does not look as if it were."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    torch.empty(free - 1024 * MEBIBYTE, dtype=torch.uint8, device="cuda").fill_(0xA5)
+    most = max(0, free - 1024 * MEBIBYTE)
+    torch.empty(most, dtype=torch.uint8, device="cuda").fill_(0xA5)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
@@ -301,7 +296,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--stand-ins", action="store_true")
-    parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     # Engines print.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -314,13 +308,7 @@ def main() -> None:
         answer("ready")
         sys.stdin.readline()
 
-    engine = ENGINES[arguments.engine](arguments.device, arguments.stand_ins)
-    if arguments.device == "cpu":
-        import flashinfer
-
-        from tests.support.cpu_engines.jobs import interleave_block_scales
-
-        flashinfer.nvfp4_block_scale_interleave = interleave_block_scales
+    engine = ENGINES[arguments.engine](arguments.stand_ins)
     answer("started")
     while line := sys.stdin.readline():
         try:

@@ -32,7 +32,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import originals
-import sglang_driver
 from sglang_driver import FUSED, Setup, differences, held, load, load_weights, start_sglang
 from support import model_zoo
 from support.cpu_engines import sglang_cpu
@@ -160,7 +159,7 @@ CASES = {
 # --- SGLang on a CPU ------------------------------------------------------------------------------
 
 
-class Group(sglang_driver.Group):
+class Group(sglang_cpu.Group):
     """Nemotron-H asks a device group for its rank and size."""
 
     def __init__(self, size: int, rank: int | None = None) -> None:
@@ -316,7 +315,7 @@ def main() -> None:
     start_sglang()
     sglang_cpu.more_models()
     with (
-        mock.patch.object(sglang_driver, "Group", Group),
+        mock.patch.object(sglang_cpu, "Group", Group),
         tempfile.TemporaryDirectory() as folder,
     ):
         run = Run(Path(folder))

@@ -168,6 +168,10 @@ DirectIo = Annotated[
 Threads = Annotated[
     int, typer.Option(min=1, max=256, help="Workers; each takes about 17 MB of memory.")
 ]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Make the repository private. One that is there must be."),
+]
 
 
 @app.command("convert")
@@ -209,6 +213,15 @@ def convert_command(
             "the folder.",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            show_default=False,
+            help="Upload the result to a repository on the Hub, as fp4moe push does.",
+        ),
+    ] = None,
+    private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -220,6 +233,12 @@ def convert_command(
 
     if part and overwrite:
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
+    if private and push_to_hub is None:
+        raise typer.BadParameter("--private goes with --push-to-hub")
+    if push_to_hub is not None:
+        from ..publication import check_repository
+
+        check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
@@ -233,9 +252,10 @@ def convert_command(
         return
     from ..conversion import convert
     from ..parts import convert_part
-    from .display import part_tables, progress_on, report_table
+    from .display import part_tables, progress_on, pushed_table, report_table
 
     when_interrupted(advice="; run the same command again to resume")
+    pushed = None
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
         options: dict[str, Any] = {
             "max_shard_nbytes": max_shard_size,
@@ -249,12 +269,30 @@ def convert_command(
             share = convert_part(store, out_dir, part, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
+        if push_to_hub is not None and (part is None or share.whole):
+            from ..publication import push
+
+            pushed = push(
+                out_dir,
+                push_to_hub,
+                private=private,
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+                on_note=options["on_note"],
+            )
     if part:
-        _warn(share.whole.warnings if share.whole else [])
-        _print(share.as_json() if as_json else part_tables(share))
-        return
-    _warn(report.warnings)
-    _print(report.as_json() if as_json else [report_table(report)])
+        whole = share.whole
+        content, tables = share.as_json(), list(part_tables(share))
+    else:
+        whole = report
+        content, tables = report.as_json(), [report_table(report)]
+    _warn(whole.warnings if whole else [])
+    if pushed:
+        _warn(pushed.warnings)
+        content["pushed"] = pushed.as_json()
+        tables.append(pushed_table(pushed))
+    _print(content if as_json else tables)
 
 
 @app.command("finish")
@@ -408,3 +446,39 @@ def inspect_command(
 
     inspection = inspect(open_store(model, revision=revision, cache_dir=cache_dir))
     _print(inspection.as_json() if as_json else inspection_tables(inspection))
+
+
+@app.command("push")
+@_fails_plainly
+def push_command(
+    out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
+    repo_id: Annotated[
+        str,
+        _argument(
+            metavar="OWNER/NAME",
+            help="The repository on the Hub: not there yet, empty, or with this conversion.",
+        ),
+    ],
+    private: Private = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+) -> None:
+    """Verify a converted checkpoint and upload it to the Hub, with a model card."""
+    from ..publication import push
+    from .display import progress_on, pushed_table
+
+    when_interrupted(advice="; run the same command again to resume")
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = push(
+            out_dir,
+            repo_id,
+            private=private,
+            direct_io=direct_io,
+            threads=threads,
+            on_progress=on_progress,
+            on_note=None if quiet else _say,
+        )
+    _warn(report.warnings)
+    _print(report.as_json() if as_json else [pushed_table(report)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     CheckpointError,
+    ClusterError,
     ConvertError,
     FormatError,
     HeaderError,
@@ -23,6 +24,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .cluster import convert_on_ray
     from .conversion import ConversionReport, convert, prepare
     from .inspection import Inspection, inspect
     from .parts import PartReport, convert_part, finish
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "ConversionReport",
     "ConvertError",
     "FormatError",
@@ -59,6 +62,7 @@ __all__ = [
     "Verified",
     "VerifyError",
     "convert",
+    "convert_on_ray",
     "convert_part",
     "finish",
     "inspect",
@@ -78,6 +82,7 @@ _HOME = {
     "inspect": "inspection",
     "Part": "plan",
     "PartReport": "parts",
+    "convert_on_ray": "cluster",
     "convert_part": "parts",
     "finish": "parts",
     "prepare": "conversion",

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
 from .execution.output_folder import Opened, OutputFolder, Writing
-from .execution.scatter import scatter
+from .execution.scatter import OnFilled, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .layouts.base import RowOrder, source_ranges
-from .plan import Part, Plan, make_plan
-from .progress import OnNote, OnProgress, tell, track
+from .plan import Part, Plan, PlannedShard, make_plan
+from .progress import OnBytes, OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
 from .report import RunReport, peak_rss
 from .source.checkpoint import Checkpoint, open_checkpoint
@@ -146,9 +146,50 @@ def preview(
     _check_folders(checkpoint, plan)
     require_layers(checkpoint, plan.layers, plan.passed)
     warnings = remarks(checkpoint, plan.geometries)
-    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries.values())
+    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
     outlook.require_one(checkpoint.location)
     return Preview(Conversion(checkpoint, plan), outlook, warnings)
+
+
+class WriteShards(Protocol):
+    """Fills shards' temporary files."""
+
+    def __call__(
+        self,
+        work: Conversion,
+        shards: Sequence[PlannedShard],
+        out_dir: Path,
+        *,
+        direct_io: bool,
+        threads: int,
+        on_bytes: OnBytes,
+        on_filled: OnFilled,
+    ) -> None:
+        """Arguments and errors are those of `scatter`."""
+
+
+def write_here(
+    work: Conversion,
+    shards: Sequence[PlannedShard],
+    out_dir: Path,
+    *,
+    direct_io: bool,
+    threads: int,
+    on_bytes: OnBytes,
+    on_filled: OnFilled,
+) -> None:
+    """`WriteShards` in this process."""
+    moves = (move for shard in shards for move in shard.moves)
+    with open_ahead(work.store, source_ranges(moves), direct=direct_io) as open_source:
+        scatter(
+            shards,
+            out_dir,
+            open_source=open_source,
+            direct=direct_io,
+            threads=threads,
+            on_bytes=on_bytes,
+            on_filled=on_filled,
+        )
 
 
 def convert(
@@ -160,7 +201,7 @@ def convert(
     threads: int = defaults.THREADS,
     verify: bool = False,
     overwrite: bool = False,
-    write_shards: bool = True,
+    write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> ConversionReport:
@@ -179,7 +220,8 @@ def convert(
         verify: read every byte of finished shards before they are kept and, afterwards, of the
             result, which is compared with the source.
         overwrite: start afresh and delete what earlier runs left in ``out_dir``.
-        write_shards: False: runs of parts have written them, and it is an error if one is missing.
+        write_shards: does it, on this machine or on others; None where runs of parts have done it,
+            and it is an error if one is missing.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is written again.
 
@@ -272,12 +314,12 @@ def fill(
     threads: int,
     verify: bool,
     overwrite: bool = False,
-    write_shards: bool = True,
+    write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None,
     on_note: OnNote | None,
 ) -> Written:
     """Write the shards of a plan that are not there yet. Arguments and errors are `convert`'s."""
-    out_dir, plan, store = opened.folder.path, work.plan, work.store
+    out_dir, plan = opened.folder.path, work.plan
     # What earlier runs left, and whether it may stay.
     planned = opened.plan(work, overwrite=overwrite)
     if verify:
@@ -285,7 +327,7 @@ def fill(
             out_dir, planned.records, direct_io=direct_io, threads=threads, on_progress=on_progress
         )
         planned.redo(damaged)
-    if not write_shards:
+    if write_shards is None:
         planned.require_all()
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
@@ -296,15 +338,15 @@ def fill(
     on_bytes = track(
         "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
     )
-    moves = (move for shard in to_write for move in shard.moves)
-    with open_ahead(store, source_ranges(moves), direct=direct_io) as open_source:
-        scatter(
+    if to_write:
+        assert write_shards is not None
+        write_shards(
+            work,
             to_write,
             out_dir,
-            open_source=open_source,
-            direct=direct_io,
+            direct_io=direct_io,
             threads=threads,
-            on_bytes=lambda tensor, n: on_bytes(plan.layer_of.get(tensor, tensor), n),
+            on_bytes=lambda item, n: on_bytes(plan.layer_of.get(item, item), n),
             on_filled=writing.finish_shard,
         )
     return Written(

@@ -13,6 +13,7 @@ ConvertError            the command line prints it as one line and exits with 1,
 │   └── StorageLimitError   its owner may store no more there
 ├── RowOrderError       FlashInfer orders rows differently, or cannot be asked
 ├── VerifyError         a converted checkpoint differs from its manifest or from its source
+├── ClusterError        the machines of a Ray cluster cannot be reached, or too many have died
 └── ServingError        an engine cannot serve a converted checkpoint as it was started
 
 A message is one line: the file, the tensor where there is one, the rule and both values, as in
@@ -105,6 +106,12 @@ class RowOrderError(ConvertError):
 
 class VerifyError(ConvertError):
     """A converted checkpoint differs from its manifest or from its source."""
+
+
+class ClusterError(ConvertError):
+    """The machines of a Ray cluster cannot be reached, or too many have died."""
+
+    try_again = True
 
 
 class ServingError(ConvertError, ValueError):

@@ -21,6 +21,7 @@ from .execution.surroundings import read_manifest
 from .plan import Part
 from .progress import OnNote, OnProgress
 from .report import peak_rss
+from .storage.opening import address
 from .storage.reader import Store
 
 
@@ -97,7 +98,7 @@ def convert_part(
         parts=part.count,
         plan=whole.work.plan.fingerprint,
         max_shard_nbytes=max_shard_nbytes,
-        source=_address(provenance["path"], provenance.get("revision")),
+        source=address(provenance["path"], provenance.get("revision")),
         sources=work.identities,
     )
     nbytes, kept = 0, len(work.shards)
@@ -128,7 +129,7 @@ def convert_part(
                 direct_io=direct_io,
                 threads=threads,
                 verify=verify,
-                write_shards=False,
+                write_shards=None,
                 on_progress=on_progress,
                 on_note=on_note,
             )
@@ -185,7 +186,7 @@ def finish(
         direct_io=direct_io,
         threads=threads,
         verify=verify,
-        write_shards=False,
+        write_shards=None,
         on_progress=on_progress,
         on_note=on_note,
     )
@@ -201,9 +202,4 @@ def _recorded(out_dir: Path) -> tuple[str, int]:
         manifest = read_manifest(out_dir)
     except VerifyError as error:
         raise OutputError(f"{out_dir}: holds no part of a conversion") from error
-    return _address(manifest.source.path, manifest.source.revision), manifest.max_shard_nbytes
-
-
-def _address(path: str, revision: str | None) -> str:
-    """What `open_store` takes for a source on record."""
-    return f"{path}@{revision}" if revision and path.startswith("hf://") else path
+    return address(manifest.source.path, manifest.source.revision), manifest.max_shard_nbytes

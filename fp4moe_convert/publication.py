@@ -198,7 +198,7 @@ def _upload(
             on_bytes(name, result.sizes[name])
 
     patience = Patience(repo_id)
-    created = False
+    created, last_commit = False, ""
     while True:
         try:
             head = repository.head()
@@ -212,13 +212,15 @@ def _upload(
             if not missing:
                 return head
             if again := committed.intersection(missing):
-                raise TryAgainError(
-                    f"{min(again)} was committed and is not there (does a .gitignore name it?)"
-                )
+                if head.commit == last_commit:
+                    raise PushError(
+                        f"{repo_id}: does not take {min(again)}; does a .gitignore there name it?"
+                    )
+                raise TryAgainError(f"the Hub does not show {min(again)}, which was committed")
             names = next_commit(missing, result.sizes)
             if INDEX_NAME in names and CARD_NAME not in names:
                 tell([f"{repo_id} has a {CARD_NAME}, which stays as it is"], on_note)
-            repository.commit(
+            last_commit = repository.commit(
                 {name: result.files[name] for name in names},
                 f"Upload {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
                 after=head,
@@ -375,7 +377,5 @@ def _refuse_foreign(repo_id: str, head: Head, known: Collection[str]) -> None:
     """Refuse files that engines may read and that are not ours."""
     foreign = [name for name in head.files if name not in known and not no_engine_reads(name)]
     if foreign:
-        more = f" and {len(foreign) - 1} more files" if foreign[1:] else ""
-        raise PushError(
-            f"{repo_id}: holds something else: {min(foreign)}{more}; choose another repository"
-        )
+        named = ", ".join(sorted(foreign)[:2]) + (", ..." if foreign[2:] else "")
+        raise PushError(f"{repo_id}: holds something else: {named}; choose another repository")

@@ -7,10 +7,11 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh full
 venv=$(cd "${FP4MOE_VENV:-.venv}" && pwd)
 
-# FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. Engines and
-# exporters are looked for where their scripts put them, whatever HOME becomes.
+# FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. Engines,
+# exporters and Ray are looked for where their scripts put them, whatever HOME becomes.
 export FP4MOE_ENGINES=${FP4MOE_ENGINES:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-engines}
 export FP4MOE_EXPORTERS=${FP4MOE_EXPORTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-exporters}
+export FP4MOE_RAY=${FP4MOE_RAY:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-ray}
 [ -w "${HOME:-}" ] || export HOME=$venv
 
 exec "$venv/bin/python" -m pytest "$@"

@@ -170,6 +170,7 @@ def test_exit_code_75_while_another_run_holds_the_folder(tiny: Path, tmp_path: P
         ["convert", "model", "out", "--part", "2"],
         ["convert", "model", "out", "--part", "5/4"],
         ["convert", "model", "out", "--part", "1/2", "--overwrite"],
+        ["convert", "model", "out", "--part", "1/2", "--ray", "auto"],
         ["finish"],
         ["verify"],
         ["inspect"],

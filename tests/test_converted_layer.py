@@ -17,10 +17,12 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 from support.golden import CASES, ENGINES, PREFIX, runs_of
+from support.slow_bus import SlowBus
 
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.layouts.trtllm_nvfp4 import padded_intermediate
+from fp4moe_convert.serving import fast_copy, slices
 from fp4moe_convert.serving.converted_layer import (
     COMPRESSED_TENSORS_NAMES,
     LEAVES,
@@ -29,6 +31,7 @@ from fp4moe_convert.serving.converted_layer import (
     converted_layer_of,
 )
 from fp4moe_convert.serving.engines import tensor_parallel_sizes
+from fp4moe_convert.serving.fast_copy import Copier
 from fp4moe_convert.serving.slices import copy_share, runs
 
 pytestmark = pytest.mark.flashinfer
@@ -80,6 +83,18 @@ def layer_of(
         return latest[case]
 
     return read
+
+
+@pytest.fixture
+def through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares get to where they belong as on a GPU."""
+    monkeypatch.setattr(fast_copy, "CHUNK_NBYTES", 10_000)
+    monkeypatch.setattr(fast_copy, "MIN_NBYTES", 1)
+    monkeypatch.setattr(slices, "COPIER", Copier(lambda _: BUS))
+
+
+BUS = SlowBus()
+NARROW = [case for case, spec in CASES.items() if spec.hidden < 1000]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +182,17 @@ def test_each_rank_ends_with_the_bytes_of_its_engine(
     assert checked, "no run of this engine on record"
 
 
+@pytest.mark.usefixtures("through_pinned_memory")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", NARROW)
+def test_each_rank_through_pinned_memory(
+    layer_of: Callable[[str], Any], case: str, engine: str
+) -> None:
+    sent = BUS.sent
+    test_each_rank_ends_with_the_bytes_of_its_engine(layer_of, case, engine)
+    assert BUS.sent > sent
+
+
 # --- experts in any order, and shares that run past the end ---------------------------------------
 
 
@@ -188,6 +214,7 @@ def test_runs_are_experts_that_follow_one_another() -> None:
     assert list(runs(range(256))) == [(0, 0, 256)]
 
 
+@pytest.mark.usefixtures("through_pinned_memory")
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_each_slot_gets_its_expert(file: dict[str, torch.Tensor], leaf: str) -> None:
     tensor = file[leaf]

@@ -519,7 +519,7 @@ def test_a_planted_journal_is_no_file_to_wait_for(source: Path, tmp_path: Path) 
     run(source, out, 1)
     os.mkfifo(out / ".fp4moe-journal-2-of-3.jsonl")
     for again in (lambda: run(source, out, 3), lambda: finish(out)):
-        with pytest.raises(OutputError, match="is not a regular file"):
+        with pytest.raises(OutputError, match=r"2-of-3\.jsonl: is not a regular file$"):
             again()
 
 

@@ -1,5 +1,5 @@
-"""Pushing to the Hub: what is there afterwards, and that it is never half of it and never in place of
-something else.
+"""Pushing to the Hub: a repository gets all of a conversion, never half of one that looks whole,
+and never in place of something else.
 
 The real huggingface_hub uploads to a Hub on this machine (`support.hub_upload`).
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,13 +27,13 @@ from fp4moe_convert import (
     CheckpointError,
     PushError,
     PushReport,
-    UnreachableError,
+    StorageLimitError,
     convert,
+    publication,
     push,
     restore,
     verify,
 )
-from fp4moe_convert import publication
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.publication import LAST, next_commit
 
@@ -73,12 +72,16 @@ def original(source: Path) -> Path:
 
 
 @pytest.fixture
-def converted(hub: Hub, original: Path, tmp_path: Path) -> Path:
-    """Converted from the Hub."""
+def converted(
+    hub: Hub, original: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of what it is converted to, from the Hub."""
     hub.add(SOURCE_ID, original)
-    convert(SOURCE_ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    made = tmp_path_factory.getbasetemp() / "converted-to-push"
+    if not made.exists():
+        convert(SOURCE_ID, made, max_shard_nbytes=SMALL_SHARD_NBYTES)
     hub.forget()
-    return tmp_path / "out"
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 @pytest.fixture
@@ -111,7 +114,8 @@ def pushed_whole(uploads: Uploads, converted: Path) -> None:
 # --- what is there --------------------------------------------------------------------------------
 
 
-def test_a_new_repository(uploads: Uploads, converted: Path, small_commits: None) -> None:
+@pytest.mark.usefixtures("small_commits")
+def test_a_new_repository(uploads: Uploads, converted: Path) -> None:
     before = every_file(converted)
     result = run("push", converted, ID, "--json", "--quiet")
     assert result.exit_code == 0, result.stderr
@@ -139,8 +143,9 @@ def test_a_new_repository(uploads: Uploads, converted: Path, small_commits: None
     assert sorted(uploads.received) == sorted(set(uploads.received))
 
 
+@pytest.mark.usefixtures("uploads")
 def test_what_is_downloaded_verifies_and_comes_back(
-    uploads: Uploads, converted: Path, original: Path, tmp_path: Path
+    converted: Path, original: Path, tmp_path: Path
 ) -> None:
     push(converted, ID)
     folder = download(tmp_path)
@@ -271,7 +276,13 @@ def test_the_card_of_a_local_source_without_one(
 
 @pytest.mark.parametrize(
     "top",
-    ["license: [mit]", "- mit", "license: {", f"license: {'m' * 1000}", "license: !!python/name:os"],
+    [
+        "license: [mit]",
+        "- mit",
+        "license: {",
+        f"license: {'m' * 1000}",
+        "license: !!python/name:os",
+    ],
 )
 def test_a_source_card_that_cannot_be_read(
     uploads: Uploads, source: Path, tmp_path: Path, top: str
@@ -308,28 +319,29 @@ def test_what_is_there_is_not_even_read(
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.7, 1.1, 1.5])
+@pytest.mark.usefixtures("small_commits")
 def test_a_run_that_was_killed_goes_on(
-    uploads: Uploads, converted: Path, tmp_path: Path, small_commits: None, delay: float
+    uploads: Uploads, converted: Path, tmp_path: Path, delay: float
 ) -> None:
     large = sum(
-        file.stat().st_size for file in converted.iterdir() if file.suffix in (".safetensors", ".dat")
+        file.stat().st_size
+        for file in converted.iterdir()
+        if file.suffix in (".safetensors", ".dat")
     )
     code = (
         "import sys; from fp4moe_convert import publication, push;"
-        f"publication.COMMIT_NBYTES = {SMALL_SHARD_NBYTES}; print(flush=True); push(*sys.argv[1:])"
+        f"publication.COMMIT_NBYTES = {SMALL_SHARD_NBYTES}; push(*sys.argv[1:])"
     )
     uploads.hub._rate = large / 2
     process = subprocess.Popen(
         [sys.executable, "-c", code, converted, ID],
         env={**os.environ, **uploads.hub.environment(tmp_path / "home")},
-        stdout=subprocess.PIPE,
     )
-    assert process.stdout is not None
-    process.stdout.readline()
     while not uploads.received_nbytes and process.poll() is None:
         time.sleep(0.01)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
+    assert process.poll() is None
+    process.kill()
     process.wait()
     time.sleep(0.2)  # what was under way comes, or does not
     uploads.hub._rate = None
@@ -360,8 +372,9 @@ def test_what_passes_is_tried_again(uploads: Uploads, converted: Path, fault: Fa
     pushed_whole(uploads, converted)
 
 
+@pytest.mark.usefixtures("small_commits")
 def test_a_commit_whose_answer_is_lost(
-    uploads: Uploads, converted: Path, small_commits: None, monkeypatch: pytest.MonkeyPatch
+    uploads: Uploads, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     commit = publication.HubRepository.commit
@@ -378,7 +391,8 @@ def test_a_commit_whose_answer_is_lost(
     assert len(uploads.received) == len(set(uploads.received))
 
 
-def test_two_at_once(uploads: Uploads, converted: Path, small_commits: None) -> None:
+@pytest.mark.usefixtures("small_commits")
+def test_two_at_once(uploads: Uploads, converted: Path) -> None:
     """Another run commits the same between each look at the repository and the commit after it."""
     others: list[PushReport] = []
 
@@ -392,9 +406,8 @@ def test_two_at_once(uploads: Uploads, converted: Path, small_commits: None) -> 
     pushed_whole(uploads, converted)
 
 
-def test_somebody_puts_something_else_there_meanwhile(
-    uploads: Uploads, converted: Path, small_commits: None
-) -> None:
+@pytest.mark.usefixtures("small_commits")
+def test_somebody_puts_something_else_there_meanwhile(uploads: Uploads, converted: Path) -> None:
     def somebody() -> None:
         if len(uploads.commits) == 2:
             uploads.on_commit = None
@@ -406,8 +419,9 @@ def test_somebody_puts_something_else_there_meanwhile(
     assert INDEX not in there(uploads)
 
 
+@pytest.mark.usefixtures("small_commits")
 def test_the_same_converted_elsewhere_may_go_on(
-    uploads: Uploads, converted: Path, original: Path, tmp_path: Path, small_commits: None
+    uploads: Uploads, converted: Path, original: Path, tmp_path: Path
 ) -> None:
     """Only what the manifest says of the place of the source differs."""
     uploads.hub.faults.append(Fault("POST .*/commit/", times=1, status=403))
@@ -421,12 +435,14 @@ def test_the_same_converted_elsewhere_may_go_on(
     verify(download(tmp_path), original)
 
 
-def test_what_somebody_deleted_there_comes_back(uploads: Uploads, converted: Path) -> None:
+def test_what_somebody_deleted_there_comes_back(
+    uploads: Uploads, converted: Path, tmp_path: Path
+) -> None:
     push(converted, ID)
     uploads.add(ID, {n: c for n, c in there(uploads).items() if "00002" not in n})
     report = push(converted, ID)
     assert report.uploaded_files == 1
-    verify(converted)
+    verify(download(tmp_path), SOURCE_ID)
 
 
 def test_next_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,8 +461,8 @@ def test_next_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def documented() -> dict[str, str]:
-    text = (Path(__file__).parent.parent / "docs" / "hub.md").read_text()
-    section = text.split("## What a push refuses")[1].split("\n## ")[0]
+    text = (Path(__file__).parent.parent / "docs" / "push.md").read_text()
+    section = text.split("## What it refuses")[1].split("\n## ")[0]
     rows = [line.split(" | ") for line in section.splitlines() if "| `error: " in line]
     return {what.removeprefix("| "): line.strip("` |") for what, line in rows}
 
@@ -480,8 +496,6 @@ def holds(**files: bytes) -> Case:
 def another_conversion(uploads: Uploads, converted: Path, _: pytest.MonkeyPatch) -> None:
     out = convert(converted.parent / "source", converted.parent / "too").out_dir
     uploads.add(ID, {MANIFEST: (out / MANIFEST).read_bytes()})
-    # Where the source lies is each test's own.
-    uploads.hub.aliases = {str(converted.parent / "source"): "/models/source"}  # type: ignore[attr-defined]
 
 
 def another_version(uploads: Uploads, converted: Path, _: pytest.MonkeyPatch) -> None:
@@ -498,11 +512,7 @@ def public_there(uploads: Uploads, _: Path, __: pytest.MonkeyPatch) -> None:
     uploads.add(ID, {".gitattributes": ATTRIBUTES})
 
 
-def out_of_storage(uploads: Uploads, _: Path, __: pytest.MonkeyPatch) -> None:
-    uploads.refusal = "Private repository storage limit reached, please upgrade your plan"
-
-
-def ignored(uploads: Uploads, converted: Path, _: pytest.MonkeyPatch) -> None:
+def ignored(uploads: Uploads, _: Path, __: pytest.MonkeyPatch) -> None:
     uploads.add(ID, {".gitignore": b"tokenizer.json\n"})
 
 
@@ -543,7 +553,10 @@ REFUSED: dict[str, Case] = {
     "another format version": another_version,
     "a file was changed there": changed_there,
     "public, with --private": public_there,
-    "no storage left": out_of_storage,
+    "no storage left": answered(
+        r"POST .*\.git/info/lfs",
+        "Private repository storage limit reached, please upgrade your plan",
+    ),
     "a .gitignore there": ignored,
     "no network": down,
     "offline": offline,
@@ -552,7 +565,7 @@ REFUSED: dict[str, Case] = {
     "a damaged shard": damaged,
     "a link that leads outside": link_outside,
 }
-MAY_PASS = {"no storage left", "no network", "a .gitignore there"}
+MAY_PASS = {"no storage left", "no network"}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -590,15 +603,24 @@ def test_what_is_no_id(uploads: Uploads, converted: Path, repo_id: str) -> None:
     assert uploads.hub.requests == []
 
 
+def test_storage_that_is_refused_file_by_file(uploads: Uploads, converted: Path) -> None:
+    uploads.refusal = "Your storage patterns tripped our internal systems"
+    with pytest.raises(StorageLimitError, match=uploads.refusal) as caught:
+        push(converted, ID)
+    assert caught.value.try_again
+    uploads.refusal = ""
+    push(converted, ID)
+    pushed_whole(uploads, converted)
+
+
 def test_nothing_is_made_for_a_damaged_folder(uploads: Uploads, converted: Path) -> None:
     flip_bit(max(converted.glob("*.safetensors")))
     assert run("push", converted, ID).exit_code == 1
     assert not [each for each in uploads.hub.requests if not each.startswith("GET")]
 
 
-def test_a_file_that_changes_while_it_is_uploaded(
-    uploads: Uploads, converted: Path, small_commits: None
-) -> None:
+@pytest.mark.usefixtures("small_commits")
+def test_a_file_that_changes_while_it_is_uploaded(uploads: Uploads, converted: Path) -> None:
     shard = max(converted.glob("*.safetensors"))
     real = uploads.batch
 
@@ -645,19 +667,45 @@ def test_the_last_part_pushes(uploads: Uploads, original: Path, tmp_path: Path) 
     for part in ("2/2", "1/2"):
         assert ID not in uploads.hub.repositories
         result = run(
-            *("convert", original, tmp_path / "out", "--part", part, "--push-to-hub", ID, "--json")
+            *("convert", original, tmp_path / "out", "--part", part, "--push-to-hub", ID),
+            *("--json", "--max-shard-size", SMALL_SHARD_NBYTES),
         )
         assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["pushed"]["repo_id"] == ID
     assert INDEX in there(uploads)
 
 
-@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
-def test_a_repository_is_looked_at_before_the_conversion(
-    uploads: Uploads, original: Path, tmp_path: Path, dry_run: tuple[str, ...]
+def test_a_job_pushes(
+    uploads: Uploads, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads.hub.add(SOURCE_ID, original)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    arguments = ("ci", SOURCE_ID, tmp_path / "out", "--push-to-hub", ID, "--json", "--quiet")
+    for uploaded in (True, False):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.stderr
+        pushed_whole(uploads, tmp_path / "out")
+        pushed = json.loads(result.stdout)["pushed"]
+        assert bool(pushed["uploaded_files"]) == uploaded
+        row = f"| pushed | {pushed['uploaded_bytes']:,} bytes to {pushed['url']} at `"
+        assert row in (tmp_path / "summary.md").read_text()
+
+
+def test_a_job_says_why_it_does_not_push(
+    uploads: Uploads, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads.add(ID, {"config.json": b"{}"})
-    result = run("convert", original, tmp_path / "out", "--push-to-hub", ID, *dry_run)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    assert run("ci", original, tmp_path / "out", "--push-to-hub", ID).exit_code == 1
+    assert "holds something else: config.json" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--dry-run"])
+def test_a_repository_is_looked_at_before_the_conversion(
+    uploads: Uploads, original: Path, tmp_path: Path, option: str
+) -> None:
+    uploads.add(ID, {"config.json": b"{}"})
+    result = run("convert", original, tmp_path / "out", "--push-to-hub", ID, option)
     assert result.exit_code == 1
     assert "holds something else: config.json; choose another" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -669,7 +717,8 @@ def test_private_alone_is_wrong_usage(source: Path, tmp_path: Path) -> None:
 
 def test_no_more_is_imported_for_other_commands(converted: Path) -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from fp4moe_convert.cli.commands import app;"
+        "import sys; from typer.testing import CliRunner;"
+        "from fp4moe_convert.cli.commands import app;"
         "result = CliRunner().invoke(app, ['verify', sys.argv[1]]); assert not result.exit_code;"
         "sys.exit('huggingface_hub' in sys.modules)"
     )

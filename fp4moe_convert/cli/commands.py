@@ -156,6 +156,9 @@ Connections = Annotated[
 OutDir = Annotated[
     Path, _argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
 ]
+MaxShardSize = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DirectIo = Annotated[
@@ -168,10 +171,29 @@ DirectIo = Annotated[
 Threads = Annotated[
     int, typer.Option(min=1, max=256, help="Workers; each takes about 17 MB of memory.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        show_default=False,
+        help="Upload the result to a repository on the Hub, as fp4moe push does.",
+    ),
+]
 Private = Annotated[
     bool,
     typer.Option("--private", help="Make the repository private. One that is there must be."),
 ]
+
+
+def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
+    """Look at the repository before hours are spent on what cannot be pushed there."""
+    if push_to_hub is None:
+        if private:
+            raise typer.BadParameter("--private goes with --push-to-hub")
+        return
+    from ..publication import check_repository
+
+    check_repository(push_to_hub, private=private)
 
 
 @app.command("convert")
@@ -182,10 +204,7 @@ def convert_command(
     out_dir: OutDir,
     revision: Revision = None,
     cache_dir: CacheDir = None,
-    max_shard_size: Annotated[
-        int,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file."),
-    ] = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses defaults, too
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # typer parses it
     verify: Annotated[
         bool,
         typer.Option(
@@ -213,14 +232,15 @@ def convert_command(
             "the folder.",
         ),
     ] = None,
-    push_to_hub: Annotated[
+    ray: Annotated[
         str | None,
         typer.Option(
-            metavar="OWNER/NAME",
+            metavar="ADDRESS",
             show_default=False,
-            help="Upload the result to a repository on the Hub, as fp4moe push does.",
+            help="Convert with the nodes of this Ray cluster; auto finds the one that runs here.",
         ),
     ] = None,
+    push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -233,12 +253,9 @@ def convert_command(
 
     if part and overwrite:
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
-    if private and push_to_hub is None:
-        raise typer.BadParameter("--private goes with --push-to-hub")
-    if push_to_hub is not None:
-        from ..publication import check_repository
-
-        check_repository(push_to_hub, private=private)
+    if part and ray:
+        raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
+    _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
@@ -250,6 +267,7 @@ def convert_command(
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
+    from ..cluster import convert_on_ray
     from ..conversion import convert
     from ..parts import convert_part
     from .display import part_tables, progress_on, pushed_table, report_table
@@ -267,6 +285,8 @@ def convert_command(
         }
         if part:
             share = convert_part(store, out_dir, part, **options)
+        elif ray:
+            report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
         if push_to_hub is not None and (part is None or share.whole):
@@ -344,6 +364,68 @@ def finish_command(
         )
     _warn(report.warnings)
     _print(report.as_json() if as_json else [report_table(report)])
+
+
+@app.command("ci")
+@_fails_plainly
+def ci_command(
+    model: Model,
+    out_dir: OutDir,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # as above
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+    connections: Connections = defaults.CONNECTIONS,
+) -> None:
+    """Convert and verify as a CI job, or find in seconds that it has been done."""
+    from ..ci import run_job
+    from ..storage.opening import open_store
+    from .display import job_table, progress_on, pushed_table
+    from .summary import add_summary, done_summary, failed_summary
+
+    when_interrupted(advice="; run the same command again to resume")
+    pushed = None
+    try:
+        _check_repository(push_to_hub, private=private)
+        store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+        with progress_on(sys.stderr, quiet=quiet) as on_progress:
+            job = run_job(
+                store,
+                out_dir,
+                max_shard_nbytes=max_shard_size,
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+                on_note=None if quiet else _say,
+            )
+            if push_to_hub is not None:
+                from ..publication import push
+
+                pushed = push(
+                    out_dir,
+                    push_to_hub,
+                    private=private,
+                    direct_io=direct_io,
+                    threads=threads,
+                    on_progress=on_progress,
+                    on_note=None if quiet else _say,
+                )
+    except ConvertError as error:
+        add_summary(failed_summary(model, error))
+        raise
+    add_summary(done_summary(job, pushed))
+    _warn(job.conversion.warnings)
+    content, tables = job.as_json(), [job_table(job)]
+    if pushed:
+        _warn(pushed.warnings)
+        content["pushed"] = pushed.as_json()
+        tables.append(pushed_table(pushed))
+    _print(content if as_json else tables)
 
 
 @app.command("verify")

@@ -23,6 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from ..ci import JobReport, report_path
 from ..conversion import ConversionReport, Preview
 from ..errors import printable
 from ..format.contract import Geometry
@@ -122,6 +123,14 @@ def report_table(report: ConversionReport) -> Table:
             **_prospects(report.prospects, report.serve),
         }
     )
+
+
+def job_table(job: JobReport) -> Table:
+    """What a job found or did."""
+    table = report_table(job.conversion)
+    table.add_row("job", "unchanged, verified before" if job.unchanged else "converted, verified")
+    table.add_row("report", _cell(str(report_path(job.conversion.out_dir))))
+    return table
 
 
 def part_tables(share: PartReport) -> Iterator[Table]:

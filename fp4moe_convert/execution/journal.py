@@ -132,10 +132,9 @@ class Journal:
 
     def read(self) -> None:
         """Read all journals of the folder, the other parts' too: what is recorded by now."""
-        with naming(self._path, OutputError):
-            for path in _journals(self._out_dir):
-                for line in _lines(path):
-                    self._apply(line, path.name)
+        for path in _journals(self._out_dir):
+            for line in _lines(path):
+                self._apply(line, path.name)
 
     def declare(self, files: Iterable[str]) -> None:
         """Record names of files before they are created, so that a later run knows them as ours."""
@@ -195,7 +194,7 @@ class Journal:
         """Who wrote the latest line of a run on itself: of this part, or of any where the folder is
         held."""
         whole = self._path.name == JOURNAL_NAME
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputError):
             journals = _journals(self._out_dir) if whole else [self._path]
             for path in sorted(journals, key=os.path.getmtime, reverse=True):
                 if owners := [line.owner for line in _lines(path) if isinstance(line, _Run)]:
@@ -250,30 +249,32 @@ def divisions_in(out_dir: Path) -> dict[str, Division]:
     Raises:
         OutputError: one cannot be read.
     """
-    with naming(out_dir, OutputError):
-        return {
-            path.name: line
-            for path in _journals(out_dir)
-            for line in _lines(path)
-            if isinstance(line, Division)
-        }
+    return {
+        path.name: line
+        for path in _journals(out_dir)
+        for line in _lines(path)
+        if isinstance(line, Division)
+    }
 
 
 def _journals(out_dir: Path) -> list[Path]:
     """The folder's own comes first: what parts have recorded is later."""
-    return sorted(
-        (out_dir / name for name in os.listdir(out_dir) if is_journal(name)),
-        key=lambda path: (path.name != JOURNAL_NAME, path.name),
-    )
+    with naming(out_dir, OutputError):
+        names = [name for name in os.listdir(out_dir) if is_journal(name)]
+    return [out_dir / name for name in sorted(names, key=lambda name: (name != JOURNAL_NAME, name))]
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    with contextlib.suppress(FileNotFoundError):  # another part has just removed it
-        with open(path, "rb", opener=open_regular) as file:
-            texts = file.read().split(b"\n")
-        for text in texts:
-            with contextlib.suppress(ValueError):
-                yield decode(text, _Line)  # type: ignore[arg-type]  # a union is no class, to mypy
+    texts = []
+    with (
+        naming(path, OutputError),
+        contextlib.suppress(FileNotFoundError),  # another part may have just removed its own
+        open(path, "rb", opener=open_regular) as file,
+    ):
+        texts = file.read().split(b"\n")
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            yield decode(text, _Line)  # type: ignore[arg-type]  # a union is no class, to mypy
 
 
 def _whoami(part: Part | None) -> str:

@@ -21,6 +21,7 @@ from ..format.contract import MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
 from ..source.names import stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
+from .fast_copy import COPIER
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,11 @@ class GuardedLoader:
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kw: Any) -> Any:
         delivered: set[str] = set()
-        loaded = self.stock(self.gate.distribute(self.gate.judge(weights), delivered), *args, **kw)
+        ours = self.gate.distribute(self.gate.judge(weights), delivered)
+        try:
+            loaded = self.stock(ours, *args, **kw)
+        finally:
+            COPIER.give_back()
         return loaded | delivered if isinstance(loaded, set) else loaded
 
 

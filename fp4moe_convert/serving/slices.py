@@ -6,12 +6,13 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..format.contract import GROUP_SIZE
+from .fast_copy import COPIER, Copy, copy_plainly
 
 TILE_NBYTES = 512
 """Of one tile of 128x4 block scales."""
@@ -84,7 +85,7 @@ def copy_share(
     if cut is None:
         if source.shape[1:] != target.shape[1:]:
             raise ValueError(f"{leaf} is {list(source.shape)}, expected {list(target.shape)}")
-        return _copy(source, target, experts)
+        return _copy(source, target, experts, COPIER.copy)
     file, own = source, target
     if leaf.endswith("_scale"):
         file, own = _tiles(leaf, source), _tiles(leaf, target)
@@ -95,16 +96,23 @@ def copy_share(
     first, last = start // cut.period, -(-stop // cut.period)
     held = file.narrow(cut.axis, first * cut.extent, (last - first) * cut.extent)
     if start % cut.period == 0 and stop % cut.period == 0:
-        return _copy(held, own, experts)
+        return _copy(held, own, experts, COPIER.copy)
+    here = torch.empty(held.shape, dtype=held.dtype, device=own.device)
+    COPIER.copy([(here, held)])
     return _copy_lanes(
-        _lanes(leaf, held.to(own.device), gated),
+        _lanes(leaf, here, gated),
         _lanes(leaf, own.zero_(), gated),
         range((start - first * cut.period) // LANE, (stop - first * cut.period) // LANE),
         experts,
     )
 
 
-def _copy(file: torch.Tensor, own: torch.Tensor, experts: Sequence[int]) -> int:
+def _copy(
+    file: torch.Tensor,
+    own: torch.Tensor,
+    experts: Sequence[int],
+    copy: Callable[[Sequence[Copy]], None],
+) -> int:
     """Copy what both have, from the start of each axis after the first; the rest of ``own`` becomes
     zero."""
     for axis in range(1, own.dim()):
@@ -113,11 +121,13 @@ def _copy(file: torch.Tensor, own: torch.Tensor, experts: Sequence[int]) -> int:
         file, own = file.narrow(axis, 0, extent), own.narrow(axis, 0, extent)
     if not own.numel():
         return 0
-    copies = 0
-    for slot, expert, count in runs(experts):
-        own.narrow(0, slot, count).copy_(file.narrow(0, expert, count))
-        copies += 1
-    return copies
+    copies = [
+        (own.narrow(0, slot, count), file.narrow(0, expert, count))
+        for slot, expert, count in runs(experts)
+    ]
+    if copies:
+        copy(copies)
+    return len(copies)
 
 
 def _copy_lanes(
@@ -132,7 +142,7 @@ def _copy_lanes(
         units = len(part[lane :: len(own)])
         start, other = divmod(part.start + lane, len(own))
         source = file[other].narrow(1, start, units) if units else file[other][:, :0]
-        copies += _copy(source, target.narrow(1, 0, units), experts)
+        copies += _copy(source, target.narrow(1, 0, units), experts, copy_plainly)
     return copies
 
 

@@ -124,7 +124,7 @@ class HubRepository:
         after: Head,
         check: Callable[[Sequence[str]], None],
         on_uploaded: Callable[[str], None],
-    ) -> None:
+    ) -> str:
         """Upload files, and add them to the repository by one commit.
 
         Args:
@@ -133,6 +133,9 @@ class HubRepository:
             after: the commit before it. If there has been another, nothing is added.
             check: called with all paths once the files have been read and uploaded; may raise.
             on_uploaded: told each path, from any thread.
+
+        Returns:
+            The hash of the commit.
 
         Raises:
             PushError: that is not allowed.
@@ -149,9 +152,9 @@ class HubRepository:
                 list(pool.map(upload, files))
         check(list(contents))
         with _explained(self.repo_id), _without_bars():
-            self._api.create_commit(
+            return self._api.create_commit(
                 self.repo_id, files, commit_message=message, parent_commit=after.commit
-            )
+            ).oid
 
 
 @contextmanager

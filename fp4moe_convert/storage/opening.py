@@ -52,6 +52,11 @@ def open_store(
     return LocalFolder(Path(location))
 
 
+def address(path: str, revision: str | None) -> str:
+    """What `open_store` takes, on any machine, for a source of this provenance."""
+    return f"{path}@{revision}" if revision and path.startswith(_HUB_PREFIX) else path
+
+
 def _is_on_hub(location: str) -> bool:
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location, re.ASCII) is not None
     return location.startswith(_HUB_PREFIX) or (is_id and not os.path.exists(location))

@@ -1,6 +1,6 @@
-"""What the Hub of `support.hub` needs to be written to: repositories are made, files are uploaded as
-LFS does it, and committed.
+"""What the Hub of `support.hub` needs to be written to.
 
+Repositories are made, files are uploaded by LFS, and committed.
 It checks what the real one checks: the token, the digest of what was uploaded, the parent of a
 commit, and that what a commit names has been uploaded.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from support.hub import _ID, LARGE, Hub, Repository, Stored, _Handler, _Refusal
 
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"

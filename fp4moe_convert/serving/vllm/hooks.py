@@ -17,6 +17,7 @@ The code follows vLLM 0.33.0 line by line.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
@@ -85,6 +86,7 @@ logger = init_logger("vllm.fp4moe")  # vLLM prints what is logged below its own 
 @cache  # a process may be told to load its plugins more than once
 def register() -> None:
     """Put `CONFIGS` in the place of stock's, and a gate before every model."""
+    logging.getLogger("fp4moe_convert").parent = logger  # for what all engines share
     for name, config in CONFIGS.items():
         register_quantization_config(name)(config)
     for loader in (base_loader, ipc_loader, tensorizer_loader):

@@ -1,0 +1,132 @@
+"""Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
+
+    python -m benchmarks.families                 # six models of 1.4 GB, by turns: fifteen minutes
+    python -m benchmarks.families --rounds 5 --json families.json
+
+A kind is a way of its own through the program: names, scales, experts without a gate, what stands
+beside the experts. The models have the tensors of `tests/support/model_zoo.py`, at one width. They
+take turns, so that a disk that is slow for a while is slow for all of them; files are evicted from
+the page cache before each run, and synced by the program, as in `benchmarks.convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from .common import environment, model_files, scratch_folder
+from .convert import Bench, Run
+from .report import Json, parser_of, say, table, where, write_json
+
+KINDS = {
+    "deepseek_v3": "gate_proj, up_proj, down_proj",
+    "minimax_m2": "w1, w3, w2",
+    "nemotron_h": "without a gate",
+    "deepseek_v3-ct": "compressed-tensors",
+    "qwen3_5_moe-mixed": "mixed precision",
+    "deepseek_v4": "amid FP8",
+}
+"""What is special, by the model's name in the zoo. The others are compared with the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run with one kind of model."""
+
+    kind: str
+    model_bytes: int
+    run: Run
+
+    @property
+    def seconds_for_gb(self) -> float:
+        return self.run.wall_s / self.model_bytes * 1e9
+
+
+def make_model(folder: Path, kind: str, sizes: argparse.Namespace) -> None:
+    from tests.support.model_zoo import FAMILIES, write_family
+
+    family = FAMILIES[kind]
+    spec = replace(
+        family.spec,
+        experts=sizes.experts,
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+    )
+    write_family(folder, replace(family, spec=spec))
+
+
+def measure(arguments: argparse.Namespace, scratch: Path) -> list[Measured]:
+    benches = {}
+    for kind in KINDS:
+        say(f"making {kind}")
+        (scratch / kind).mkdir()
+        bench = Bench(scratch / kind / "model", scratch / kind)
+        make_model(bench.model, kind, arguments)
+        bench.converted = bench.out("ours")  # of the round before, or just made
+        benches[kind] = bench
+    runs = []
+    for number in range(1, arguments.rounds + 1):
+        for kind, bench in benches.items():
+            nbytes = sum(path.stat().st_size for path in model_files(bench.model))
+            for program in ("ours", "restore"):
+                bench.remove(program)
+                run = bench.run(program, number)
+                runs.append(Measured(kind, nbytes, run))
+                say(f"round {number}/{arguments.rounds}  {kind}  {program}  {run.wall_s:.2f} s")
+            bench.remove("restore")
+    return runs
+
+
+def lines(runs: list[Measured]) -> Iterator[str]:
+    """Medians; the ratios are medians of those of each round."""
+
+    def of(kind: str, program: str) -> list[Measured]:
+        return [m for m in runs if (m.kind, m.run.program) == (kind, program)]
+
+    def ratio(some: list[Measured], others: list[Measured]) -> str:
+        pairs = zip(some, others, strict=True)
+        return f"{median(a.seconds_for_gb / b.seconds_for_gb for a, b in pairs):.2f}"
+
+    first = next(iter(KINDS))
+    rows = []
+    for kind, special in KINDS.items():
+        ours, restored = of(kind, "ours"), of(kind, "restore")
+        rows.append(
+            (
+                f"{kind}: {special}",
+                f"{ours[0].model_bytes / 1e9:.2f}",
+                f"{median(m.seconds_for_gb for m in ours):.2f}",
+                ratio(ours, of(first, "ours")),
+                f"{max(m.run.peak_rss_bytes for m in ours) / 1e6:.0f}",
+                f"{median(m.seconds_for_gb for m in restored):.2f}",
+                ratio(restored, ours),
+                f"{max(m.run.peak_rss_bytes for m in restored) / 1e6:.0f}",
+            )
+        )
+    head = ("kind", "GB", "convert s/GB", f"to {first}", "MB", "restore s/GB", "to convert", "MB")
+    yield from table(head, rows)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=64, help="of each of two layers (64)")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    arguments = parser.parse_args()
+    with scratch_folder(arguments.work_dir) as scratch:
+        runs = measure(arguments, scratch)
+        surroundings: Json = environment(scratch, max(m.model_bytes for m in runs))
+    print(where(surroundings))
+    print("\n".join(lines(runs)))
+    write_json(arguments.json, {"environment": surroundings, "runs": [asdict(run) for run in runs]})
+
+
+if __name__ == "__main__":
+    main()

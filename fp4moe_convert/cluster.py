@@ -1,0 +1,192 @@
+"""A conversion on a Ray cluster: one task a shard, on whichever node has room.
+
+The driver alone holds the folder's lock and its journal. A task fills a shard's temporary file and
+returns the checksums; the driver then records the shard and gives it its name. So a node that dies
+costs the shards that it was at: Ray runs their tasks again elsewhere.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from .conversion import ConversionReport, convert, preview, write_here
+from .errors import CheckpointError, ClusterError, ConvertError, OutputError
+from .execution.scatter import OnFilled
+from .execution.stock import Conversion
+from .format.manifest import Identity
+from .plan import PlannedShard
+from .progress import OnBytes
+from .storage.durable import WriteFile, partial_path
+from .storage.opening import address, open_store
+from .storage.reader import Store
+
+RETRIES = 5
+"""Of a task whose node or process has died."""
+STOPPING_SECONDS = 10
+
+
+def convert_on_ray(
+    model_dir: str | Path | Store, out_dir: str | Path, cluster: str = "auto", **options: Any
+) -> ConversionReport:
+    """Convert with the nodes of a Ray cluster.
+
+    All of them see the output folder, and the source if it is a folder, under the same paths.
+
+    Args:
+        cluster: its address, as `ray.init` takes it.
+
+    The other arguments, and the errors, are those of `conversion.convert`. In particular:
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or nodes have died too often.
+        ConvertError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConvertError(
+            "Ray is not installed; pip install 'fp4moe-convert[ray]', on all nodes"
+        ) from None
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            try:
+                ray.init(cluster, log_to_driver=False, logging_level="error")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClusterError(f"Ray at {cluster!r}: {str(error).splitlines()[0]}") from error
+            stack.callback(ray.shutdown)
+        return convert(model_dir, out_dir, write_shards=_write_on_ray, **options)
+
+
+def _write_on_ray(
+    work: Conversion,
+    shards: Sequence[PlannedShard],
+    out_dir: Path,
+    *,
+    direct_io: bool,
+    threads: int,
+    on_bytes: OnBytes,
+    on_filled: OnFilled,
+) -> None:
+    """`conversion.WriteShards` by tasks of a cluster."""
+    import ray
+
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if not (cpus := min((each for each in nodes if each), default=0)):
+        raise ClusterError("the Ray cluster has no node with a CPU")
+    provenance = work.store.provenance()
+    task = (
+        ray.remote(_write_shard)
+        .options(num_cpus=min(threads, cpus), max_retries=RETRIES, scheduling_strategy="SPREAD")
+        .remote
+    )
+    write = partial(
+        task,
+        source=address(provenance["path"], provenance.get("revision")),
+        connections=work.store.connections,
+        max_shard_nbytes=work.plan.max_shard_nbytes,
+        out_dir=out_dir.absolute(),
+        direct_io=direct_io,
+        threads=threads,
+        run=uuid.uuid4().hex,
+    )
+    tasks = {
+        write(
+            name=shard.name,
+            fingerprint=shard.fingerprint,
+            sources={name: work.identities[name] for name in shard.source_files},
+        ): shard
+        for shard in shards
+    }
+    try:
+        while tasks:
+            [task_done], _ = ray.wait(list(tasks), num_returns=1)
+            shard = tasks[task_done]
+            try:
+                node, checksums, failure, cause = ray.get(task_done)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"{shard.name}: {str(error).splitlines()[0]}") from error
+            if failure is not None:
+                raise failure from cause
+            del tasks[task_done]
+            try:
+                file = WriteFile(partial_path(out_dir / shard.name), None, direct=False)
+            except OutputError as error:
+                raise OutputError(
+                    f"{error}, though {node} has written it: all nodes must share {out_dir}"
+                ) from error
+            on_filled(shard, file, checksums)
+            on_bytes(shard.name, shard.nbytes - len(shard.header))
+    finally:
+        if tasks:
+            # They end before the folder is tidied up. Not by force: Ray 2.60 then aborts the driver
+            # ("Tried to complete task that was not pending").
+            for left in tasks:
+                ray.cancel(left)
+            ray.wait(list(tasks), num_returns=len(tasks), timeout=STOPPING_SECONDS)
+
+
+def _write_shard(
+    *,
+    source: str,
+    connections: int,
+    max_shard_nbytes: int,
+    out_dir: Path,
+    direct_io: bool,
+    threads: int,
+    run: str,
+    name: str,
+    fingerprint: str,
+    sources: Mapping[str, Identity],
+) -> tuple[str, dict[str, str] | None, ConvertError | None, BaseException | None]:
+    """A task: fill one shard's temporary file.
+
+    Returns:
+        This node's name, and the XXH3-128 of each tensor, or what went wrong and its cause, which
+        an exception would lose on its way.
+    """
+    node = socket.gethostname()
+    checksums: dict[str, str] = {}
+
+    def keep(_: PlannedShard, file: WriteFile, digests: dict[str, str]) -> None:
+        file.sync()
+        checksums.update(digests)
+
+    try:
+        work = _prepared(source, connections, max_shard_nbytes, run)
+        shard = next((shard for shard in work.plan.shards if shard.name == name), None)
+        for file, identity in sources.items():
+            if work.identities.get(file) != identity:
+                raise CheckpointError(f"{file}: is not the same file as on the driver's machine")
+        if shard is None or shard.fingerprint != fingerprint:
+            raise CheckpointError(f"{name}: is planned otherwise by the release that is installed")
+        # What a task that has died may have left. One that only seems dead goes on writing the same
+        # bytes into a file that has no name.
+        partial_path(out_dir / name).unlink(missing_ok=True)
+        write_here(
+            work,
+            [shard],
+            out_dir,
+            direct_io=direct_io,
+            threads=threads,
+            on_bytes=lambda *_: None,
+            on_filled=keep,
+        )
+        work.check_unchanged(sources)
+    except ConvertError as error:
+        return node, None, type(error)(f"{error} (on {node})"), error.__cause__
+    return node, checksums, None, None
+
+
+@lru_cache(maxsize=1)
+def _prepared(source: str, connections: int, max_shard_nbytes: int, run: str) -> Conversion:  # noqa: ARG001
+    """The whole plan, made once a ``run`` in each process that works at its tasks."""
+    store = open_store(source, connections=connections)
+    return preview(store, max_shard_nbytes=max_shard_nbytes).work

@@ -1,0 +1,203 @@
+"""`fp4moe ci`: jobs that are repeated, what they report, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.folders import INDEX, contents, flip_bit
+from support.hub import Hub
+from support.specs import SMALL_SHARD_NBYTES
+from typer.testing import CliRunner, Result
+
+from fp4moe_convert import convert, verification
+from fp4moe_convert.cli.commands import app
+from fp4moe_convert.execution import surroundings
+from fp4moe_convert.execution.output_folder import OutputFolder
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    return tmp_path / "page.md"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each shard that is read back."""
+    read: list[str] = []
+    read_back = verification.read_back
+
+    def counted(shards: Any, *arguments: Any, **options: Any) -> int:
+        read.extend(shard.name for shard in shards)
+        return read_back(shards, *arguments, **options)
+
+    monkeypatch.setattr(verification, "read_back", counted)
+    return read
+
+
+def job(source: Path | str, out: Path, *more: str) -> Result:
+    size = str(SMALL_SHARD_NBYTES)
+    arguments = ["ci", str(source), str(out), "--max-shard-size", size, "--quiet", *more]
+    return CliRunner().invoke(app, arguments)
+
+
+def done(source: Path | str, out: Path) -> dict[str, Any]:
+    result = job(source, out, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert json.loads(out.with_name(f"{out.name}.report.json").read_text()) == report
+    return dict(report)
+
+
+def test_the_second_job_finds_it_done(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], page: Path, reads: list[str]
+) -> None:
+    out = tmp_path / "out"
+    first = done(source, out)
+    assert first["unchanged"] is False
+    assert first["conversion"]["bytes_written"] == first["conversion"]["bytes_out"]
+    assert first["conversion"]["verify_seconds"] is not None
+    assert contents(out) == expected
+    assert len(reads) == 8
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = done(source, out)
+    assert second["unchanged"] is True
+    assert second["conversion"]["bytes_written"] == 0
+    assert second["verified_manifest"] == first["verified_manifest"]
+    assert len(reads) == 8
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    one, two = page.read_text().split("## fp4moe: ")[1:]
+    assert one.startswith(f"{source}\n")
+    assert "| result | converted and verified |" in one
+    assert "| result | unchanged, verified by an earlier job |" in two
+    assert f"vllm serve {out} " in one
+
+
+def test_from_the_hub(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """The second job fetches headers, and no weight."""
+    hub.add("org/model", source)
+    assert done("org/model", tmp_path / "out")["unchanged"] is False
+    sent = sum(stop - start for own in hub.served().values() for start, stop in own)
+    again = done("org/model", tmp_path / "out")
+    assert again["unchanged"] is True
+    assert again["conversion"]["fetched"]["bytes"] < sent / 4
+
+
+def lose_the_report(out: Path) -> None:
+    out.with_name("out.report.json").unlink()
+
+
+def spoil_the_report(out: Path) -> None:
+    out.with_name("out.report.json").write_text('{"verified_manifest": 1}')
+
+
+def lose_a_shard(out: Path) -> None:
+    sorted(out.glob("*.safetensors"))[2].unlink()
+
+
+def cut_a_shard(out: Path) -> None:
+    os.truncate(sorted(out.glob("*.safetensors"))[2], 9)
+
+
+def lose_it_all(out: Path) -> None:
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    "change", [lose_the_report, spoil_the_report, lose_a_shard, cut_a_shard, lose_it_all]
+)
+def test_what_no_job_has_verified_is_verified(
+    source: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    reads: list[str],
+    change: Callable[[Path], object],
+) -> None:
+    out = tmp_path / "out"
+    done(source, out)
+    reads.clear()
+    change(out)
+    report = done(source, out)
+    assert report["unchanged"] is False
+    assert len(reads) >= 8
+    assert contents(out) == expected
+    assert done(source, out)["unchanged"] is True
+
+
+def test_a_manifest_of_another_release_is_verified(
+    source: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(source, tmp_path / "out")
+    reads.clear()
+    monkeypatch.setattr(surroundings, "VERSION", "9.9")
+    assert done(source, tmp_path / "out")["unchanged"] is False
+    assert len(reads) >= 8
+    assert done(source, tmp_path / "out")["unchanged"] is True
+
+
+def test_a_conversion_that_nobody_has_verified(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], reads: list[str]
+) -> None:
+    """As after a kill between the two, or of a run by hand; one bit is wrong."""
+    out = tmp_path / "out"
+    convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    flip_bit(sorted(out.glob("*.safetensors"))[3])
+    report = done(source, out)
+    assert report["conversion"]["shards_kept"] == 7
+    assert len(reads) >= 8
+    assert contents(out) == expected
+
+
+def test_bad_input(source: Path, tmp_path: Path, page: Path) -> None:
+    (source / "config.json").write_text("`not` JSON")
+    result = job(source, tmp_path / "out", "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: config.json: not JSON")
+    assert not (tmp_path / "out.report.json").exists()
+    text = page.read_text()
+    assert text.startswith(f"## fp4moe: {source}\n\n**Failed.** Somebody has to look at it.\n")
+    assert text.endswith(f"```\n{result.stderr}```\n\n")
+
+
+def test_try_again(source: Path, tmp_path: Path, page: Path) -> None:
+    done(source, tmp_path / "out")
+    with OutputFolder(tmp_path / "out", source=source):
+        result = job(source, tmp_path / "out")
+    assert result.exit_code == os.EX_TEMPFAIL
+    assert "**Failed.** The reason may pass: try again." in page.read_text()
+    assert done(source, tmp_path / "out")["unchanged"] is True
+
+
+def test_another_conversion_is_in_the_way(source: Path, tmp_path: Path) -> None:
+    done(source, tmp_path / "out")
+    os.utime(sorted(source.glob("*.safetensors"))[0])
+    before = contents(tmp_path / "out")
+    result = job(source, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "holds a finished conversion of another checkpoint" in result.stderr
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_page_that_cannot_be_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "page.md"))
+    result = job(source, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.endswith("page.md: No such file or directory\n")
+    assert (tmp_path / "out" / INDEX).exists()
+
+
+def test_the_table(source: Path, tmp_path: Path) -> None:
+    for what in ("converted, verified", "unchanged, verified before"):
+        result = job(source, tmp_path / "out")
+        assert result.exit_code == 0
+        rows = dict(line.split(None, 1) for line in result.stdout.splitlines() if "  " in line)
+        assert rows["job"] == what
+        assert rows["report"] == str(tmp_path / "out.report.json")

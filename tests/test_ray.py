@@ -1,0 +1,214 @@
+"""Conversions on a Ray cluster: nodes that die, runs that are resumed. The cluster is Ray's own for
+tests, with all nodes on this machine (`support.ray_driver`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.folders import INDEX, every_file, write_byte
+from support.make_checkpoint import make_checkpoint
+from support.processes import finding_support
+from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
+from support.tensors import range_of
+
+from fp4moe_convert import (
+    CheckpointError,
+    ClusterError,
+    ConvertError,
+    cluster,
+    convert,
+    convert_on_ray,
+)
+from fp4moe_convert.conversion import prepare
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
+TENSOR = "model.layers.2.mlp.experts.2.down_proj.weight_scale"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def expected_files(folder: Path) -> dict[str, bytes]:
+    """What one process makes of the same source."""
+    make_checkpoint(folder / "model", MANY_SHARDS)
+    convert(folder / "model", folder / "one", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    return every_file(folder / "one")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, expected_files: dict[str, bytes]) -> dict[str, Any]:  # noqa: ARG001
+    bad = Path(shutil.copytree(folder / "model", folder / "model-bad"))
+    [home] = [p for p in bad.glob("*.safetensors") if TENSOR.encode() in p.read_bytes()]
+    write_byte(home, range_of(home, TENSOR)[0], 0x7F)
+    driver = Path(__file__).parent / "support" / "ray_driver.py"
+    python = RAY / "bin" / "python"
+    assert python.exists(), "run scripts/setup_ray.sh"
+    done = subprocess.run(
+        [python, driver, folder / "model", folder, str(SMALL_SHARD_NBYTES), folder / "found.json"],
+        env={**finding_support(), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return dict(json.loads((folder / "found.json").read_text()))
+
+
+@pytest.mark.ray
+def test_a_node_that_dies_costs_its_shard_only(
+    folder: Path, found: dict[str, Any], expected_files: dict[str, bytes]
+) -> None:
+    """It had begun that shard; another node has written it."""
+    assert found["killed"]["shard"] in expected_files
+    assert found["killed"]["written"]
+    assert every_file(folder / "killed") == expected_files
+
+
+@pytest.mark.ray
+def test_a_run_is_resumed(
+    folder: Path, found: dict[str, Any], expected_files: dict[str, bytes]
+) -> None:
+    left, kept, (done, total, steps) = found["resumed"].values()
+    assert 0 < kept == len(left) < len(shards := [n for n in expected_files if "-of-" in n])
+    assert done == total
+    assert steps == len(shards) - kept
+    assert every_file(folder / "resumed") == expected_files
+
+
+@pytest.mark.ray
+def test_on_the_command_line(
+    folder: Path, found: dict[str, Any], expected_files: dict[str, bytes]
+) -> None:
+    code, stdout, stderr = found["command"]
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout)["shards_kept"] == 0
+    assert every_file(folder / "command") == expected_files
+
+
+@pytest.mark.ray
+def test_what_a_task_finds_wrong_is_told(folder: Path, found: dict[str, Any]) -> None:
+    start, _, node = found["bad source"].partition(" (on ")
+    assert start.endswith(f"{TENSOR!r} has a NaN block scale (0x7F or 0xFF)")
+    assert start.startswith("CheckpointError: model-")
+    assert node
+    assert not (folder / "bad" / INDEX).exists()
+
+
+# --- without Ray ----------------------------------------------------------------------------------
+
+
+def test_without_ray(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConvertError, match=r"Ray is not installed; pip install 'fp4moe-convert"):
+        convert_on_ray(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_not_there(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ClusterError, match=r"^Ray at 'auto': Could not find [\w ]+\.$") as caught:
+        convert_on_ray(tiny, tmp_path / "out")
+    assert caught.value.try_again
+    assert not (tmp_path / "out").exists()
+
+
+def task(model: Path, out: Path, **changes: Any) -> Any:
+    """What a task does about the first shard, in this process."""
+    checkpoint, plan = prepare(model, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    shard = plan.shards[0]
+    identities = {each.name: each.identity for each in checkpoint.shards}
+    arguments = {
+        "source": str(model),
+        "connections": 1,
+        "max_shard_nbytes": SMALL_SHARD_NBYTES,
+        "out_dir": out,
+        "direct_io": True,
+        "threads": 2,
+        "run": str(out),
+        "name": shard.name,
+        "fingerprint": shard.fingerprint,
+        "sources": {name: identities[name] for name in shard.source_files},
+    }
+    return cluster._write_shard(**{**arguments, **changes})
+
+
+def test_a_task_replaces_what_a_dead_one_left(
+    source: Path, tmp_path: Path, expected: dict[str, bytes], disk_calls: list[tuple[str, ...]]
+) -> None:
+    """And its bytes are on the disk when it says so."""
+    name = "model-00001-of-00008.safetensors"
+    partial = tmp_path / f"{name}.partial"
+    partial.write_bytes(b"x" * 10**6)
+    _, checksums, failure, _ = task(source, tmp_path)
+    assert failure is None
+    assert partial.read_bytes() == expected[name]
+    assert disk_calls[-1] == ("sync", partial.name)
+    manifest = json.loads(expected["fp4moe_manifest.json"])
+    assert checksums == manifest["shards"][name]["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sources": {"model-00001-of-00003.safetensors": {}}}, "is not the same file as on the"),
+        ({"fingerprint": "x"}, "is planned otherwise"),
+        ({"name": "x"}, "is planned otherwise"),
+        ({"out_dir": Path("/nowhere")}, "No such file or directory"),
+        ({"source": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_a_task_that_sees_something_else(
+    source: Path, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    _, checksums, failure, _ = task(source, tmp_path, **change)
+    assert checksums is None
+    assert isinstance(failure, ConvertError)
+    assert why in str(failure)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_task_whose_source_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = cluster.write_here
+
+    def write_and_touch(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        os.utime(source / "model-00001-of-00003.safetensors")
+
+    monkeypatch.setattr(cluster, "write_here", write_and_touch)
+    _, _, failure, _ = task(source, tmp_path)
+    assert "has changed while it was read" in str(failure)
+
+
+def test_a_failure_that_may_pass_still_may_on_the_driver(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    _, _, failure, cause = task(source, tmp_path)
+    with pytest.raises(ConvertError) as caught:
+        raise failure from cause
+    assert caught.value.try_again
+    assert not CheckpointError("x").try_again

@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,7 @@ class Uploads:
                     if not path.exists() or path.stat().st_size != value["size"]:
                         raise _Refusal(400, message=f"{name} has not been uploaded")
                     added[name] = Stored(path, value["size"], value["oid"], True)
+            repository.earlier[before] = replace(repository)
             repository.files = {**repository.files, **added}
             repository.refs["main"] = repository.commit
             summary = header["value"]["summary"]

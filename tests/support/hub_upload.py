@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,9 +215,9 @@ class Uploads:
 
     def _body(self, handler: _Handler) -> bytes | None:
         """What is uploaded, at the Hub's rate; None if the connection is to end within it."""
-        content = bytearray()
+        content, started = bytearray(), time.monotonic()
         for piece in _pieces(handler):
-            self.hub.pace(len(piece))
+            self.hub.pace(len(piece), started, len(content))
             content += piece
             with self._lock:
                 self.received_nbytes += len(piece)

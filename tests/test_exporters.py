@@ -29,7 +29,7 @@ def test_an_export_is_converted(name: str, tmp_path: Path) -> None:
     source = exporters.exported(name)
     found = inspect(source)
     assert set(found.families.values()) == {exporters.EXPORTS[name].row}
-    arguments = ["convert", str(source), str(tmp_path / "out"), "--dry-run", "--json"]
+    arguments = ["convert", str(source), str(tmp_path / "converted"), "--dry-run", "--json"]
     planned = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert list(tmp_path.iterdir()) == []
     report = convert(source, tmp_path / "converted", verify=True)

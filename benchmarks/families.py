@@ -1,10 +1,10 @@
 """Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
 
-    python -m benchmarks.families                 # six models of 1.4 GB, by turns: fifteen minutes
+    python -m benchmarks.families                 # six models of 1 to 2 GB, by turns: five minutes
     python -m benchmarks.families --rounds 5 --json families.json
 
 A kind is a way of its own through the program: names, scales, experts without a gate, what stands
-beside the experts. The models have the tensors of `tests/support/model_zoo.py`, at one width. They
+beside the experts. The models are those of `tests/support/model_zoo.py`, all of one width. They
 take turns, so that a disk that is slow for a while is slow for all of them; files are evicted from
 the page cache before each run, and synced by the program, as in `benchmarks.convert`.
 """
@@ -50,12 +50,7 @@ def make_model(folder: Path, kind: str, sizes: argparse.Namespace) -> None:
     from tests.support.model_zoo import FAMILIES, write_family
 
     family = FAMILIES[kind]
-    spec = replace(
-        family.spec,
-        experts=sizes.experts,
-        hidden=sizes.hidden,
-        intermediate=sizes.intermediate,
-    )
+    spec = replace(family.spec, hidden=sizes.hidden, intermediate=sizes.intermediate)
     write_family(folder, replace(family, spec=spec))
 
 
@@ -114,9 +109,8 @@ def lines(runs: list[Measured]) -> Iterator[str]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=64, help="of each of two layers (64)")
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--intermediate", type=int, default=6144)
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()

@@ -146,7 +146,7 @@ def preview(
     _check_folders(checkpoint, plan)
     require_layers(checkpoint, plan.layers, plan.passed)
     warnings = remarks(checkpoint, plan.geometries)
-    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries.values())
+    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
     outlook.require_one(checkpoint.location)
     return Preview(Conversion(checkpoint, plan), outlook, warnings)
 

@@ -97,7 +97,7 @@ def inspect(folder: str | Path | Store) -> Inspection:
             families = {layer.prefix: layer.family.name for layer in found}
             require_layers(checkpoint, found, others)
             warnings = remarks(checkpoint, layers)
-            outlook = prospects(checkpoint, section, layers.values())
+            outlook = prospects(checkpoint, section, layers)
             outlook.require_one(checkpoint.location)
     except CheckpointError as error:
         state, reason = "unsupported", str(error)
@@ -109,7 +109,7 @@ def inspect(folder: str | Path | Store) -> Inspection:
         layouts.layout_of(layout)
         layers = dict(converted.layers)
         _, others = find_layers(checkpoint, converted=layers)
-        outlook = prospects(checkpoint, converted.source, layers.values())
+        outlook = prospects(checkpoint, converted.source, layers)
     return Inspection(
         folder=checkpoint.location,
         state=state,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,14 @@ from .format.contract import Geometry
 from .serving.engine import Model
 from .serving.engines import ENGINES, tensor_parallel_sizes
 from .source.checkpoint import Checkpoint
+from .source.families import FAMILIES
+
+_DOWNS = {
+    part.partition(".")[0]
+    for family in FAMILIES
+    for part, (projections, _) in family.parts.items()
+    if "down" in projections
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +63,29 @@ class Prospects:
 
 
 def prospects(
-    checkpoint: Checkpoint, section: Mapping[str, Any], geometries: Iterable[Geometry]
+    checkpoint: Checkpoint, section: Mapping[str, Any], geometries: Mapping[str, Geometry]
 ) -> Prospects:
     """Say which engines can serve a checkpoint.
 
     Args:
         checkpoint: an original, or a converted one.
         section: the original's description of its quantization.
-        geometries: of the layers that are converted, or would be.
+        geometries: of the layers that are converted, or would be, by prefix.
     """
     text: Mapping[str, Any] = checkpoint.config
     for key in checkpoint.text.path:
         text = text[key]
     names = checkpoint.config.get("architectures")
-    # Engines take the first that they know. There is one, rarely two.
+    # There is one, rarely two.
     first = [str(name) for name in names[:3]] if isinstance(names, list) else []
-    geometries = list(geometries)
-    model = Model(tuple(first), text, section, gated=all(each.gated for each in geometries))
-    sizes = tensor_parallel_sizes(geometries)
+    model = Model(
+        tuple(first),
+        text,
+        section,
+        gated=all(each.gated for each in geometries.values()),
+        downs=frozenset(_down_projections(checkpoint, geometries)),
+    )
+    sizes = tensor_parallel_sizes(geometries.values())
     heads = text.get("num_attention_heads")
     can: dict[str, list[int]] = {}
     cannot: dict[str, str] = {}
@@ -81,11 +94,11 @@ def prospects(
         own = sizes.get(engine.name, [])
         if type(heads) is int:  # attention is cut by heads
             own = [size for size in own if heads % size == 0]
-        if reason := engine.why_not(model):
+        if reason := engine.why_not(model) or engine.why_not_by_names(model):
             cannot[engine.name] = reason
         elif not own:
             cannot[engine.name] = f"{engine.title} can cut its layers at no tensor-parallel size"
-        elif not engine.models.names.intersection(model.architectures):
+        elif engine.models.first_of(model.architectures) is None:
             not_tried[engine.name] = (
                 f"{engine.title} {engine.models.release} has no model "
                 f"{' or '.join(model.architectures) or 'for it: config.json names no architecture'}"
@@ -93,3 +106,12 @@ def prospects(
         else:
             can[engine.name] = own
     return Prospects(can, cannot, not_tried)
+
+
+def _down_projections(checkpoint: Checkpoint, prefixes: Collection[str]) -> Iterator[str]:
+    """What those of the layers' experts are called; of a converted layer its stop tensor says."""
+    for shard in checkpoint.shards:
+        for tensor in shard.header.tensors:
+            prefix, *rest = tensor.name.rsplit(".", 3)
+            if len(rest) == 3 and rest[1] in _DOWNS and prefix in prefixes:
+                yield rest[1]

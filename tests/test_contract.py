@@ -18,6 +18,8 @@ from fp4moe_convert.format.contract import (
     Geometry,
     LayoutRecord,
     Marker,
+    is_fp8_hybrid,
+    is_mixed_precision,
     round_up,
 )
 
@@ -206,6 +208,23 @@ def test_sizes_are_read_back_the_same() -> None:
     for geometry in (Geometry(256, 7168, 2048), Geometry(1, 128, 16, gated=False)):
         assert msgspec.convert(geometry.as_json(), Geometry) == geometry
     assert Geometry(256, 7168, 2048).as_json() == SIZES
+
+
+@pytest.mark.parametrize(
+    ("method", "hybrid", "mixed"),
+    [("fp8", True, False), ("modelopt", False, True), ("mxfp8", False, True)],
+)
+def test_engines_read_hf_quant_config_for_modelopts_mixed_precision_alone(
+    method: str, hybrid: bool, mixed: bool
+) -> None:
+    """So what reads it for them must tell it from FP8 with experts in NVFP4, which says the same of
+    its algorithms."""
+    section = {
+        "quant_method": method,
+        "quant_algo": "MIXED_PRECISION",
+        "moe_quant_algo": "NVFP4",
+    }
+    assert (is_fp8_hybrid(section), is_mixed_precision(section)) == (hybrid, mixed)
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**20))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from support.folders import edit_json
 from support.golden import CASES, runs_of
+from support.make_checkpoint import Spec, make_checkpoint
+from support.tensors import read_tensors, write_tensors
 from typer.testing import CliRunner
 
 from fp4moe_convert import CheckpointError, convert, inspect
@@ -199,10 +201,65 @@ def test_models_that_an_engine_cannot_serve(
     assert all(reason.startswith(engine.title) for engine, reason in found.items())
 
 
+LOOKS_FOR_W2 = "looks for the w2 of experts, not for their down_proj"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "down", "cannot"),
+    [
+        (("MiniMaxM2ForCausalLM",), "w2", set()),
+        (("MiniMaxM2ForCausalLM",), "down_proj", {"sglang", "vllm"}),
+        (("MixtralForCausalLM",), "down_proj", {"sglang"}),
+        (("DeepseekV4ForCausalLM",), "w2", set()),
+        (("Qwen3MoeForCausalLM",), "w2", {"sglang", "vllm"}),
+        (("Qwen3MoeForCausalLM",), "down_proj", set()),
+        (("NobodysForCausalLM", "MiniMaxM2ForCausalLM"), "down_proj", {"sglang", "vllm"}),
+        (("Qwen3MoeForCausalLM", "MiniMaxM2ForCausalLM"), "down_proj", set()),
+        (("NobodysForCausalLM",), "w2", set()),
+    ],
+    ids=str,
+)
+def test_a_loader_looks_for_experts_by_their_names(
+    architectures: tuple[str, ...], down: str, cannot: set[str]
+) -> None:
+    model = Model(architectures, {}, {}, downs=frozenset([down]))
+    assert {engine.name for engine in ENGINES if engine.why_not_by_names(model)} == cannot
+
+
+def test_names_that_no_loader_looks_for_are_found(model_dir: Path, tmp_path: Path) -> None:
+    """Before the conversion by the experts, after it by the stop tensors."""
+    convert(model_dir, tmp_path / "out")
+    for folder in (model_dir, tmp_path / "out"):
+        call_it("MiniMaxM2ForCausalLM")(folder)
+    assert inspect(tmp_path / "out").prospects.cannot_serve == {
+        engine.name: f"{engine.title}'s MiniMaxM2ForCausalLM {LOOKS_FOR_W2}" for engine in ENGINES
+    }
+    with pytest.raises(CheckpointError, match=f"no engine could serve it .*{LOOKS_FOR_W2}"):
+        convert(model_dir, tmp_path / "other")
+
+
+def test_what_layers_that_pass_call_their_experts_does_not_matter(tmp_path: Path) -> None:
+    spec = Spec(1, 0, 2, 256, 64, vocab_size=16, mtp=True, layout="single")
+    make_checkpoint(tmp_path, spec)
+    path = tmp_path / "model.safetensors"
+    mtp = "model.layers.1.mlp.experts."
+    tensors = read_tensors(tmp_path)
+    write_tensors(
+        path,
+        {
+            name.replace("down_proj", "w2") if name.startswith(mtp) else name: tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    found = inspect(tmp_path)
+    assert found.passed_layers.keys() == {mtp[:-1]}
+    assert found.prospects.cannot_serve == {}
+
+
 @by_engine
 def test_an_engine_knows_its_models(engine: Engine) -> None:
     known = {"DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "HunYuanMoEV1ForCausalLM"}
-    assert known <= engine.models.names
+    assert known <= engine.models.downs.keys()
     assert engine.models.release in {"0.5.23", "0.33.0"}
 
 

@@ -51,7 +51,7 @@ def test_an_export_is_refused_for_the_true_reason(name: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=re.escape(reason)):
         convert(source, tmp_path / "out")
     found = inspect(source)
-    assert (found.state, found.layers) == ("unsupported", {})
+    assert (found.state, found.serve) == ("unsupported", {})
     assert reason in (found.reason or "")
     assert list(tmp_path.iterdir()) == []
 

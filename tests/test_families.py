@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import model_zoo
 from support.folders import INDEX, edit_json
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import read_header, read_tensors
@@ -123,3 +124,15 @@ def test_experts_without_a_gate_are_up_and_down_of_those_with_one(tmp_path: Path
         weights = made[kind][f"{prefix}.w2_weight"].as_bytes()
         assert weights.shape == (SPEC.experts, SPEC.hidden, rows // 2)
     assert made["gated"][f"{prefix}.w2_weight"] == made["ungated"][f"{prefix}.w2_weight"]
+
+
+def test_amid_fp8_a_layer_may_have_experts_of_another_kind(tmp_path: Path) -> None:
+    """As in mixed precision, it passes."""
+    model_zoo.make(tmp_path / "model", "deepseek_v4")
+    path = tmp_path / "model" / "config.json"
+    section = json.loads(path.read_text())["quantization_config"]
+    section["quantized_layers"]["layers.2.ffn.experts"]["quant_algo"] = "W4A8_NVFP4_FP8"
+    edit_json(path, quantization_config=section)
+    found = inspect(tmp_path / "model")
+    assert list(found.layers) == ["layers.0.ffn.experts", "layers.1.ffn.experts"]
+    assert "W4A8_NVFP4_FP8, not NVFP4" in found.passed_layers["layers.2.ffn.experts"]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support import model_zoo
 from support.folders import edit_json
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import StoredTensor, read_tensors, write_tensors
@@ -233,6 +234,13 @@ def test_without_their_row_they_are_refused(usual: Path, tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
             prepare(tmp_path / name)
         assert "stacked in one tensor" in str(inspect(tmp_path / name).reason)
+
+
+@pytest.mark.parametrize("name", model_zoo.REFUSED)
+def test_models_that_have_them_are_refused(name: str, tmp_path: Path) -> None:
+    model_zoo.make(tmp_path / name, name)
+    with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
+        prepare(tmp_path / name)
 
 
 def refuses(folder: Path, case: Case, message: str) -> None:

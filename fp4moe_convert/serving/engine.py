@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Model:
     """The original's own description of its quantization, which the plugins restore."""
     gated: bool = True
     """Whether all its experts have a gate."""
+    downs: frozenset[str] = frozenset()
+    """What the down projections of its experts are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,20 @@ class KnownModels:
     """The architectures that one release of an engine has models for."""
 
     release: str
-    names: frozenset[str]
+    downs: Mapping[str, frozenset[str]] = field(hash=False)
+    """By architecture, what its loader may call the down projections of experts; none where it is
+    not known."""
 
     @classmethod
     def read(cls, path: Path) -> KnownModels:
         """From a file that tests/support/record_models.py has written."""
-        release, *names = path.read_text().split()
-        return cls(release, frozenset(names))
+        release, *lines = path.read_text().splitlines()
+        words = (line.split() for line in lines)
+        return cls(release, {name: frozenset(downs) for name, *downs in words})
+
+    def first_of(self, architectures: Iterable[str]) -> str | None:
+        """The one that the engine takes: the first that it knows."""
+        return next((name for name in architectures if name in self.downs), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,17 @@ class Engine:
     divides I, as every engine requires."""
     serve_command: Callable[[str], str]
     """The command line that serves a folder, given its name quoted for a shell."""
+
+    def why_not_by_names(self, model: Model) -> str | None:
+        """Why its loader would not find the experts, whatever `why_not` says."""
+        name = self.models.first_of(model.architectures)
+        downs = self.models.downs[name] if name is not None else frozenset()
+        if not downs or model.downs <= downs:
+            return None
+        return (
+            f"{self.title}'s {name} looks for the {' or '.join(sorted(downs))} of experts, "
+            f"not for their {' or '.join(sorted(model.downs - downs))}"
+        )
 
     def tensor_parallel_sizes(self, geometry: Geometry) -> list[int]:
         """The sizes T at which the engine can serve a layer."""

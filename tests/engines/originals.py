@@ -6,14 +6,13 @@ from pathlib import Path
 
 from support import exporters, model_zoo
 
-NAMED_ANEW = "llmcompressor-minimax_m2"
-"""Converted, but no engine loads the original: both look for w1, w3 and w2, and find gate_proj."""
-CONVERTED = tuple(
-    name for name in (*model_zoo.FAMILIES, *exporters.CONVERTED) if name != NAMED_ANEW
+CONVERTED = (*model_zoo.FAMILIES, *exporters.CONVERTED)
+REFUSED = (
+    *model_zoo.REFUSED,
+    *("modelopt-gpt_oss", "modelopt-llama4", "llmcompressor-minimax_m2"),
 )
-STACKED = "modelopt-gpt_oss"
-"""Not converted, because no engine serves it with the backend."""
-NAMES = (*CONVERTED, STACKED)
+"""Not converted. What engines make of the original is a part of the reason."""
+NAMES = (*CONVERTED, *REFUSED)
 
 
 def make(folder: Path, name: str) -> None:

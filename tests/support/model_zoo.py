@@ -70,6 +70,20 @@ def compressor(prefix: str, ratio: int, rows: int, head: int) -> Iterator[Tensor
     yield from many(f"{prefix}.norm.weight", head)
 
 
+def nvfp4(weight: Tensor) -> Iterator[Tensor]:
+    """The four tensors of a linear layer in NVFP4; up has the tensor scales of gate."""
+    rows, cols = weight.shape
+    module = weight.name.removesuffix(".weight")
+    tied = module.replace(".up_proj", ".gate_proj")
+    for leaf, dtype, shape, origin in (
+        ("weight", "U8", (rows, cols // 2), module),
+        ("weight_scale", "F8_E4M3", (rows, cols // BLOCK), module),
+        ("weight_scale_2", "F32", (), tied),
+        ("input_scale", "F32", (), tied),
+    ):
+        yield Tensor(f"{module}.{leaf}", dtype, shape, f"{origin}.{leaf}")
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table."""
@@ -860,6 +874,56 @@ FAMILIES["nemotron_h-latent-mixed"] = replace(
     in_file=True,
 )
 
+# Step-3.5 and Step-3.7, as text alone, and without the clamp of their last two layers.
+STEP = Family(
+    replace(QWEN, layers=1, dense_layers=1),
+    {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "attention_other_setting": {
+            "head_dim": 128,
+            "num_attention_groups": 4,
+            "num_attention_heads": 4,
+        },
+        "layer_types": ["full_attention", "full_attention"],
+        "moe_layers_enum": "1",
+        "moe_num_experts": E,
+        "moe_router_scaling_factor": 3.0,
+        "moe_top_k": 2,
+        "need_fp32_gate": True,
+        "norm_expert_weight": True,
+        "num_attention_groups": 4,
+        "num_experts": None,
+        "num_experts_per_tok": None,
+        "num_key_value_heads": None,
+        "partial_rotary_factors": [0.5, 1.0],
+        "rope_theta": [10000.0, 10000.0],
+        "share_expert_dim": I,
+        "share_expert_dims": I,
+        "sliding_window": 512,
+        "swiglu_limits": [0.0, 0.0],
+        "swiglu_limits_shared": [0.0, 0.0],
+        "use_head_wise_attn_gate": True,
+        "use_moe_router_bias": True,
+        "yarn_only_types": [],
+    },
+    extra=(
+        *many("model.layers.{0,1}.self_attn.g_proj.weight", 4, H),
+        *(
+            tensor._replace(shape=(E, *tensor.shape))
+            for name, rows, cols in (("gate", I, H), ("up", I, H), ("down", H, I))
+            for tensor in nvfp4(bf16(f"model.layers.1.mlp.{name}_proj.weight", rows, cols))
+        ),
+        f32("model.layers.1.mlp.router_bias", E),
+        *shared_expert("model.layers.1.share_expert", quantized=False),
+    ),
+    without=r"\.experts\.",
+    rename={r"\.1\.mlp\b": ".1.moe"},
+    ignore=("model.layers.1.share_expert*",),
+)
+REFUSED = {"step3p5": STEP}
+"""Families that are not converted."""
+
 UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))
 """Families whose experts have no gate."""
 OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.section != "modelopt")
@@ -867,13 +931,13 @@ OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.secti
 
 
 def make(folder: Path, name: str) -> None:
-    """Write the original checkpoint of one of `FAMILIES` into ``folder``, which is created.
+    """Write an original, of `FAMILIES` or of `REFUSED`, into ``folder``, which is created.
 
     Raises:
         KeyError: no such family.
         FileExistsError: ``folder`` exists.
     """
-    write_family(folder, FAMILIES[name])
+    write_family(folder, (FAMILIES | REFUSED)[name])
 
 
 def write_family(folder: Path, family: Family) -> None:
@@ -928,20 +992,6 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
             if family.section == "compressed-tensors":
                 part = as_compressed_tensors(part)
             yield part._replace(name=renamed(family, part.name))
-
-
-def nvfp4(weight: Tensor) -> Iterator[Tensor]:
-    """The four tensors of a linear layer in NVFP4; up has the tensor scales of gate."""
-    rows, cols = weight.shape
-    module = weight.name.removesuffix(".weight")
-    tied = module.replace(".up_proj", ".gate_proj")
-    for leaf, dtype, shape, origin in (
-        ("weight", "U8", (rows, cols // 2), module),
-        ("weight_scale", "F8_E4M3", (rows, cols // BLOCK), module),
-        ("weight_scale_2", "F32", (), tied),
-        ("input_scale", "F32", (), tied),
-    ):
-        yield Tensor(f"{module}.{leaf}", dtype, shape, f"{origin}.{leaf}")
 
 
 def fp8(weight: Tensor) -> Iterator[Tensor]:

@@ -65,6 +65,7 @@ EXPORTS: dict[str, Export] = {
     "modelopt-deepseek_v3-NVFP4_EXPERTS_ONLY": DEEPSEEK_V3,
     "modelopt-glm4_moe": Export(),
     "modelopt-gpt_oss": STACKED,
+    "modelopt-llama4": STACKED,
     "modelopt-minimax_m2": MINIMAX_M2,
     "modelopt-mixtral": Export(row="experts.N.{w1,w3,w2}"),
     "modelopt-nemotron_h": NEMOTRON_H,
@@ -76,7 +77,10 @@ EXPORTS: dict[str, Export] = {
     "llmcompressor-deepseek_v3": DEEPSEEK_V3,
     "llmcompressor-glm4_moe": Export(),
     "llmcompressor-gpt_oss": BIASED,
-    "llmcompressor-minimax_m2": replace(MINIMAX_M2, row="experts.N.{gate,up,down}_proj"),
+    "llmcompressor-llama4": Export(),
+    "llmcompressor-minimax_m2": replace(
+        MINIMAX_M2, refusal="MiniMaxM2ForCausalLM looks for the w2 of experts"
+    ),
     "llmcompressor-mixtral": Export(),
     "llmcompressor-nemotron_h": NEMOTRON_H,
     "llmcompressor-qwen3_moe": Export(),

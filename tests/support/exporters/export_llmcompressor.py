@@ -17,7 +17,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="a")
@@ -28,8 +28,9 @@ data = Dataset.from_dict(
 for name in sys.argv[2:]:
     family, _, scheme = name.partition("-")
     with tempfile.TemporaryDirectory() as base:
-        models.make(family).save_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        made = models.make(family)
+        made.save_pretrained(base)
+        model = type(made).from_pretrained(base, dtype=torch.bfloat16)
         oneshot(
             model=model,
             processor=tokenizer,
@@ -37,7 +38,10 @@ for name in sys.argv[2:]:
             recipe=QuantizationModifier(
                 targets="Linear",
                 scheme=scheme or "NVFP4",
-                ignore=["lm_head", "re:.*gate$", "re:.*self_attn.*"],
+                ignore=[
+                    *("re:.*lm_head", "re:.*gate$", "re:.*router", "re:.*self_attn.*"),
+                    *("re:.*vision_model.*", "re:.*multi_modal_projector.*"),
+                ],
             ),
             num_calibration_samples=len(tokens),
             max_seq_length=tokens.shape[1],

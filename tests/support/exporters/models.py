@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 H, I, E = 256, 128, 8  # noqa: E741 - the project's names of the three sizes
 
@@ -59,6 +60,32 @@ def gpt_oss() -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
+def llama4() -> Any:
+    text = COMMON | {
+        "attention_chunk_size": 64,
+        "head_dim": 64,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": I,
+        "intermediate_size_mlp": 256,
+        "num_experts_per_tok": 1,
+        "num_local_experts": E,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 64,
+        "image_size": 28,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "patch_size": 14,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    }
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
 def minimax_m2() -> Any:
     config = transformers.MiniMaxM2Config(**COMMON, **MIXTRAL, head_dim=64)
     return transformers.MiniMaxM2ForCausalLM(config)
@@ -104,10 +131,14 @@ def qwen3_next() -> Any:
     return transformers.Qwen3NextForCausalLM(config)
 
 
+# Both releases of transformers ask this of a Llama 4 that has been given no image.
+MoeCausalLMOutputWithPast.image_outputs = None
+
 MAKERS: tuple[Callable[[], Any], ...] = (
     deepseek_v3,
     glm4_moe,
     gpt_oss,
+    llama4,
     minimax_m2,
     mixtral,
     nemotron_h,

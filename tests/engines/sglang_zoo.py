@@ -120,8 +120,10 @@ CASES = {
     **{
         f"{name}: original, {label}": Case(name, "original", setup)
         for name in originals.NAMES
+        if name not in UNLOADABLE
         for label, setup in SETUPS.items()
     },
+    **{f"{name}: original": Case(name, "original") for name in UNLOADABLE},
     **{f"{name}: original's draft": Case(name, "original", Setup(draft=True)) for name in DRAFTS},
     "deepseek_v3-ct: original, fused shared expert": Case(
         "deepseek_v3-ct", "original", Setup(server=FUSED)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from fp4moe_convert import (
     CheckpointError,
+    Progress,
     VerifyError,
     convert,
     inspect,
@@ -155,6 +157,30 @@ def test_the_dry_run_says_what_it_will_cost(hub: Hub, source: Path, tmp_path: Pa
     assert "min at the" in said["to fetch"]
     assert "nothing of the source" in said["disk"]
     assert "requests" in said["fetched"]
+
+
+def test_the_disk_holds_the_result_and_no_more(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(ID, source)
+    out, cache = tmp_path / "out", Path(constants.HF_HUB_CACHE)
+    most = 0
+
+    def on_progress(_: Progress) -> None:
+        nonlocal most
+        most = max(most, nbytes_in(out))
+
+    convert(ID, out, max_shard_nbytes=SMALL_SHARD_NBYTES, on_progress=on_progress)
+    shards = [path.stat().st_size for path in weights(out).values()]
+    assert max(shards) < most <= sum(shards) + max(shards)
+    assert not cache.exists()
+
+
+def nbytes_in(folder: Path) -> int:
+    """Of shards and what will be shards; one may get its name in the meantime."""
+    nbytes = 0
+    for path in folder.glob("model-*"):
+        with suppress(FileNotFoundError):
+            nbytes += path.stat().st_size
+    return nbytes
 
 
 def test_one_connection_and_one_thread_are_enough(

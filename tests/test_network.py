@@ -364,12 +364,12 @@ def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_pat
     ],
 )
 def test_how_long_a_server_wants_us_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    assert hub_store._asked_wait(headers) == seconds
+    assert hub_store.asked_wait(headers) == seconds
 
 
 def test_until_when_a_server_wants_us_to_wait() -> None:
     in_a_minute = formatdate(time.time() + 60, usegmt=True)
-    assert hub_store._asked_wait({"retry-after": in_a_minute}) == pytest.approx(60, abs=5)
+    assert hub_store.asked_wait({"retry-after": in_a_minute}) == pytest.approx(60, abs=5)
 
 
 # --- one range ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from .conversion import ConversionReport, convert, preview, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError
-from .execution.scatter import OnFilled
+from .execution.scatter import OnFilled, OnMove
 from .execution.stock import Conversion
 from .format.manifest import Identity
 from .plan import PlannedShard
@@ -72,6 +72,8 @@ def _write_on_ray(
     threads: int,
     on_bytes: OnBytes,
     on_filled: OnFilled,
+    on_move: OnMove,  # noqa: ARG001 (tasks begin afresh)
+    filled: Mapping[str, Mapping[int, str]],  # noqa: ARG001 (the same)
 ) -> None:
     """`conversion.WriteShards` by tasks of a cluster."""
     import ray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
 from .execution.output_folder import Opened, OutputFolder, Writing
-from .execution.scatter import OnFilled, scatter
+from .execution.scatter import OnFilled, OnMove, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
@@ -34,7 +34,7 @@ from .storage.header import spec_nbytes
 from .storage.local import LocalReader
 from .storage.opening import open_store
 from .storage.reader import Store, read_bytes
-from .storage.remote import Fetched, fetched_from
+from .storage.remote import Fetched, RemoteStore, fetched_from
 from .verification import damaged_shards
 from .verification import verify as verify_folder
 
@@ -164,8 +164,10 @@ class WriteShards(Protocol):
         threads: int,
         on_bytes: OnBytes,
         on_filled: OnFilled,
+        on_move: OnMove,
+        filled: Mapping[str, Mapping[int, str]],
     ) -> None:
-        """Arguments and errors are those of `scatter`."""
+        """Arguments and errors are those of `scatter`. Moves need not be told of."""
 
 
 def write_here(
@@ -177,9 +179,17 @@ def write_here(
     threads: int,
     on_bytes: OnBytes,
     on_filled: OnFilled,
+    on_move: OnMove | None = None,
+    filled: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """`WriteShards` in this process."""
-    moves = (move for shard in shards for move in shard.moves)
+    filled = filled or {}
+    moves = (
+        move
+        for shard in shards
+        for number, move in enumerate(shard.moves)
+        if number not in filled.get(shard.name, {})
+    )
     with open_ahead(work.store, source_ranges(moves), direct=direct_io) as open_source:
         scatter(
             shards,
@@ -189,6 +199,9 @@ def write_here(
             threads=threads,
             on_bytes=on_bytes,
             on_filled=on_filled,
+            # What lies on a disk is read again sooner than it is compared.
+            on_move=on_move if isinstance(work.store, RemoteStore) else None,
+            filled=filled,
         )
 
 
@@ -348,6 +361,8 @@ def fill(
             threads=threads,
             on_bytes=lambda item, n: on_bytes(plan.layer_of.get(item, item), n),
             on_filled=writing.finish_shard,
+            on_move=writing.note_move,
+            filled=planned.filled,
         )
     return Written(
         writing, row_order, sum(shard.nbytes for shard in to_write), kept=len(planned.kept)

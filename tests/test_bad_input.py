@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.folders import INDEX, edit_json, write_byte
+import xxhash
+from support.folders import (
+    INDEX,
+    MANIFEST,
+    SOURCE,
+    change_manifest,
+    edit_json,
+    flip_bit,
+    write_byte,
+)
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
 from support.processes import FP4MOE_CONVERT
 from support.specs import TINY
@@ -32,7 +41,7 @@ from support.tensors import (
 from typer.testing import CliRunner
 
 from fp4moe_convert import conversion
-from fp4moe_convert.cli.commands import convert_app
+from fp4moe_convert.cli.commands import app, convert_app
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -102,10 +111,11 @@ def one_error(stderr: str) -> str:
     return stderr.removeprefix("error: ").removesuffix("\n")
 
 
-def fails(model_dir: Path, out_dir: Path, *options: str) -> str:
-    """Convert, see it fail as it should, and return the message."""
+def fails(model_dir: Path, out_dir: Path, *options: str, restoring: bool = False) -> str:
+    """Convert, or restore, see it fail as it should, and return the message."""
     before = fingerprints(model_dir)
-    result = CliRunner().invoke(convert_app, [str(model_dir), str(out_dir), *options])
+    command, verb = (app, ["restore"]) if restoring else (convert_app, [])
+    result = CliRunner().invoke(command, [*verb, str(model_dir), str(out_dir), *options])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -564,6 +574,161 @@ def test_refused_before_the_first_byte(model_dir: Path, tmp_path: Path, case: st
     assert DOCUMENTED[case] == f"error: {short}"
 
 
+# --- a converted folder that is to be restored ----------------------------------------------------
+
+CONVERTED_SHARD = "model-00001-of-00001.safetensors"
+
+
+def forged(name: str, edit: Callable[[bytes], bytes]) -> Damage:
+    """Change a file, and the manifest with it."""
+
+    def damage(folder: Path) -> None:
+        content = edit((folder / name).read_bytes())
+        (folder / name).write_bytes(content)
+        record = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        change_manifest(folder, lambda manifest: manifest["files"].update({name: record}))
+
+    return damage
+
+
+def forged_manifest(*keys: str, value: Any) -> Damage:
+    """Put a value at the end of a path of keys."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return lambda folder: change_manifest(folder, change)
+
+
+def put_a_shard_twice(folder: Path) -> None:
+    """Whole, under another name, and on record."""
+    shutil.copy(folder / CONVERTED_SHARD, folder / "model-again.safetensors")
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["shards"]["model-again.safetensors"] = manifest["shards"][CONVERTED_SHARD]
+
+    change_manifest(folder, change)
+
+
+def change_a_dtype(folder: Path) -> None:
+    path = folder / CONVERTED_SHARD
+    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F16" ', 1))
+
+
+def record_nothing(folder: Path) -> None:
+    (folder / SOURCE).unlink()
+    change_manifest(folder, lambda manifest: manifest["files"].pop(SOURCE))
+
+
+TO_RESTORE: dict[str, tuple[Damage, str]] = {
+    "not a converted checkpoint, or unfinished": (
+        lambda folder: (folder / MANIFEST).unlink(),
+        rf"{{model_dir}}: not a converted checkpoint, or unfinished: it has no {MANIFEST}",
+    ),
+    "converted by a release that recorded nothing": (
+        record_nothing,
+        rf"{{model_dir}}: restore needs {SOURCE}, which is missing; copy it .*",
+    ),
+    "record missing": (
+        lambda folder: (folder / SOURCE).unlink(),
+        rf"{SOURCE}: is missing, the manifest lists it",
+    ),
+    "record truncated": (truncate(SOURCE, -1), rf"{SOURCE}: has \d+ bytes, expected \d+"),
+    "record damaged": (overwrite(SOURCE, b"?"), rf"{SOURCE}: has checksum .*, expected .*"),
+    "record and manifest exchanged for others": (
+        forged(SOURCE, lambda data: data.replace(b'"format":"pt"', b'"format":"np"')),
+        rf"{{model_dir}}: {SOURCE}: is not the checkpoint that was converted: .*",
+    ),
+    "record cut short, and the manifest changed to match": (
+        forged(SOURCE, lambda data: data[:-1]),
+        rf"{SOURCE}: ends inside '{THIRD}'",
+    ),
+    "record with a byte more, and the manifest changed to match": (
+        forged(SOURCE, lambda data: data + b"?"),
+        rf"{SOURCE}: has \d+ bytes, what the manifest lists has \d+",
+    ),
+    "config edited": (
+        overwrite("config.json", b" {"),
+        r"config\.json: has checksum .*, expected .*",
+    ),
+    "config not JSON, and the manifest changed to match": (
+        forged("config.json", lambda _: b"?"),
+        r"config\.json: not JSON: .*",
+    ),
+    "config without quantization, and the manifest changed to match": (
+        forged("config.json", lambda _: b"{}"),
+        r"config\.json: has no quantization_config",
+    ),
+    "converted shard missing": (
+        lambda folder: (folder / CONVERTED_SHARD).unlink(),
+        rf"{CONVERTED_SHARD}: is missing, the manifest lists it",
+    ),
+    "converted shard truncated": (
+        truncate(CONVERTED_SHARD, -1),
+        rf"{CONVERTED_SHARD}: has \d+ bytes, expected \d+",
+    ),
+    "header of a converted shard damaged": (
+        change_a_dtype,
+        rf"{CONVERTED_SHARD}: its header has checksum .*, expected .*",
+    ),
+    "data of a converted shard damaged": (
+        lambda folder: flip_bit(folder / CONVERTED_SHARD),
+        rf"{CONVERTED_SHARD}: '.*' has checksum .*, expected .*",
+    ),
+    "file that does not belong": (
+        lambda folder: (folder / "more.json").write_text("{}"),
+        r"more\.json: is not in the manifest",
+    ),
+    "manifest edited": (
+        lambda folder: edit_json(folder / MANIFEST, plan="another"),
+        rf"{MANIFEST}: has been changed: it does not match its own checksum",
+    ),
+    "manifest not JSON": (overwrite(MANIFEST, b"?"), rf"{MANIFEST}: not JSON: .*"),
+    "another format version": (
+        forged_manifest("format_version", value=1),
+        rf"{MANIFEST}: format version is 1, this release .*",
+    ),
+    "row order of another release": (
+        forged_manifest("row_order", value="xxh3_128:00"),
+        r"{model_dir}: has the row order xxh3_128:00, this release of fp4moe-convert knows .*",
+    ),
+    "shard of the source with a path for a name": (
+        forged_manifest("source", "shards", "../x.safetensors", value={"bytes": 4}),
+        rf"{MANIFEST}: '\.\./x\.safetensors' is no name of a shard",
+    ),
+    "file on record that is none of the source's configuration": (
+        forged_manifest("source", "files", "../x", value={"bytes": 4, "xxh3_128": "00"}),
+        rf"{MANIFEST}: '\.\./x' is no file that is on record",
+    ),
+    "tensor in two converted shards": (
+        put_a_shard_twice,
+        rf"model-again\.safetensors: '.+' is in {CONVERTED_SHARD} as well",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_converted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For reading only."""
+    return conversion.convert(tiny, tmp_path_factory.mktemp("tiny") / "converted").out_dir
+
+
+@pytest.mark.parametrize("case", TO_RESTORE)
+def test_refused_by_restore(tiny: Path, tiny_converted: Path, tmp_path: Path, case: str) -> None:
+    damage, message = TO_RESTORE[case]
+    folder = Path(shutil.copytree(tiny_converted, tmp_path / "converted"))
+    damage(folder)
+    found = fails(folder, tmp_path / "out", "--quiet", restoring=True)
+    assert re.fullmatch(message.replace("{model_dir}", re.escape(str(folder))), found), found
+    assert holds_nothing_finished(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or case.startswith("data ")
+    short = found.replace(f"{tmp_path}/", "").replace(f"{tiny.parent}/", "")
+    short = re.sub(r"\b[0-9a-f]{32}\b", "...", short)
+    assert DOCUMENTED[case] == f"error: {short}"
+
+
 def documented_errors() -> dict[str, str]:
     """What docs/errors.md says is printed, by input."""
     text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
@@ -574,7 +739,7 @@ DOCUMENTED = documented_errors()
 
 
 def test_the_documented_errors_are_those_that_are_tested() -> None:
-    assert list(DOCUMENTED) == list(BEFORE_THE_FIRST_BYTE)
+    assert list(DOCUMENTED) == [*BEFORE_THE_FIRST_BYTE, *TO_RESTORE]
 
 
 def test_refuses_what_it_has_converted_itself(tiny: Path, tmp_path: Path) -> None:

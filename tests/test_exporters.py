@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from support import exporters
 from support.folders import every_file
+from support.round_trip import there_and_back
 from typer.testing import CliRunner
 
-from fp4moe_convert import CheckpointError, convert, inspect, restore, verify
+from fp4moe_convert import CheckpointError, convert, inspect, verify
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.source.checkpoint import open_checkpoint
 from fp4moe_convert.storage.local import LocalFolder
@@ -28,20 +29,19 @@ def test_an_export_is_converted(name: str, tmp_path: Path) -> None:
     source = exporters.exported(name)
     found = inspect(source)
     assert set(found.families.values()) == {exporters.EXPORTS[name].row}
-    arguments = ["convert", str(source), str(tmp_path / "out"), "--dry-run", "--json"]
+    arguments = ["convert", str(source), str(tmp_path / "converted"), "--dry-run", "--json"]
     planned = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert list(tmp_path.iterdir()) == []
-    report = convert(source, tmp_path / "out", verify=True)
+    report = convert(source, tmp_path / "converted", verify=True)
     assert planned["families"] == found.families
     assert report.warnings == found.warnings == planned["warnings"] == []
     assert report.passed_layers == {}
     assert report.layers == len(found.layers) == len(moe_layers(source))
-    converted = inspect(tmp_path / "out")
+    converted = inspect(tmp_path / "converted")
     assert converted.layers == found.layers
     assert converted.serve == report.serve == planned["serve"] != {}
-    assert verify(tmp_path / "out", source=source).tensors == report.tensors_out
-    restore(tmp_path / "out", tmp_path / "back")
-    assert every_file(tmp_path / "back") == every_file(source)
+    assert verify(tmp_path / "converted", source=source).tensors == report.tensors_out
+    there_and_back(source, tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)

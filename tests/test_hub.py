@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from fp4moe_convert import (
     CheckpointError,
+    Progress,
     VerifyError,
     convert,
     inspect,
@@ -122,9 +124,7 @@ def test_the_report_counts_what_was_sent(hub: Hub, source: Path, tmp_path: Path)
     fetched = json.loads(result.stdout)["fetched"]
     # The library asks one question of its own, now and then.
     assert fetched["requests"] == len([each for each in hub.requests if "agent" not in each])
-    assert fetched["bytes"] == sum(
-        stop - start for own in hub.served().values() for start, stop in own
-    )
+    assert fetched["bytes"] == hub.sent_nbytes
 
 
 def test_a_dry_run_fetches_no_weight_byte(hub: Hub, tmp_path: Path) -> None:
@@ -157,6 +157,30 @@ def test_the_dry_run_says_what_it_will_cost(hub: Hub, source: Path, tmp_path: Pa
     assert "min at the" in said["to fetch"]
     assert "nothing of the source" in said["disk"]
     assert "requests" in said["fetched"]
+
+
+def test_the_disk_holds_the_result_and_no_more(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(ID, source)
+    out, cache = tmp_path / "out", Path(constants.HF_HUB_CACHE)
+    most = 0
+
+    def on_progress(_: Progress) -> None:
+        nonlocal most
+        most = max(most, nbytes_in(out))
+
+    convert(ID, out, max_shard_nbytes=SMALL_SHARD_NBYTES, on_progress=on_progress)
+    shards = [path.stat().st_size for path in weights(out).values()]
+    assert max(shards) < most <= sum(shards) + max(shards)
+    assert not cache.exists()
+
+
+def nbytes_in(folder: Path) -> int:
+    """Of shards and what will be shards; one may get its name in the meantime."""
+    nbytes = 0
+    for path in folder.glob("model-*"):
+        with suppress(FileNotFoundError):
+            nbytes += path.stat().st_size
+    return nbytes
 
 
 def test_one_connection_and_one_thread_are_enough(
@@ -242,8 +266,11 @@ def test_a_snapshot_that_is_complete_is_used(hub: Hub, source: Path, tmp_path: P
     assert hub.served() == {}
     recorded = json.loads((tmp_path / "out" / MANIFEST).read_text())["source"]
     assert (recorded["hub_id"], recorded["revision"]) == (ID, commit)
-    # Not if a file is missing.
-    min(weights(snapshot).values()).unlink()
+    # Not if a file is too short, or missing.
+    first = min(weights(snapshot).values())
+    os.truncate(first, 100)
+    assert isinstance(open_store(ID), HubStore)
+    first.unlink()
     assert isinstance(open_store(ID), HubStore)
 
 
@@ -346,8 +373,22 @@ def test_one_line_says_what_to_do(
     assert not (tmp_path / "out").exists()
 
 
+URLS_REFUSED = {
+    "a URL whose package is missing": "s3://bucket/model",
+    "a URL of an unknown kind": "foo://model",
+    "a URL with nothing behind it": "memory://nothing",
+}
+
+
+@pytest.mark.parametrize("case", URLS_REFUSED)
+def test_one_line_refuses_a_url(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    result = run("convert", URLS_REFUSED[case], tmp_path / "out")
+    assert (result.exit_code, result.stderr.strip()) == (1, documented()[case])
+
+
 def test_the_documented_refusals_are_those_that_are_tested() -> None:
-    assert list(documented())[: len(REFUSED)] == list(REFUSED)
+    assert list(documented()) == [*REFUSED, *URLS_REFUSED]
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "nul\0"])

@@ -14,8 +14,17 @@ from typing import Any
 import pytest
 import xxhash
 from support import model_zoo
-from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip_bit
+from support.folders import (
+    INDEX,
+    MANIFEST,
+    SOURCE,
+    change_manifest,
+    edit_json,
+    every_file,
+    flip_bit,
+)
 from support.make_checkpoint import Spec, make_checkpoint
+from support.round_trip import there_and_back
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.tensors import StoredTensor, range_of, read_tensors, write_tensors
 from typer.testing import CliRunner
@@ -34,9 +43,10 @@ from fp4moe_convert import (
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import filling
 from fp4moe_convert.format.files import JOURNAL_NAME
-from fp4moe_convert.format.manifest import sign
 from fp4moe_convert.layouts.trtllm_nvfp4 import TrtllmNvfp4
+from fp4moe_convert.readback import read_back
 from fp4moe_convert.restoration import check_whole, prepare_restoration
+from fp4moe_convert.source import recorded
 from fp4moe_convert.storage import reader
 
 SMALL = Spec(layers=2, experts=4, hidden=256, intermediate=128, shards=3, vocab_size=64)
@@ -55,18 +65,8 @@ VARIANTS = {
 
 
 def round_trip(source: Path, folder: Path, **options: Any) -> RunReport:
-    """Convert, restore and convert again; what is restored is the source, and what is converted
-    again the same."""
     convert(source, folder / "converted", **options)
-    report = restore(folder / "converted", folder / "restored", verify=True)
-    assert every_file(folder / "restored") == every_file(source)
-    convert(folder / "restored", folder / "again", **options)
-    first = json.loads((folder / "converted" / MANIFEST).read_text())
-    second = json.loads((folder / "again" / MANIFEST).read_text())
-    for key in ("files", "shards", "plan", "row_order"):
-        assert first[key] == second[key]
-    assert first["source"]["files"] == second["source"]["files"]
-    return report
+    return there_and_back(source, folder, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -145,17 +145,10 @@ def converted(source: Path, tmp_path: Path) -> Path:
     return convert(source, tmp_path / "converted", max_shard_nbytes=SMALL_SHARD_NBYTES).out_dir
 
 
-def sign_again(folder: Path, edit: Any) -> None:
-    content = json.loads((folder / MANIFEST).read_text())
-    edit(content)
-    del content["manifest"]
-    (folder / MANIFEST).write_bytes(sign(content))
-
-
 def forget(folder: Path, name: str) -> None:
     """Take a file out of the manifest, and away."""
     (folder / name).unlink()
-    sign_again(folder, lambda content: content["files"].pop(name))
+    change_manifest(folder, lambda content: content["files"].pop(name))
 
 
 def test_without_a_record(converted: Path, tmp_path: Path) -> None:
@@ -180,7 +173,7 @@ def test_a_record_of_another_source(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match=rf"^{SOURCE}: has checksum"):
         restore(converted, tmp_path / "out")
     digest = xxhash.xxh3_128_hexdigest(data)
-    sign_again(converted, lambda content: content["files"][SOURCE].update(xxh3_128=digest))
+    change_manifest(converted, lambda content: content["files"][SOURCE].update(xxh3_128=digest))
     with pytest.raises(VerifyError, match=r"is not the checkpoint that was converted: .* differs"):
         restore(converted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -196,9 +189,33 @@ def test_a_record_cut_short_or_too_long(converted: Path, tmp_path: Path) -> None
     ):
         (converted / SOURCE).write_bytes(data)
         new = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-        sign_again(converted, lambda content, new=new: content["files"].update({SOURCE: new}))
+        change_manifest(converted, lambda content, new=new: content["files"].update({SOURCE: new}))
         with pytest.raises(CheckpointError, match=rf"^{SOURCE}: .*{what}"):
             restore(converted, tmp_path / "out")
+
+
+def test_a_record_that_is_too_large_is_not_read(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "MAX_NBYTES", 100)
+    with pytest.raises(CheckpointError, match=rf"^{SOURCE}: has \d+ bytes, the limit is 100$"):
+        restore(converted, tmp_path / "out")
+
+
+def test_a_record_without_a_config(converted: Path, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        nbytes = content["source"]["files"].pop("config.json")["bytes"]
+        data = (converted / SOURCE).read_bytes()[nbytes:]
+        (converted / SOURCE).write_bytes(data)
+        content["files"][SOURCE] = {
+            "bytes": len(data),
+            "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+        }
+
+    change_manifest(converted, edit)
+    message = rf"{SOURCE}: not a model folder: it has no config\.json$"
+    with pytest.raises(CheckpointError, match=message):
+        restore(converted, tmp_path / "out")
 
 
 @pytest.mark.parametrize("place", ["copied", "recorded", "a shard"])
@@ -220,7 +237,7 @@ def test_no_name_in_a_manifest_leads_out(
         else:
             content["source"]["shards"][name] = {"bytes": 4, "header": "00"}
 
-    sign_again(converted, edit)
+    change_manifest(converted, edit)
     before = every_file(tmp_path)
     if place == "copied":
         restore(converted, tmp_path / "out")
@@ -268,7 +285,7 @@ def test_documentation_comes_as_it_is(source: Path, tmp_path: Path) -> None:
 
 
 def test_another_row_order(converted: Path, tmp_path: Path) -> None:
-    sign_again(converted, lambda content: content.update(row_order="xxh3_128:00"))
+    change_manifest(converted, lambda content: content.update(row_order="xxh3_128:00"))
     with pytest.raises(FormatError, match=r"has the row order xxh3_128:00, this release .* knows"):
         restore(converted, tmp_path / "out")
 
@@ -306,9 +323,18 @@ def test_a_finished_folder_is_left_alone(converted: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_somebody_is_left_alone(converted: Path, source: Path, overwrite: bool) -> None:
+@pytest.mark.parametrize("file", ["config.json", "a header", "a shard cut short"])
+def test_a_folder_of_somebody_is_left_alone(
+    converted: Path, source: Path, file: str, overwrite: bool
+) -> None:
     """The original itself, with one file edited."""
-    edit_json(source / "config.json", rope_scaling=1)
+    shard = min(source.glob("*.safetensors"))
+    if file == "config.json":
+        edit_json(source / "config.json", rope_scaling=1)
+    elif file == "a header":
+        shard.write_bytes(shard.read_bytes().replace(b'"pt"', b'"np"', 1))
+    else:
+        os.truncate(shard, 3)
     before = every_file(source)
     with pytest.raises(OutputError, match="is not empty: it holds"):
         restore(converted, source, overwrite=overwrite)
@@ -412,6 +438,19 @@ def test_a_converted_shard_that_changes_meanwhile(
 
     monkeypatch.setattr(TrtllmNvfp4, "moves", touching)
     with pytest.raises(CheckpointError, match=rf"^{shard.name}: has changed while it was read$"):
+        restore(converted, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", SOURCE])
+def test_a_file_that_changes_meanwhile(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def damaging(*args: Any, **options: Any) -> int:
+        flip_bit(converted / name, 0)
+        return read_back(*args, **options)
+
+    monkeypatch.setattr(restoration, "read_back", damaging)
+    with pytest.raises(CheckpointError, match=rf"^{name}: has changed while it was read$"):
         restore(converted, tmp_path / "out")
 
 

@@ -15,7 +15,7 @@ import safetensors
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.folders import MANIFEST, flip_bit
+from support.folders import MANIFEST, change_manifest, flip_bit
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import read_header as raw_header
 
@@ -119,16 +119,6 @@ def test_a_folder_without_a_manifest(source: Path, out: Path) -> None:
     (out / MANIFEST).write_text("[]")
     with pytest.raises(VerifyError, match=r"fp4moe_manifest\.json: not a JSON object"):
         verify(out)
-
-
-def change_manifest(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change what a manifest says, and let its checksum vouch for it."""
-    content = json.loads((out / MANIFEST).read_text())
-    change(content)
-    del content["manifest"]
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
-    (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def rewrite_manifest(out: Path, shard: Path, tensor: str) -> None:

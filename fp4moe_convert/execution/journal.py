@@ -6,6 +6,10 @@ leave; each shard adds a line once its bytes are on the disk and before it gets 
 with its final name *and* a line that fits it is finished; any other is written again. A line that a
 crash cut short does not parse and counts for nothing.
 
+What comes over a network is not to be fetched twice. So each move of an unfinished shard adds a
+line, too, once its bytes are in the shard's file. It has their checksum, and the next run believes
+that, not the line: lines need not be on the disk before the bytes, nor the bytes before the lines.
+
 Where several machines share a conversion, each part of it has a journal of its own, which its run
 alone writes to and holds the lock on. Such runs also share the lock on the folder's journal. A run
 of the whole has that lock to itself, and takes over what the parts have recorded.
@@ -20,6 +24,7 @@ import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -73,6 +78,25 @@ class Division(msgspec.Struct, frozen=True, tag_field="line", tag="division"):
         return None if other.plan == self.plan else "was planned by another release"
 
 
+class FilledMove(msgspec.Struct, frozen=True, tag_field="line", tag="filled"):
+    """A move whose bytes have been written into an unfinished shard."""
+
+    name: str
+    """Of the shard."""
+    key: str
+    """What the shard is made of (`stock.Work.keys`)."""
+    move: int
+    """Its number among the shard's moves."""
+    checksum: str
+    """XXH3-64 of its bytes."""
+
+
+class _Origin(msgspec.Struct, frozen=True, tag_field="line", tag="origin"):
+    """What runs read from now on."""
+
+    origin: str
+
+
 class _Run(msgspec.Struct, frozen=True, tag_field="line", tag="run"):
     """A run has the lock."""
 
@@ -89,7 +113,7 @@ class _Forget(msgspec.Struct, frozen=True, tag_field="line", tag="forget"):
     """No shard on record so far is to be kept."""
 
 
-_Line: TypeAlias = FinishedShard | Division | _Run | _Files | _Forget
+_Line: TypeAlias = FinishedShard | FilledMove | Division | _Origin | _Run | _Files | _Forget
 
 
 class Journal:
@@ -111,6 +135,10 @@ class Journal:
         """Names that runs so far may have left in the folder."""
         self.forgotten = False
         """Whether records have been taken back; a manifest then proves nothing either."""
+        self.filled: defaultdict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        """Checksums of the moves of unfinished shards, by the shard's name and key."""
+        self.origin: str | None = None
+        """What earlier runs have read, where that has a revision."""
         self.divisions: dict[str, Division] = {}
         """The last of each journal of the folder, by the journal's name."""
         self._appending = threading.Lock()
@@ -149,6 +177,18 @@ class Journal:
     def add(self, shards: Iterable[FinishedShard]) -> None:
         """Record shards whose bytes are on the disk, before they get their names."""
         self._append(shards)
+
+    def begin(self, origin: str) -> None:
+        """Record what this run reads."""
+        self._append([_Origin(origin)])
+
+    def note(self, move: FilledMove) -> None:
+        """Record a move; that need not be durable before `sync`."""
+        self._append([move], durable=False)
+
+    def sync(self) -> None:
+        """Return once all records are on the disk."""
+        self._append([])
 
     def take_over(self, shards: Iterable[FinishedShard]) -> None:
         """Record finished shards unless they are on record here. The folder's journal also takes
@@ -201,7 +241,7 @@ class Journal:
                     return owners[-1]
         return "another process"
 
-    def _append(self, lines: Iterable[_Line]) -> None:
+    def _append(self, lines: Iterable[_Line], *, durable: bool = True) -> None:
         lines = list(lines)
         for line in lines:
             self._apply(line, self._path.name)
@@ -214,12 +254,17 @@ class Journal:
                     raise OutputError(f"{self._path}: is closed")
                 while data:
                     data = data[os.write(self._fd, data) :]
-                os.fsync(self._fd)
+                if durable:
+                    os.fsync(self._fd)
 
     def _apply(self, line: _Line, journal: str) -> None:
         match line:
             case FinishedShard():
                 self.finished[line.name] = line
+            case FilledMove():
+                self.filled[line.name, line.key][line.move] = line.checksum
+            case _Origin():
+                self.origin = line.origin
             case Division():
                 self.divisions[journal] = line
             case _Files():

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import xxhash
+
 from ..errors import CheckpointError, NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import (
     CONFIG_NAME,
@@ -41,14 +43,25 @@ from ..format.files import (
 )
 from ..format.manifest import Manifest, ShardRecord
 from ..plan import Part
+from ..storage.buffers import Bytes
 from ..storage.copying import record_of
-from ..storage.durable import WriteFile, make_folder, publish, remove_file, sync_folder
+from ..storage.durable import (
+    WriteFile,
+    make_folder,
+    partial_path,
+    publish,
+    remove_file,
+    sync_folder,
+)
 from ..storage.local import LocalReader, files_below
-from .journal import Division, FinishedShard, Journal, check_same
-from .stock import Target, Work, take_stock
+from .journal import Division, FilledMove, FinishedShard, Journal, check_same
+from .stock import Target, Work, take_stock, take_up
 from .surroundings import names_in_manifest, read_manifest
 
 AFRESH = "--overwrite starts afresh"
+
+SYNC_NBYTES = 256 * 2**20
+"""What a power cut may cost of what has come over a network. A kill costs what is in memory."""
 
 
 class OutputFolder:
@@ -128,8 +141,8 @@ class OutputFolder:
                     nothing_to_resume = self.journal.is_new
                 case Writing() as writing if not interrupted:
                     self.clear(writing.keep)
-                    finished = self.journal.finished
-                    nothing_to_resume = not any((self.path / name).exists() for name in finished)
+                    useful = {*writing.keep, *self.journal.finished}
+                    nothing_to_resume = not any((self.path / name).exists() for name in useful)
         with contextlib.suppress(OSError):
             self.journal.close(remove=nothing_to_resume)
 
@@ -214,6 +227,19 @@ class OutputFolder:
             else:
                 continue
             raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {AFRESH}")
+
+    def refuse_other_origin(self, work: Work) -> None:
+        """A run that goes on reads what the runs before it have read.
+
+        Raises:
+            OutputError: a branch or a tag has moved since, or another model is read.
+        """
+        begun, now = self.journal.origin, work.origin
+        if begun is not None and now is not None and begun != now:
+            raise OutputError(
+                f"{self.path}: was begun from {begun}, and this is {now}; "
+                f"--revision {begun.rpartition('@')[2]} goes on with that, {AFRESH}"
+            )
 
     def users_own(self, work: Work) -> set[str]:
         """Names of the files that no engine reads and that are not as a conversion left them."""
@@ -304,11 +330,13 @@ class Opened:
             recorded = {name: line for name, line in recorded.items() if name in folder.ours}
         if not overwrite:
             folder.refuse_edited(work)
+            folder.refuse_other_origin(work)
             if folder.manifest is not None and not folder.journal.forgotten:
                 recorded |= _recorded_by(folder.manifest, work, folder)
             planned.kept, planned.to_redo = take_stock(
                 work, recorded, folder.path, was_finished=folder.has_index
             )
+            planned.filled = take_up(work, folder.journal.filled, folder.path)
         folder.enter(self, planned)
         return planned
 
@@ -337,6 +365,8 @@ class Planned:
     """Finished shards that stay."""
     to_redo: dict[str, str] = field(default_factory=dict)
     """Finished shards that do not, and why."""
+    filled: dict[str, Mapping[int, str]] = field(default_factory=dict)
+    """Unfinished shards that stay, and the checksums of the moves that have filled them so far."""
 
     @property
     def records(self) -> dict[str, ShardRecord]:
@@ -358,6 +388,8 @@ class Planned:
             what = "already finished" if is_whole else "resuming"
             kept, count = len(self.kept), len(self.work.shards)
             yield f"{what}: {kept} of {count} shards were finished before and are kept"
+        for name in self.filled:
+            yield f"{name}: resuming: what an earlier run has fetched for it is kept"
 
     def redo(self, reasons: Mapping[str, str]) -> None:
         """Keep these shards no longer."""
@@ -383,16 +415,19 @@ class Planned:
         """
         folder = self.folder
         is_whole = folder.has_index and bool(self.kept) and not self.shards_to_write
-        keep = set(folder.ours) if is_whole else set(self.kept)
+        begun = {partial_path(folder.path / name).name for name in self.filled}
+        keep = (set(folder.ours) if is_whole else set(self.kept)) | begun
         # Half-written files go first: on a disk that they have filled there is no room for a line
         # in the journal.
-        folder.clear(folder.ours)
-        self._check_space(keep)
+        folder.clear(folder.ours | begun)
+        self._check_space(keep, begun)
         if not is_whole:
             # Names are recorded before the files are created, so that a run after a kill
             # recognises them as ours.
             folder.ours |= {shard.name for shard in self.work.shards}
             folder.journal.declare(folder.ours)
+            if self.work.origin is not None:
+                folder.journal.begin(self.work.origin)
         # The manifest goes, unless everything is there, and so do the journals of parts. From here
         # on this journal has the records that only they had.
         folder.journal.take_over([] if is_whole else self.kept.values())
@@ -404,7 +439,7 @@ class Planned:
             sync_folder(folder.path)
         return writing
 
-    def _check_space(self, keep: set[str]) -> None:
+    def _check_space(self, keep: set[str], begun: set[str]) -> None:
         folder = self.folder
         needed = sum(shard.nbytes for shard in self.shards_to_write)
         stale = folder.stale(keep)
@@ -413,7 +448,7 @@ class Planned:
                 needed += nbytes
         with naming(folder.path, OutputError):
             free = shutil.disk_usage(folder.path).free
-            free += sum(512 * (folder.path / name).stat().st_blocks for name in stale)
+            free += sum(512 * (folder.path / name).stat().st_blocks for name in stale | begun)
         if free < needed:
             raise NoSpaceError(
                 f"{folder.path}: needs {needed:,} bytes of free disk, there are {free:,}"
@@ -422,7 +457,7 @@ class Planned:
 
 @dataclass
 class Writing:
-    """Shards are written. A failure deletes all but what is finished."""
+    """Shards are written. A failure deletes all but what a later run can use."""
 
     folder: OutputFolder
     work: Work
@@ -430,6 +465,7 @@ class Writing:
     """What a failure does not delete."""
     records: dict[str, ShardRecord]
     """Of the finished shards."""
+    _unsynced_nbytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finish_shard(self, shard: Target, file: WriteFile, checksums: Mapping[str, str]) -> None:
@@ -457,6 +493,32 @@ class Writing:
             self.keep.add(shard.name)
             self.records[shard.name] = record
         publish(file.path, self.folder.path / shard.name)
+
+    def note_move(self, shard: Target, file: WriteFile, number: int, data: Bytes) -> None:
+        """Record a move whose bytes are in the file of its shard, so that a later run need not
+        fetch them again; called from any thread.
+
+        Args:
+            shard: the shard.
+            file: its temporary file.
+            number: of the move, among the shard's.
+            data: its bytes.
+
+        Raises:
+            OutputError: naming the file and the system's reason.
+        """
+        checksum = xxhash.xxh3_64_hexdigest(data.data)
+        journal = self.folder.journal
+        journal.note(FilledMove(shard.name, self.work.keys[shard.name], number, checksum))
+        with self._lock:
+            self.keep.add(file.path.name)
+            self._unsynced_nbytes += data.size
+            is_due = self._unsynced_nbytes >= SYNC_NBYTES
+            if is_due:
+                self._unsynced_nbytes = 0
+        if is_due:
+            file.sync()
+            journal.sync()
 
     def finish(self, write_beside: Callable[[Mapping[str, ShardRecord]], None]) -> Done:
         """Write what stands beside the shards, the index last.

@@ -8,11 +8,12 @@ model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from ..errors import CheckpointError
 from ..layouts.base import BadSourceError, Move
@@ -20,6 +21,7 @@ from ..plan import PlannedShard
 from ..progress import OnBytes
 from ..storage.buffers import Bytes, aligned_buffer, block_buffer, spanned_nbytes, view_at
 from ..storage.durable import WriteFile, partial_path
+from ..storage.local import LocalReader
 from ..storage.reader import Opener
 from .checksum import Checksum
 from .crew import Crew
@@ -30,6 +32,11 @@ OnFilled = Callable[[PlannedShard, WriteFile, dict[str, str]], None]
 not synced, and the XXH3-128 of each of its tensors."""
 
 
+OnMove = Callable[[PlannedShard, WriteFile, int, Bytes], None]
+"""Given a shard, its file, the number of one of its moves, and the move's bytes, which the file
+has."""
+
+
 class Scratch:
     """The memory of one worker: a move's sources, side by side, and what they become."""
 
@@ -37,6 +44,14 @@ class Scratch:
         moves = list(moves)
         self._sources = aligned_buffer(max(map(_sources_nbytes, moves), default=0))
         self._out = block_buffer(max((move.nbytes for move in moves), default=0))
+
+    def read_again(self, file: LocalReader, move: Move, offset: int) -> Bytes:
+        """What a shard's file has where a move belongs; valid until the next call.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return file.read(self._out, offset, move.nbytes)
 
     def fill(self, move: Move, open_source: Opener, offset: int) -> Bytes:
         """Read a move's sources and arrange them.
@@ -85,16 +100,29 @@ class _OpenShard:
     planned: PlannedShard
     file: WriteFile
     moves_left: int
+    filled: Mapping[int, str]
+    """Checksums of the moves that an earlier run has written."""
+    written: LocalReader | None
+    """The same file, to read these."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def create_shard(shard: Target, out_dir: Path, *, direct: bool) -> WriteFile:
+def create_shard(
+    shard: Target, out_dir: Path, *, direct: bool, is_there: bool = False
+) -> WriteFile:
     """Make a shard's file, under its temporary name and at its final size, and write its header.
+
+    Args:
+        shard: what the file is for.
+        out_dir: its folder.
+        direct: bypass the page cache where the file system allows.
+        is_there: an earlier run has made it.
 
     Raises:
         OutputError: naming the file and the system's reason.
     """
-    file = WriteFile(partial_path(out_dir / shard.name), shard.nbytes, direct=direct)
+    nbytes = None if is_there else shard.nbytes
+    file = WriteFile(partial_path(out_dir / shard.name), nbytes, direct=direct)
     header = aligned_buffer(len(shard.header))
     header[:] = np.frombuffer(shard.header, np.uint8)
     file.write(header, 0)
@@ -110,6 +138,8 @@ def scatter(
     threads: int,
     on_bytes: OnBytes,
     on_filled: OnFilled,
+    on_move: OnMove | None = None,
+    filled: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """Write shards into ``out_dir``.
 
@@ -121,6 +151,9 @@ def scatter(
         threads: number of workers; each takes about 17 MB.
         on_bytes: told of progress, by output tensor.
         on_filled: called for each shard, from any thread.
+        on_move: called for each move, from any thread.
+        filled: XXH3-64 of moves that an earlier run has written into files that are there, by
+            number, by shard. They are not carried out again, unless the file has other bytes.
 
     Raises:
         CheckpointError: a source cannot be read, or holds a value that no kernel can use.
@@ -129,34 +162,44 @@ def scatter(
     crew = Crew(threads)
     checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
 
-    def jobs() -> Iterator[tuple[_OpenShard, Move]]:
+    def jobs() -> Iterator[tuple[_OpenShard, int, Move]]:
         for planned in shards:
-            file = create_shard(planned, out_dir, direct=direct)
-            shard = _OpenShard(planned, file, len(planned.moves))
+            written = (filled or {}).get(planned.name, {})
+            file = create_shard(planned, out_dir, direct=direct, is_there=bool(written))
+            reader = LocalReader(file.path, direct=direct) if written else None
+            shard = _OpenShard(planned, file, len(planned.moves), written, reader)
             if not planned.moves:
-                filled(shard)
-            for move in planned.moves:
-                yield shard, move
+                finish(shard)
+            for number, move in enumerate(planned.moves):
+                yield shard, number, move
 
-    def filled(shard: _OpenShard) -> None:
+    def finish(shard: _OpenShard) -> None:
         digests = {name: checksums[name].hexdigest() for name in shard.planned.tensors}
         on_filled(shard.planned, shard.file, digests)
 
-    def make_worker() -> Callable[[tuple[_OpenShard, Move]], None]:
+    def make_worker() -> Callable[[tuple[_OpenShard, int, Move]], None]:
         own = Scratch(move for shard in shards for move in shard.moves)
 
-        def work(job: tuple[_OpenShard, Move]) -> None:
-            shard, move = job
+        def work(job: tuple[_OpenShard, int, Move]) -> None:
+            shard, number, move = job
             offset = shard.planned.offsets[move.tensor] + move.offset
-            data = own.fill(move, open_source, offset)
-            shard.file.write(data, offset)
+            data = None
+            if shard.written is not None and number in shard.filled:
+                data = own.read_again(shard.written, move, offset)
+                if xxhash.xxh3_64_hexdigest(data.data) != shard.filled[number]:
+                    data = None
+            if data is None:
+                data = own.fill(move, open_source, offset)
+                shard.file.write(data, offset)
+            if on_move is not None:
+                on_move(shard.planned, shard.file, number, data)
             checksums[move.tensor].update(move.offset, data)
             on_bytes(move.tensor, move.nbytes)
             with shard.lock:
                 shard.moves_left -= 1
                 last = shard.moves_left == 0
             if last:
-                filled(shard)
+                finish(shard)
 
         return work
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Container, Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
+
+import xxhash
 
 from ..errors import CheckpointError, OutputError, naming
 from ..format.contract import FORMAT_VERSION
@@ -19,6 +22,7 @@ from ..source.checkpoint import Checkpoint
 from ..source.identity import source_difference
 from ..source.spans import Shard
 from ..storage.copying import record_of
+from ..storage.durable import partial_path
 from ..storage.header import read_header
 from ..storage.local import LocalReader
 from ..storage.reader import Store
@@ -115,6 +119,22 @@ class Work(ABC):
             sources={name: self.identities[name] for name in shard.source_files},
         )
 
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Of each shard that is made: equal keys mean that its moves write equal bytes."""
+        keys = {}
+        for shard in self.shards:
+            sources = [self.identities[name] for name in shard.source_files]
+            made_of = [FORMAT_VERSION, self.row_order, shard.fingerprint, sources]
+            keys[shard.name] = xxhash.xxh3_128_hexdigest(json.dumps(made_of).encode())
+        return keys
+
+    @property
+    def origin(self) -> str | None:
+        """The model and the commit that are read, where they are known."""
+        known = self.store.provenance()
+        return f"{known['hub_id']}@{known['revision']}" if "revision" in known else None
+
     def check_unchanged(self, sources: Container[str]) -> None:
         """Make sure that source files are still what they were when their headers were read.
 
@@ -208,6 +228,28 @@ def take_stock(
         if name in present:
             to_redo[name] = _OTHER_PLAN
     return kept, to_redo
+
+
+def take_up(
+    work: Work, filled: Mapping[tuple[str, str], Mapping[int, str]], out_dir: Path
+) -> dict[str, Mapping[int, str]]:
+    """Find unfinished shards whose moves need not all be carried out again.
+
+    Args:
+        work: what should be there.
+        filled: as `Journal.filled` has it.
+        out_dir: where they lie.
+
+    Returns:
+        Checksums of the moves that an earlier run has written, by number, by shard.
+    """
+    found: dict[str, Mapping[int, str]] = {}
+    for shard in work.shards if filled else ():
+        moves = filled.get((shard.name, work.keys[shard.name]))
+        path = partial_path(out_dir / shard.name)
+        if moves and path.is_file() and path.stat().st_size == shard.nbytes:
+            found[shard.name] = moves
+    return found
 
 
 def _why_redo(work: Work, shard: Target, finished: FinishedShard, out_dir: Path) -> str | None:

@@ -8,7 +8,7 @@ many requests are under way as the store has connections; workers find the bytes
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +21,12 @@ from .buffers import Bytes
 from .reader import Identity, Opener, Store, keep_open
 from .remote import RemoteReader, RemoteStore, StoppedError
 
-REQUEST_NBYTES = 8 * 2**20
-"""Of the longest request."""
-BATCH_NBYTES = 32 * 2**20
-"""Moves are looked at together up to this. An expert of DeepSeek-V3 has 25 MB: three matrices that
-lie one after the other, and their scales."""
+REQUEST_NBYTES = 4 * 2**20
+"""Of the longest request. A kill costs what requests under way have brought, and what waits for
+them. Shorter ones would wait for their first byte for a larger part of the time."""
+BATCH_NBYTES = 16 * 2**20
+"""Moves are looked at together up to this. Of an expert of DeepSeek-V3 gate and up have 15 MB and
+lie side by side; down and all the scales have 10 MB."""
 SMALL_NBYTES = 64 * 2**10
 """A move below this never begins a batch: the scalars of a layer's experts lie together, and
 several moves gather them."""
@@ -58,23 +59,28 @@ def open_ahead(store: Store, moves: Iterable[Sequence[Range]], *, direct: bool) 
         ahead.stop()
 
 
-class _Joined:
-    """Ranges that touch, as one."""
+class _Piece:
+    """What one request brings."""
 
-    __slots__ = ("buffer", "failure", "file", "missing", "start", "stop", "unread")
+    __slots__ = ("buffer", "failure", "file", "is_there", "start", "stop", "unread")
 
-    def __init__(self, file: str, start: int, stop: int, unread: int) -> None:
+    def __init__(self, file: str, start: int, stop: int) -> None:
         self.file, self.start, self.stop = file, start, stop
-        self.unread = unread
-        """Bytes that no worker has asked for yet."""
-        self.missing = stop - start
-        """Bytes that have not come yet."""
+        self.unread = stop - start
+        """Bytes that no worker has taken yet."""
         self.buffer: Bytes | None = None
+        """While there are some, and the request has been handed out."""
+        self.is_there = False
         self.failure: BaseException | None = None
 
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+    @property
+    def room(self) -> int:
+        """Of its buffer. Large ones are all of a size, to be used again."""
+        return REQUEST_NBYTES if self.nbytes > REQUEST_NBYTES // 4 else self.nbytes
 
 
 def _batches(moves: Iterable[Sequence[Range]]) -> Iterator[list[Range]]:
@@ -90,20 +96,20 @@ def _batches(moves: Iterable[Sequence[Range]]) -> Iterator[list[Range]]:
     yield batch
 
 
-def _joined(batch: Iterable[Range]) -> list[_Joined]:
-    """In the order in which they are needed first."""
-    found: list[tuple[int, _Joined]] = []
+def _pieces(batch: Iterable[Range]) -> list[_Piece]:
+    """Requests for ranges, those that touch as one, in the order in which they are needed first."""
+    runs: list[tuple[int, str, int, int]] = []
     for number, (file, offset, nbytes) in sorted(enumerate(batch), key=lambda item: item[1]):
-        last = found[-1][1] if found else None
-        if not nbytes:
-            continue
-        if last is not None and (last.file, last.stop) == (file, offset):
-            last.stop, last.missing = offset + nbytes, last.missing + nbytes
-            last.unread += nbytes
-            found[-1] = (min(found[-1][0], number), last)
-        else:
-            found.append((number, _Joined(file, offset, offset + nbytes, nbytes)))
-    return [joined for _, joined in sorted(found, key=lambda item: item[0])]
+        if runs and runs[-1][1] == file and runs[-1][3] == offset:
+            first, _, start, stop = runs.pop()
+            runs.append((min(first, number), file, start, stop + nbytes))
+        elif nbytes:
+            runs.append((number, file, offset, offset + nbytes))
+    return [
+        _Piece(file, cut, min(cut + REQUEST_NBYTES, stop))
+        for _, file, start, stop in sorted(runs)
+        for cut in range(start, stop, REQUEST_NBYTES)
+    ]
 
 
 class _Ahead:
@@ -113,21 +119,25 @@ class _Ahead:
         self._store = store
         self._stopped = threading.Event()
         self._changed = threading.Condition()
+        self._spare: list[Bytes] = []
+        """Large buffers that are free."""
         self._held = 0
-        """Bytes of buffers."""
-        self._room = store.connections * REQUEST_NBYTES
-        joined = []
+        """Bytes of buffers that are not."""
+        pieces: list[_Piece] = []
+        largest = 0
         for batch in _batches(moves):
-            found = _joined(batch)
-            # A worker may need all of its batch before it gives any of it back.
-            self._room = max(self._room, 2 * sum(each.nbytes for each in found))
-            joined += found
-        self._by_file: dict[str, list[_Joined]] = defaultdict(list)
-        for each in joined:
-            self._by_file[each.file].append(each)
-        for own in self._by_file.values():
-            own.sort(key=lambda each: each.start)
-        self._requests = self._in_order(joined)
+            own = _pieces(batch)
+            largest = max(largest, sum(piece.room for piece in own))
+            pieces += own
+        # Workers need all of a batch before they give any of it back. What waits for the rest of
+        # its batch must not take the room of a request.
+        self._room = store.connections * REQUEST_NBYTES + 2 * largest
+        self._by_file: dict[str, list[_Piece]] = defaultdict(list)
+        for piece in pieces:
+            self._by_file[piece.file].append(piece)
+        for in_file in self._by_file.values():
+            in_file.sort(key=lambda piece: piece.start)
+        self._requests = self._in_order(pieces)
         self._taking = threading.Lock()
         self._threads = [
             threading.Thread(target=self._fetch, name=f"fetch-{n}", daemon=True)
@@ -147,62 +157,71 @@ class _Ahead:
     def open(self, name: str) -> _AheadReader:
         return _AheadReader(self, self._store.open(name))
 
-    def _in_order(self, joined: Iterable[_Joined]) -> Iterator[tuple[_Joined, int, int]]:
-        """Requests, each once there is room for its bytes."""
-        for each in joined:
+    def _in_order(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """Each piece once there is room for it."""
+        for piece in pieces:
             with self._changed:
-                while not self._stopped.is_set() and self._held + each.nbytes > self._room:
+                while not self._stopped.is_set() and self._held + piece.room > self._room:
                     self._changed.wait()
                 if self._stopped.is_set():
                     return
-                self._held += each.nbytes
-                each.buffer = np.empty(each.nbytes, np.uint8)
-            for start in range(each.start, each.stop, REQUEST_NBYTES):
-                yield each, start, min(start + REQUEST_NBYTES, each.stop)
+                self._held += piece.room
+                is_large = piece.room == REQUEST_NBYTES
+                whole = self._spare.pop() if is_large and self._spare else None
+                if whole is None:
+                    whole = np.empty(piece.room, np.uint8)
+                piece.buffer = whole
+            yield piece
 
     def _fetch(self) -> None:
         while True:
             with self._taking:
-                request = next(self._requests, None)
-            if request is None:
+                piece = next(self._requests, None)
+            if piece is None:
                 return
-            joined, start, stop = request
-            failure: BaseException | None = None
-            assert joined.buffer is not None
-            into = joined.buffer[start - joined.start : stop - joined.start]
+            assert piece.buffer is not None
             try:
-                self._store.fetch(joined.file, start, into, self._stopped)
+                self._store.fetch(
+                    piece.file, piece.start, piece.buffer[: piece.nbytes], self._stopped
+                )
             except StoppedError:
                 return
-            except BaseException as error:
-                failure = error
+            except BaseException as failure:
+                piece.failure = failure
             with self._changed:
-                joined.missing -= stop - start
-                joined.failure = joined.failure or failure
-                if failure or not joined.missing:
-                    self._changed.notify_all()
-
-    def take(self, file: str, offset: int, nbytes: int) -> Bytes | None:
-        """Bytes that have been fetched ahead, once they are there; None if that is not planned."""
-        own = self._by_file.get(file, [])
-        index = bisect_right(own, offset, key=lambda each: each.start) - 1
-        if index < 0 or offset + nbytes > own[index].stop:
-            return None
-        joined = own[index]
-        with self._changed:
-            if not joined.unread:  # it has been given back
-                return None
-            self._changed.wait_for(lambda: joined.failure is not None or not joined.missing)
-            if joined.failure is not None:
-                raise joined.failure
-            assert joined.buffer is not None
-            data = joined.buffer[offset - joined.start :][:nbytes]
-            joined.unread -= nbytes
-            if not joined.unread:
-                joined.buffer = None
-                self._held -= joined.nbytes
+                piece.is_there = True
                 self._changed.notify_all()
-            return data
+
+    def take(self, file: str, into: Bytes, offset: int) -> bool:
+        """Hand out bytes that are fetched ahead, once they are there; False if that is not planned,
+        or they have been handed out before."""
+        pieces = self._by_file.get(file, [])
+        stop = offset + into.size
+        first = bisect_right(pieces, offset, key=lambda piece: piece.start) - 1
+        last = bisect_left(pieces, stop, key=lambda piece: piece.start)
+        own = pieces[max(first, 0) : last]
+        with self._changed:
+            if sum(min(p.stop, stop) - max(p.start, offset) for p in own if p.unread) != into.size:
+                return False
+        for piece in own:
+            with self._changed:
+                while not piece.is_there:
+                    self._changed.wait()
+                if piece.failure is not None:
+                    raise piece.failure
+                buffer = piece.buffer
+            assert buffer is not None
+            start, end = max(piece.start, offset), min(piece.stop, stop)
+            into[start - offset : end - offset] = buffer[start - piece.start : end - piece.start]
+            with self._changed:
+                piece.unread -= end - start
+                if not piece.unread:
+                    piece.buffer = None
+                    self._held -= piece.room
+                    if piece.room == REQUEST_NBYTES:
+                        self._spare.append(buffer)
+                    self._changed.notify_all()
+        return True
 
 
 class _AheadReader:
@@ -214,5 +233,7 @@ class _AheadReader:
         self.identity: Identity = reader.identity
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
-        data = self._ahead.take(self.name, offset, nbytes)
-        return self._reader.read(buffer, offset, nbytes) if data is None else data
+        view = buffer[:nbytes]
+        if self._ahead.take(self.name, view, offset):
+            return view
+        return self._reader.read(buffer, offset, nbytes)

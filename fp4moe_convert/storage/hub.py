@@ -9,17 +9,19 @@ its limit of requests.
 from __future__ import annotations
 
 import email.utils
+import http.client
+import importlib
 import importlib.metadata
 import os
 import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -47,18 +49,29 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import CheckpointError, UnreachableError
+from .buffers import Bytes
+from .lines import Lines
 from .local import LocalFolder
 from .reader import Identity, Store
-from .remote import Patience, RemoteStore, Traffic, TryAgainError
+from .remote import Patience, RemoteStore, Traffic, TryAgainError, copied
 
-FIRST_TRIES = 3
+FIRST_TRIES = 4
 """Until the Hub counts as unreachable when nothing has come from it yet."""
 
 MAX_SKIPPED_NBYTES = 16 * 2**20
 """Of an answer that has the whole file instead of a range, as servers may give of small files."""
 
-_TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__mro__[1], OSError)
-"""The first is HTTPError of httpx or httpx2, whichever the library stands on."""
+_HTTP_ERROR = HfHubHTTPError.__mro__[1]
+"""HTTPError of httpx or httpx2, whichever the library stands on."""
+_httpx = importlib.import_module(_HTTP_ERROR.__module__.partition(".")[0])
+
+_TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
+    *(_HTTP_ERROR, OSError, http.client.HTTPException),
+)
+
+PIECE_NBYTES = 2**20
+"""Of an answer, until progress is noted. What a connection that stalls has brought of one is asked
+for again."""
 
 _PASSING = {
     HTTPStatus.REQUEST_TIMEOUT,
@@ -73,6 +86,8 @@ _LIBRARY: Any = {
     "library_version": importlib.metadata.version("fp4moe-convert"),
 }
 """Who asks."""
+
+_Headers: TypeAlias = Mapping[str, str] | http.client.HTTPMessage
 
 _LOG_IN = "set HF_TOKEN or run hf auth login"
 
@@ -202,35 +217,67 @@ class HubStore(RemoteStore):
         self._is_plain = is_plain
         self._addresses: dict[str, str] = {}
         self._resolving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._is_direct = True
+        self._lines = Lines(_httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def provenance(self) -> Mapping[str, str]:
         return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
 
-    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
+    def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        url = hf_hub_url(self._repo_id, name, revision=self._commit)
+        headers = {
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={offset}-{offset + into.size - 1}",
+        }
         with _explained(self._repo_id, self._commit):
-            url = hf_hub_url(self._repo_id, name, revision=self._commit)
-            address = url if name in self._is_plain else self._signed_address(name, url)
-            headers = {"Accept-Encoding": "identity"}
-            if urlsplit(address).netloc == urlsplit(url).netloc:  # a token is for the Hub alone
-                headers |= build_hf_headers(**_LIBRARY)
-            headers["Range"] = f"bytes={offset}-{offset + nbytes - 1}"
-            with get_session().stream(
-                "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            ) as response:
-                status = response.status_code
-                if address != url and 400 <= status < 500 and status not in _PASSING:
-                    with self._resolving[name]:
-                        if self._addresses.get(name) == address:
-                            del self._addresses[name]
-                    raise TryAgainError(f"its signed address is refused ({status})", after=0)
-                if status >= 400:
-                    response.read()
-                    hf_raise_for_status(response)
-                skip = self._check_answer(name, response, offset, nbytes)
-                for piece in response.iter_raw():
-                    if len(piece) > skip:
-                        yield piece[skip:]
-                    skip = max(skip - len(piece), 0)
+            if name in self._is_plain:
+                yield from self._through_library(name, url, headers, offset, into)
+                return
+            address = self._signed_address(name, url)
+            try:
+                if self._is_direct and self._lines.reach(address):
+                    yield from self._directly(name, address, headers, offset, into)
+                else:
+                    yield from self._through_library(name, address, headers, offset, into)
+            except _RefusedError as refusal:
+                with self._resolving[name]:
+                    if self._addresses.get(name) == address:
+                        del self._addresses[name]
+                raise TryAgainError(f"its signed address is refused ({refusal})", after=0) from None
+
+    def _directly(
+        self, name: str, address: str, headers: Mapping[str, str], offset: int, into: Bytes
+    ) -> Iterator[int]:
+        with self._lines.get(address, headers) as response:
+            if response.getheader("Location"):
+                self._is_direct = False  # the library knows how to follow
+                raise TryAgainError("the storage leads elsewhere", after=0)
+            _check_status(response.status, response.reason, response.headers)
+            skip = self._check_answer(name, response.status, response.headers, offset, into.size)
+            response.read(skip)
+            got = 0
+            # In pieces, so that a stalled connection is seen.
+            while count := response.readinto(into[got : got + PIECE_NBYTES].data):
+                got += count
+                yield count
+
+    def _through_library(
+        self, name: str, address: str, headers: dict[str, str], offset: int, into: Bytes
+    ) -> Iterator[int]:
+        is_hubs = urlsplit(address).netloc == urlsplit(constants.ENDPOINT).netloc
+        if is_hubs:  # a token is for the Hub alone
+            headers = {**headers, **build_hf_headers(**_LIBRARY)}
+        with get_session().stream(
+            "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as response:
+            if is_hubs and response.status_code >= 400:
+                response.read()
+                hf_raise_for_status(response)
+            _check_status(response.status_code, response.reason_phrase, response.headers)
+            skip = self._check_answer(
+                name, response.status_code, response.headers, offset, into.size
+            )
+            yield from copied(_without_first(response.iter_raw(), skip), into)
 
     def _signed_address(self, name: str, url: str) -> str:
         """Where the Hub leads to from the ``url`` of a large file."""
@@ -248,19 +295,44 @@ class HubStore(RemoteStore):
                 self._addresses[name] = found.location
             return self._addresses[name]
 
-    def _check_answer(self, name: str, response: Any, offset: int, nbytes: int) -> int:
+    def _check_answer(
+        self, name: str, status: int, headers: _Headers, offset: int, nbytes: int
+    ) -> int:
         """Make sure that an answer has the bytes asked for; how many come before these."""
-        headers = response.headers
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{name}: comes compressed; is a proxy between?")
         expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name]['bytes']}"
-        if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+        if status == HTTPStatus.PARTIAL_CONTENT:
             if (found := headers.get("Content-Range")) != expected:
                 raise TryAgainError(f"the answer has {found}, expected {expected}")
             return 0
         if offset > MAX_SKIPPED_NBYTES:
             raise CheckpointError(f"{name}: the server sends no ranges; is a proxy between?")
         return offset
+
+
+class _RefusedError(Exception):
+    """A signed address leads nowhere any more."""
+
+
+def _check_status(status: int, reason: str, headers: _Headers) -> None:
+    """Judge the answer of a storage, which is not the Hub's own.
+
+    Raises:
+        TryAgainError: it is busy.
+        _RefusedError: the address has expired, or is wrong.
+    """
+    if status in _PASSING:
+        raise TryAgainError(f"the storage answers {status} {reason}", after=_asked_wait(headers))
+    if status >= 400:
+        raise _RefusedError(status)
+
+
+def _without_first(pieces: Iterable[bytes], skip: int) -> Iterator[bytes]:
+    for piece in pieces:
+        if len(piece) > skip:
+            yield piece[skip:]
+        skip = max(skip - len(piece), 0)
 
 
 @contextmanager
@@ -302,7 +374,7 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         raise TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})") from error
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float | None:
+def _asked_wait(headers: _Headers) -> float | None:
     """Seconds that a server tells us to wait: by Retry-After, as a number or a date, or, at the
     Hub, by RateLimit."""
     if found := re.search(r"\br=0\b.*\bt=(\d+)", headers.get("ratelimit", "")):

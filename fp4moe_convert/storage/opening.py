@@ -12,6 +12,7 @@ from .local import LocalFolder
 from .reader import Store
 
 _HUB_PREFIX = "hf://"
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def open_store(
@@ -49,6 +50,10 @@ def open_store(
         )
     if revision is not None:
         raise CheckpointError(f"{location}: has no revisions: it is not a model on the Hub")
+    if isinstance(location, str) and _URL.match(location):
+        from .urls import UrlStore
+
+        return UrlStore(location, connections=connections)
     return LocalFolder(Path(location))
 
 

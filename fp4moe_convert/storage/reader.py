@@ -50,7 +50,7 @@ class Reader(Protocol):
             nbytes: of the range.
 
         Returns:
-            [nbytes] uint8, a view of ``buffer`` or of memory that is the caller's now.
+            [nbytes] uint8, a view of ``buffer``.
 
         Raises:
             CheckpointError: the file cannot be read, or ends inside the range.

@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -177,8 +177,9 @@ class RemoteStore(ABC):
         self._keeping = threading.Lock()
 
     @abstractmethod
-    def request(self, name: str, offset: int, nbytes: int) -> Iterator[bytes]:
-        """The pieces of a range, from one request.
+    def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        """Fill ``into`` from one request for a range, and yield how many bytes have come, each time
+        that some have. An answer that ends early ends the iterator.
 
         Raises:
             TryAgainError: it failed in a way that may pass.
@@ -230,16 +231,12 @@ class RemoteStore(ABC):
             started, before = time.monotonic(), got
             try:
                 with self.traffic:
-                    for piece in self.request(name, offset + got, into.size - got):
+                    for count in self.request(name, offset + got, into[got:]):
                         if stopped.is_set():
                             raise StoppedError
-                        taken = min(len(piece), into.size - got)
-                        into[got : got + taken] = np.frombuffer(piece, np.uint8, taken)
-                        got += taken
-                        self.traffic.add(taken)
+                        got += count
+                        self.traffic.add(count)
                         patience.restored()
-                        if not taken:  # more than was asked for
-                            break
                         seconds = time.monotonic() - started
                         if seconds > STALL_SECONDS:
                             _check_rate((got - before) / seconds)
@@ -269,6 +266,19 @@ class RemoteStore(ABC):
 def fetched_from(store: Store) -> Fetched | None:
     """What has come from a store, if it is a remote one."""
     return store.traffic.so_far() if isinstance(store, RemoteStore) else None
+
+
+def copied(pieces: Iterable[bytes], into: Bytes) -> Iterator[int]:
+    """Fill ``into`` with pieces, as `RemoteStore.request` does. What is too much is not taken."""
+    got = 0
+    for piece in pieces:
+        count = min(len(piece), into.size - got)
+        into[got : got + count] = np.frombuffer(piece, np.uint8, count)
+        got += count
+        if len(piece) > count:
+            yield count
+            return
+        yield count
 
 
 def _check_rate(bytes_per_second: float) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 INDEX = "model.safetensors.index.json"
 MANIFEST = "fp4moe_manifest.json"
 SOURCE = "fp4moe_source.dat"
@@ -44,6 +46,16 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON object; None removes one."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a manifest says, and let its checksum vouch for it."""
+    content = json.loads((folder / MANIFEST).read_text())
+    change(content)
+    del content["manifest"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["manifest"] = xxhash.xxh3_128_hexdigest(canonical.encode())
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def change_byte(path: Path, position: int, change: Callable[[int], int]) -> int:

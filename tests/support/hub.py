@@ -1,6 +1,6 @@
 """A Hub on this machine, for the real huggingface_hub to talk to through HF_ENDPOINT.
 
-    python tests/support/hub.py OWNER/NAME=FOLDER ... [--port N] [--rate BYTES]
+    python tests/support/hub.py OWNER/NAME=FOLDER ... [--port N] [--rate BYTES] [--latency SECONDS]
 
 It answers what that library asks to read a model: model info, the tree, and ``resolve``, which
 sends the bytes of a plain file and leads to a signed address of a large one, on another port as on
@@ -62,6 +62,8 @@ class Repository:
     """Its files are."""
     refs: dict[str, str] = field(default_factory=dict)
     """Commits by branch and tag."""
+    earlier: dict[str, Repository] = field(default_factory=dict)
+    """What it was, by commit."""
 
     @classmethod
     def of(cls, folder: Path) -> Repository:
@@ -104,15 +106,26 @@ class Fault:
     """Nothing comes after so many bytes of the body."""
     shift: int = 0
     """The range that is sent is another one by so much."""
+    ignores_range: bool = False
+    """The whole file is sent."""
 
 
 class Hub:
     """The stand-in, while it is entered."""
 
-    def __init__(self, *, rate: float | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        rate: float | None = None,
+        connection_rate: float | None = None,
+        latency: float = 0.0,
+        port: int = 0,
+    ) -> None:
         """
         Args:
             rate: bytes a second that all answers together may have.
+            connection_rate: bytes a second that one answer may have.
+            latency: seconds until an answer begins.
             port: of the endpoint.
         """
         self.repositories: dict[str, Repository] = {}
@@ -123,9 +136,14 @@ class Hub:
         self.faults: list[Fault] = []
         self.epoch = 0
         """Signed addresses of earlier ones have expired."""
+        self.detour = False
+        """Signed addresses lead on to others."""
+        self._sent_nbytes = 0
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._rate = rate
+        self._connection_rate = connection_rate
+        self.latency = latency
         self._next_send = 0.0
         self._servers = [_Server(("127.0.0.1", number), self) for number in (port, 0)]
 
@@ -154,14 +172,19 @@ class Hub:
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
     def add(self, repo_id: str, folder: Path) -> Repository:
-        self.repositories[repo_id] = Repository.of(folder)
-        return self.repositories[repo_id]
+        """A model, or a new commit of one."""
+        new, old = Repository.of(folder), self.repositories.get(repo_id)
+        if old is not None:
+            new.earlier = {**old.earlier, old.commit: old}
+        self.repositories[repo_id] = new
+        return new
 
     def forget(self) -> None:
         """Start counting afresh."""
         with self._lock:
             self.requests.clear()
             self.sent.clear()
+            self._sent_nbytes = 0
 
     def served(self) -> dict[str, list[tuple[int, int]]]:
         """The ranges that were sent, by file, sorted."""
@@ -170,6 +193,12 @@ class Hub:
             for sent in self.sent:
                 ranges.setdefault(sent.name, []).append((sent.start, sent.stop))
         return {name: sorted(own) for name, own in ranges.items()}
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Of all files."""
+        with self._lock:
+            return self._sent_nbytes
 
     # What requests do with it.
 
@@ -186,15 +215,23 @@ class Hub:
         with self._lock:
             self.sent.append(sent)
 
-    def pace(self, nbytes: int) -> None:
-        """Wait until so many bytes may be sent."""
-        if self._rate is None:
-            return
+    def count(self, nbytes: int) -> None:
         with self._lock:
-            now = time.monotonic()
-            self._next_send = max(self._next_send, now) + nbytes / self._rate
-            wait = self._next_send - now
-        self.stopping.wait(wait)
+            self._sent_nbytes += nbytes
+
+    def pace(self, nbytes: int, started: float, sent: int) -> None:
+        """Wait until so many bytes may be sent, of an answer that began at some time and has sent
+        some."""
+        now = time.monotonic()
+        wait = 0.0
+        if self._rate is not None:
+            with self._lock:
+                self._next_send = max(self._next_send, now) + nbytes / self._rate
+                wait = self._next_send - now
+        if self._connection_rate is not None:
+            wait = max(wait, started + (sent + nbytes) / self._connection_rate - now)
+        if wait > 0:
+            self.stopping.wait(wait)
 
 
 class _Server(ThreadingHTTPServer):
@@ -225,6 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        self.server.hub.stopping.wait(self.server.hub.latency)
         self.fault = self.server.hub.note(f"{self.command} {self.path}") or Fault("", 0)
         try:
             if self.fault.status is not None:
@@ -263,6 +301,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not known):
             raise _Refusal(404 if known else 401, "RepoNotFound", "Repository not found")
         commit = found.refs.get(revision or "main", revision)
+        if commit in found.earlier:
+            found = found.earlier[commit]
         if commit != found.commit:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if found.gated and not known and "/resolve/" in self.path:
@@ -312,7 +352,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         hub = self.server.hub
         until = int(time.time()) + SIGNED_SECONDS
-        signed = f"/signed/{quote(repo_id, safe='')}/{quote(name, safe='')}"
+        signed = "/signed/" + "/".join(quote(each, safe="") for each in (repo_id, commit, name))
         query = f"until={until}&signature={_signature(signed, until, hub.epoch)}"
         about["Location"] = f"{hub.storage}{signed}?{query}"
         about |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.nbytes)}
@@ -326,13 +366,18 @@ class _Handler(BaseHTTPRequestHandler):
         expected = _signature(path, until, self.server.hub.epoch)
         if until < time.time() or self.query["signature"] != expected:
             raise _Refusal(403, message="Request has expired")
-        repo_id, name = map(unquote, path.removeprefix("/signed/").split("/"))
-        file = self.server.hub.repositories[repo_id].files[name]
+        if self.server.hub.detour and "again" not in self.query:
+            self.head(302, 0, {"Location": f"{self.path}&again=1"})
+            return
+        repo_id, commit, name = map(unquote, path.removeprefix("/signed/").split("/"))
+        repository = self.server.hub.repositories[repo_id]
+        file = repository.earlier.get(commit, repository).files[name]
         self.send_file(name, file, {"ETag": '"storage-has-its-own"'})
 
     def send_file(self, name: str, file: Stored, headers: Mapping[str, str]) -> None:
         start, stop, status = 0, file.nbytes, 200
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        wanted = "" if self.fault.ignores_range else self.headers.get("Range", "")
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", wanted):
             start, stop, status = int(match[1]), int(match[2] or stop - 1) + 1, 206
             if start >= file.nbytes:
                 raise _Refusal(416)
@@ -345,15 +390,15 @@ class _Handler(BaseHTTPRequestHandler):
         ends = (self.fault.cut_after, self.fault.stall_after)
         last = min([stop, *(start + end for end in ends if end is not None)])
         self.wfile.flush()
-        position = start
+        position, started = start, time.monotonic()
         try:
             with file.path.open("rb") as data:
                 while position < last:
                     count = min(last - position, 2**18)
-                    self.server.hub.pace(count)
-                    position += os.sendfile(
-                        self.connection.fileno(), data.fileno(), position, count
-                    )
+                    self.server.hub.pace(count, started, position - start)
+                    sent = os.sendfile(self.connection.fileno(), data.fileno(), position, count)
+                    position += sent
+                    self.server.hub.count(sent)
         finally:
             self.server.hub.note_sent(Sent(name, start, position))
         if self.fault.stall_after is not None:
@@ -399,10 +444,13 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="OWNER/NAME=FOLDER")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--connection-rate", type=float)
+    parser.add_argument("--latency", type=float, default=0.0)
     arguments = parser.parse_args()
     pairs = (model.partition("=") for model in arguments.models)
     models = {repo_id: Path(folder) for repo_id, _, folder in pairs}
-    with running(models, rate=arguments.rate, port=arguments.port) as hub:
+    options = {key: value for key, value in vars(arguments).items() if key != "models"}
+    with running(models, **options) as hub:
         print(hub.endpoint, flush=True)
         threading.Event().wait()
 

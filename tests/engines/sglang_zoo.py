@@ -154,7 +154,7 @@ CASES = {
     # SGLang itself cannot load linear layers in FP8, or of compressed-tensors, again.
     **{
         f"{name}: converted, loaded again": Case(name, "converted", plugin=True, again=True)
-        for name in ("minimax_m2-ct", "minimax_m3_text-mixed", "step3p5")
+        for name in ("minimax_m2-ct", "minimax_m3_text-mixed")
     },
     **{
         f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)

@@ -60,6 +60,9 @@ STOPS_UNMARKED = "tuple index out of range"
 """Some loaders (Bailing V3's, Nemotron Nano VL's) pass over the marker. What stops them is shown by
 others from which the marker is taken away: the empty tensor of an expert has no axis to cut."""
 
+STOPS_UNMARKED_STACKED = "AssertionError()"
+"""Of Step-3.5: an empty tensor is not that of all experts (step3p5.py:795 in 0.33.0)."""
+
 DRAFTS = ("deepseek_v3", "glm4_moe", "qwen3_5_moe", "qwen3_next", "qwen3_next-nvfp4-mtp")
 """Families whose MTP layer vLLM makes a draft of."""
 
@@ -162,7 +165,8 @@ def cases() -> Iterator[Case]:
             yield Case(f"{family}: original, whole draft", False, partial(stock_draft, family))
     for family in FAMILIES:
         unmarked = partial(start, family, "unmarked")
-        yield Case(f"{family}: mistake, without the marker", False, unmarked, STOPS_UNMARKED)
+        stops = STOPS_UNMARKED_STACKED if family in model_zoo.STACKED else STOPS_UNMARKED
+        yield Case(f"{family}: mistake, without the marker", False, unmarked, stops)
     loads_draft = partial(stock, FILE_BESIDE, DRAFT)
     yield Case(f"{FILE_BESIDE}: original, draft", False, loads_draft, "never written")
     for plugin in (False, True):

@@ -485,9 +485,10 @@ STEP_3_7 = replace(
         "projector_bias": False,
         "vision_config": {
             "heads": 4,
+            "hidden_act": "gelu",  # vLLM has no quick_gelu on a CPU
             "image_size": 28,
             "layers": 1,
-            "mlp_ratio": 2,
+            "mlp_ratio": 2.0,
             "model_type": "perception_encoder",
             "patch_size": 14,
             "width": 64,

@@ -101,6 +101,8 @@ class Family:
     """Pattern of the tensors and ignored modules that the family does not have."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Patterns of the tensors that have other shapes."""
+    stacked: str = r"$^"
+    """Pattern of the tensors of one expert that stand for those of all, in one tensor."""
     quantized: str = r"$^"
     """Pattern of the bf16 weights that are NVFP4 here."""
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -463,17 +465,12 @@ STEP_3_5 = Family(
     },
     extra=(
         *many("model.layers.{0,1,2}.self_attn.g_proj.weight", 4, H),
-        *(
-            tensor._replace(shape=(E, *tensor.shape))
-            for layer in (1, 2)
-            for name, rows, cols in (("gate", I, H), ("up", I, H), ("down", H, I))
-            for tensor in nvfp4(bf16(f"model.layers.{layer}.mlp.{name}_proj.weight", rows, cols))
-        ),
         *(f32(f"model.layers.{layer}.mlp.router_bias", E) for layer in (1, 2)),
         *shared_expert("model.layers.{1,2}.share_expert", quantized=False),
     ),
-    without=r"\.experts\.",
-    rename={r"\.([12])\.mlp\b": r".\1.moe"},
+    without=r"\.experts\.[1-9]",
+    stacked=r"\.experts\.0\.",
+    rename={r"\.experts\.0\b": "", r"\.([12])\.mlp\b": r".\1.moe"},
     ignore=("model.layers.{1,2}.share_expert*",),
 )
 
@@ -1029,6 +1026,8 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
         for pattern, shape in family.shapes.items():
             if re.search(pattern, tensor.name):
                 tensor = tensor._replace(shape=shape)
+        if re.search(family.stacked, tensor.name):
+            tensor = tensor._replace(shape=(family.spec.experts, *tensor.shape))
         parts: Iterator[Tensor] = iter((tensor,))
         if len(tensor.shape) == 2 and tensor.dtype == "BF16":
             if re.search(family.quantized, tensor.name):

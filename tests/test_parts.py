@@ -36,7 +36,7 @@ from fp4moe_convert import (
     verify,
 )
 from fp4moe_convert.execution import output_folder
-from fp4moe_convert.execution.journal import Division, Journal
+from fp4moe_convert.execution.journal import Division, FilledMove, Journal
 from fp4moe_convert.execution.output_folder import OutputFolder
 from fp4moe_convert.format.files import JOURNAL_NAME, is_journal
 from fp4moe_convert.parts import source_of
@@ -466,6 +466,19 @@ def test_a_whole_run_takes_over(source: Path, tmp_path: Path, expected: dict[str
     report = convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
     assert report.shards_kept == len(kept)
     assert contents(out) == expected
+
+
+def test_what_a_part_has_fetched_is_taken_over(tmp_path: Path) -> None:
+    """Of a shard that it has not finished."""
+    part = Journal(tmp_path, Part(1, COUNT))
+    part.note(FilledMove("a shard", "key", 3, "checksum"))
+    part.close(remove=False)
+    for _ in range(2):
+        whole = Journal(tmp_path)
+        whole.take_over([])
+        whole.close(remove=False)
+        assert whole.filled == {("a shard", "key"): {3: "checksum"}}
+    assert [path.name for path in tmp_path.iterdir()] == [JOURNAL_NAME]
 
 
 def test_a_part_takes_up_what_a_whole_run_left(

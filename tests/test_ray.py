@@ -3,6 +3,7 @@ tests, with all nodes on this machine (`support.ray_driver`)."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,6 +32,9 @@ from fp4moe_convert.conversion import prepare
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
+SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
+MAX_SHARD_NBYTES = 300_000
+"""So many shards that both nodes are at work before one could have done them all."""
 TENSOR = "model.layers.2.mlp.experts.2.down_proj.weight_scale"
 
 
@@ -42,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected_files(folder: Path) -> dict[str, bytes]:
     """What one process makes of the same source."""
-    make_checkpoint(folder / "model", MANY_SHARDS)
-    convert(folder / "model", folder / "one", max_shard_nbytes=SMALL_SHARD_NBYTES)
+    make_checkpoint(folder / "model", SPEC)
+    convert(folder / "model", folder / "one", max_shard_nbytes=MAX_SHARD_NBYTES)
     return every_file(folder / "one")
 
 
@@ -56,7 +60,7 @@ def found(folder: Path, expected_files: dict[str, bytes]) -> dict[str, Any]:  # 
     python = RAY / "bin" / "python"
     assert python.exists(), "run scripts/setup_ray.sh"
     done = subprocess.run(
-        [python, driver, folder / "model", folder, str(SMALL_SHARD_NBYTES), folder / "found.json"],
+        [python, driver, folder / "model", folder, str(MAX_SHARD_NBYTES), folder / "found.json"],
         env={**finding_support(), "RAY_USAGE_STATS_ENABLED": "0"},
         capture_output=True,
         text=True,

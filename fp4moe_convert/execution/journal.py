@@ -192,12 +192,18 @@ class Journal:
 
     def take_over(self, shards: Iterable[FinishedShard]) -> None:
         """Record finished shards unless they are on record here. The folder's journal also takes
-        over the parts', whose records have to be among them or are void: these journals go."""
+        over the parts': their records of shards have to be among these or are void, those of moves
+        stay, and their journals go."""
         own = {line.name for line in _lines(self._path) if isinstance(line, FinishedShard)}
         lines: list[_Line] = [shard for shard in shards if shard.name not in own]
         parts = [path for path in _journals(self._out_dir) if path.name != JOURNAL_NAME]
         if self._shared_fd is None and parts:
             lines += list(self.divisions.values())[:1]
+            lines += [
+                FilledMove(name, key, move, checksum)
+                for (name, key), moves in self.filled.items()
+                for move, checksum in moves.items()
+            ]
         self._append(lines)
         if self._shared_fd is None:
             for path in parts:

@@ -86,10 +86,10 @@ NO_RELOAD = dict.fromkeys(
 )
 """Families that vLLM cannot load again into a running engine, and what it says."""
 
-NO_CLAMP = "kernel does not support MoEActivation.SWIGLUSTEP activation"
 UNLOADABLE = {
-    "step3p5": NO_CLAMP,
-    "step3p7": NO_CLAMP,
+    "step3p5": "kernel does not support MoEActivation.SWIGLUSTEP activation",
+    # transformers' configuration of its vision tower says it otherwise.
+    "step3p7": "'Step3p7VisionConfig' object has no attribute 'width'",
     "modelopt-gpt_oss": "kernel does not support MoEActivation.SWIGLUOAI activation",
     "llmcompressor-minimax_m2": "never written: w13_weight_packed",
 }

@@ -69,13 +69,19 @@ class Panel(NamedTuple):
 
 
 def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Write a PNG of panels side by side: dots for the runs, bars for their medians."""
+    """Write a picture of panels side by side: dots for the runs, bars for their medians.
+
+    Args:
+        path: its ending chooses the format, .png or .svg.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.5), layout="constrained")
+    width = max(10, 3 * len(panels))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.5), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         for place, bar in enumerate(panel.bars):
             count = len(bar.values)

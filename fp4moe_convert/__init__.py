@@ -15,8 +15,10 @@ from .errors import (
     MissingFileError,
     NoSpaceError,
     OutputError,
+    PushError,
     RowOrderError,
     ServingError,
+    StorageLimitError,
     UnreachableError,
     VerifyError,
 )
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .parts import PartReport, convert_part, finish
     from .plan import Part
     from .progress import OnProgress, Progress
+    from .publication import PushReport, push
     from .report import RunReport
     from .restoration import restore
     from .storage.opening import open_store
@@ -49,9 +52,12 @@ __all__ = [
     "Part",
     "PartReport",
     "Progress",
+    "PushError",
+    "PushReport",
     "RowOrderError",
     "RunReport",
     "ServingError",
+    "StorageLimitError",
     "UnreachableError",
     "Verified",
     "VerifyError",
@@ -62,6 +68,7 @@ __all__ = [
     "inspect",
     "open_store",
     "prepare",
+    "push",
     "restore",
     "verify",
 ]
@@ -79,6 +86,8 @@ _HOME = {
     "convert_part": "parts",
     "finish": "parts",
     "prepare": "conversion",
+    "PushReport": "publication",
+    "push": "publication",
     "RunReport": "report",
     "open_store": "storage.opening",
     "restore": "restoration",

@@ -4,11 +4,13 @@ ConvertError            the command line prints it as one line and exits with 1,
 ├── CheckpointError     the source cannot be converted
 │   ├── HeaderError     a safetensors file breaks a rule of its own format
 │   ├── MissingFileError    the source has no file of that name
-│   └── UnreachableError    the source does not answer now; later it may
+│   └── UnreachableError    the source, or the Hub, does not answer now; later it may
 ├── FormatError         a converted checkpoint has a version, layout or form unknown to this release
 ├── OutputError         the output folder cannot be used, or writing to it failed
 │   ├── InUseError      another run holds it
 │   └── NoSpaceError    its disk is too small
+├── PushError           a repository on the Hub cannot be pushed to
+│   └── StorageLimitError   its owner may store no more there
 ├── RowOrderError       FlashInfer orders rows differently, or cannot be asked
 ├── VerifyError         a converted checkpoint differs from its manifest or from its source
 ├── ClusterError        the machines of a Ray cluster cannot be reached, or too many have died
@@ -63,7 +65,7 @@ class MissingFileError(CheckpointError):
 
 
 class UnreachableError(CheckpointError):
-    """The source does not answer now; later it may."""
+    """The source, or the Hub, does not answer now; later it may."""
 
     try_again = True
 
@@ -84,6 +86,16 @@ class InUseError(OutputError):
 
 class NoSpaceError(OutputError):
     """The disk of the output folder is too small for what will come."""
+
+    try_again = True
+
+
+class PushError(ConvertError):
+    """A repository on the Hub cannot be pushed to."""
+
+
+class StorageLimitError(PushError):
+    """The owner of a repository may store no more on the Hub."""
 
     try_again = True
 

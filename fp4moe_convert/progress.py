@@ -12,9 +12,10 @@ class Progress:
     """How far one phase of a run has come."""
 
     phase: str
-    """"checking" (finished shards of an earlier run), "converting", "restoring" or "verifying"."""
+    """"checking" (finished shards of an earlier run), "converting", "restoring", "verifying" or
+    "uploading"."""
     item: str
-    """What is being worked on: an expert layer, a tensor or a shard."""
+    """What is being worked on: an expert layer, a tensor, a shard or another file."""
     done: int
     """Bytes, of ``total``."""
     total: int

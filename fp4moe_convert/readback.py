@@ -24,7 +24,14 @@ from .execution.checksum import Checksum
 from .execution.crew import Crew
 from .execution.surroundings import read_manifest
 from .format.contract import ConvertedSection
-from .format.files import CONFIG_NAME, MANIFEST_NAME, is_journal, no_engine_reads
+from .format.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    SOURCE_CARD_NAME,
+    is_journal,
+    no_engine_reads,
+)
 from .format.manifest import FileRecord, Manifest, ShardRecord
 from .format.untrusted import decode_object
 from .layouts import layout_of
@@ -33,6 +40,7 @@ from .plan import source_moves
 from .progress import OnBytes
 from .source.checkpoint import MAX_CONFIG_NBYTES, Checkpoint
 from .source.identity import source_difference
+from .source.recorded import keeps_source_card
 from .source.spans import Shard
 from .storage.buffers import Bytes, block_buffer, view_at
 from .storage.copying import record_of
@@ -310,6 +318,10 @@ def _check_files(out_dir: Path, manifest: Manifest) -> tuple[list[FileRecord], l
         documentation.append(str(difference))
 
     expected = {MANIFEST_NAME, *manifest.files, *manifest.shards}
+    places = {name: out_dir / name for name in manifest.files}
+    if keeps_source_card(out_dir, manifest):  # as `publication` leaves it on the Hub
+        expected.add(SOURCE_CARD_NAME)
+        places[CARD_NAME] = out_dir / SOURCE_CARD_NAME
     # A run that is verifying still holds its journal.
     found = {n for n in files_below(out_dir, VerifyError) if n in expected or not is_journal(n)}
     for name in sorted(expected - found):
@@ -319,7 +331,7 @@ def _check_files(out_dir: Path, manifest: Manifest) -> tuple[list[FileRecord], l
     for name, record in manifest.files.items():
         if name in found:
             try:
-                _check_file(out_dir / name, name, record)
+                _check_file(places[name], name, record)
             except ConvertError as error:
                 found_out(name, error)
             else:

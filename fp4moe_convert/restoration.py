@@ -28,12 +28,12 @@ from .progress import OnNote, OnProgress, tell, track
 from .readback import Converted, open_converted, open_shards, read_back
 from .report import RunReport, peak_rss
 from .source.checkpoint import MAX_INDEX_NBYTES, Checkpoint, open_checkpoint
-from .source.recorded import RecordedSource
+from .source.recorded import ConvertedFolder, RecordedSource
 from .source.spans import Shard
 from .storage.copying import record_of
 from .storage.durable import write_file
 from .storage.header import read_header
-from .storage.local import LocalFolder, LocalReader, files_below
+from .storage.local import LocalReader, files_below
 from .storage.reader import Store, read_all
 from .verification import verify as verify_folder
 
@@ -75,7 +75,7 @@ class Restoration(Work):
 
     @cached_property
     def store(self) -> Store:
-        return LocalFolder(self.converted.path)
+        return ConvertedFolder(self.converted.path, self.converted.manifest)
 
     @property
     def sources(self) -> Sequence[Shard]:
@@ -132,7 +132,8 @@ def prepare_restoration(converted_dir: Path) -> Restoration:
         FormatError: it has a format version, layout or row order that this release does not know.
     """
     converted = open_converted(converted_dir)
-    original = open_checkpoint(RecordedSource(LocalFolder(converted_dir), converted.manifest))
+    folder = ConvertedFolder(converted_dir, converted.manifest)
+    original = open_checkpoint(RecordedSource(folder, converted.manifest))
     sources = converted.shards()
     moves = converted.moves(original, sources)
     known, found = converted.layout.fingerprint, converted.manifest.row_order

@@ -171,6 +171,29 @@ DirectIo = Annotated[
 Threads = Annotated[
     int, typer.Option(min=1, max=256, help="Workers; each takes about 17 MB of memory.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        show_default=False,
+        help="Upload the result to a repository on the Hub, as fp4moe push does.",
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Make the repository private. One that is there must be."),
+]
+
+
+def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
+    """Look at the repository before hours are spent on what cannot be pushed there."""
+    if push_to_hub is None:
+        if private:
+            raise typer.BadParameter("--private goes with --push-to-hub")
+        return
+    from ..publication import check_repository
+
+    check_repository(push_to_hub, private=private)
 
 
 @app.command("convert")
@@ -217,6 +240,8 @@ def convert_command(
             help="Convert with the nodes of this Ray cluster; auto finds the one that runs here.",
         ),
     ] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -230,6 +255,7 @@ def convert_command(
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
     if part and ray:
         raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
+    _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
@@ -244,9 +270,10 @@ def convert_command(
     from ..cluster import convert_on_ray
     from ..conversion import convert
     from ..parts import convert_part
-    from .display import part_tables, progress_on, report_table
+    from .display import part_tables, progress_on, pushed_table, report_table
 
     when_interrupted(advice="; run the same command again to resume")
+    pushed = None
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
         options: dict[str, Any] = {
             "max_shard_nbytes": max_shard_size,
@@ -262,12 +289,30 @@ def convert_command(
             report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
+        if push_to_hub is not None and (part is None or share.whole):
+            from ..publication import push
+
+            pushed = push(
+                out_dir,
+                push_to_hub,
+                private=private,
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+                on_note=options["on_note"],
+            )
     if part:
-        _warn(share.whole.warnings if share.whole else [])
-        _print(share.as_json() if as_json else part_tables(share))
-        return
-    _warn(report.warnings)
-    _print(report.as_json() if as_json else [report_table(report)])
+        whole = share.whole
+        content, tables = share.as_json(), list(part_tables(share))
+    else:
+        whole = report
+        content, tables = report.as_json(), [report_table(report)]
+    _warn(whole.warnings if whole else [])
+    if pushed:
+        _warn(pushed.warnings)
+        content["pushed"] = pushed.as_json()
+        tables.append(pushed_table(pushed))
+    _print(content if as_json else tables)
 
 
 @app.command("finish")
@@ -329,6 +374,8 @@ def ci_command(
     revision: Revision = None,
     cache_dir: CacheDir = None,
     max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # as above
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -338,11 +385,13 @@ def ci_command(
     """Convert and verify as a CI job, or find in seconds that it has been done."""
     from ..ci import run_job
     from ..storage.opening import open_store
-    from .display import job_table, progress_on
+    from .display import job_table, progress_on, pushed_table
     from .summary import add_summary, done_summary, failed_summary
 
     when_interrupted(advice="; run the same command again to resume")
+    pushed = None
     try:
+        _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
         with progress_on(sys.stderr, quiet=quiet) as on_progress:
             job = run_job(
@@ -354,12 +403,29 @@ def ci_command(
                 on_progress=on_progress,
                 on_note=None if quiet else _say,
             )
+            if push_to_hub is not None:
+                from ..publication import push
+
+                pushed = push(
+                    out_dir,
+                    push_to_hub,
+                    private=private,
+                    direct_io=direct_io,
+                    threads=threads,
+                    on_progress=on_progress,
+                    on_note=None if quiet else _say,
+                )
     except ConvertError as error:
         add_summary(failed_summary(model, error))
         raise
-    add_summary(done_summary(job))
+    add_summary(done_summary(job, pushed))
     _warn(job.conversion.warnings)
-    _print(job.as_json() if as_json else [job_table(job)])
+    content, tables = job.as_json(), [job_table(job)]
+    if pushed:
+        _warn(pushed.warnings)
+        content["pushed"] = pushed.as_json()
+        tables.append(pushed_table(pushed))
+    _print(content if as_json else tables)
 
 
 @app.command("verify")
@@ -462,3 +528,39 @@ def inspect_command(
 
     inspection = inspect(open_store(model, revision=revision, cache_dir=cache_dir))
     _print(inspection.as_json() if as_json else inspection_tables(inspection))
+
+
+@app.command("push")
+@_fails_plainly
+def push_command(
+    out_dir: Annotated[Path, _argument(help="A converted checkpoint.")],
+    repo_id: Annotated[
+        str,
+        _argument(
+            metavar="OWNER/NAME",
+            help="The repository on the Hub: not there yet, empty, or with this conversion.",
+        ),
+    ],
+    private: Private = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    direct_io: DirectIo = True,
+    threads: Threads = defaults.THREADS,
+) -> None:
+    """Verify a converted checkpoint and upload it to the Hub, with a model card."""
+    from ..publication import push
+    from .display import progress_on, pushed_table
+
+    when_interrupted(advice="; run the same command again to resume")
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        report = push(
+            out_dir,
+            repo_id,
+            private=private,
+            direct_io=direct_io,
+            threads=threads,
+            on_progress=on_progress,
+            on_note=None if quiet else _say,
+        )
+    _warn(report.warnings)
+    _print(report.as_json() if as_json else [pushed_table(report)])

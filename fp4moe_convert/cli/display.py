@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich import box
 from rich.console import Console, Group
@@ -35,6 +35,9 @@ from ..report import RunReport
 from ..storage.remote import Fetched
 from ..verification import Verified
 from .process import when_interrupted
+
+if TYPE_CHECKING:  # it takes huggingface_hub along
+    from ..publication import PushReport
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log."""
@@ -176,6 +179,22 @@ def _written(report: RunReport, source: str) -> dict[str, str]:
 def _release(report: ConversionReport) -> str:
     note = "" if report.flashinfer_installed else ", the newest on record; none is installed"
     return f"flashinfer {report.flashinfer}{note}"
+
+
+def pushed_table(report: PushReport) -> Table:
+    """What a push did."""
+    rate = f", {report.bytes_per_second / 1e6:.1f} MB/s" if report.uploaded_files else ""
+    return _table(
+        {
+            "pushed": report.url,
+            "commit": report.commit,
+            "files": f"{report.files:,}, {report.nbytes:,} bytes",
+            "uploaded": f"{report.uploaded_files:,}, {report.uploaded_nbytes:,} bytes"
+            if report.uploaded_files
+            else "nothing: all of it was there",
+            "time": f"{report.seconds:.1f} s{rate}",
+        }
+    )
 
 
 def verified_table(verified: Verified) -> Table:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from ..ci import JobReport
 from ..errors import ConvertError, OutputError, naming, printable
+
+if TYPE_CHECKING:  # it takes huggingface_hub along
+    from ..publication import PushReport
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 """Of the environment; GitHub's and Gitea's runners set it to the path of a file."""
@@ -22,7 +26,7 @@ def add_summary(text: str) -> None:
             file.write(text)
 
 
-def done_summary(job: JobReport) -> str:
+def done_summary(job: JobReport, pushed: PushReport | None = None) -> str:
     """Of a job that has ended well."""
     did = job.conversion
     what = "unchanged, verified by an earlier job" if job.unchanged else "converted and verified"
@@ -36,6 +40,8 @@ def done_summary(job: JobReport) -> str:
         "row order": f"`{did.row_order}` (FlashInfer {did.flashinfer})",
         "manifest": f"`{job.manifest}`",
     }
+    if pushed:
+        rows["pushed"] = f"{pushed.uploaded_nbytes:,} bytes to {pushed.url} at `{pushed.commit}`"
     lines = [_title(job.model), "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += _quoted([f"warning: {warning}" for warning in did.warnings])

@@ -16,6 +16,10 @@ GENERATED = (SOURCE_NAME, MANIFEST_NAME, CONFIG_NAME, INDEX_NAME)
 """What a conversion writes besides shards and copies, in the order in which it appears. The index
 comes last: a folder without one is unfinished."""
 
+CARD_NAME = "README.md"
+SOURCE_CARD_NAME = "README.source.md"
+"""The source's model card, where one that was made for the Hub has taken its name."""
+
 JOURNAL_NAME = ".fp4moe-journal.jsonl"
 """Lies beside the shards while a conversion is unfinished."""
 _JOURNAL = re.compile(r"\.fp4moe-journal(-\d+-of-\d+)?\.jsonl")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ConvertError, ServingError
-from ..format.contract import ConvertedSection
+from ..format.contract import FORMAT_VERSION, ConvertedSection
 from ..layouts import fingerprints, layout_of
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,8 @@ def refuse_format(error: ConvertError) -> ServingError:
     return refusal(reason, remedy or None)
 
 
-def check_section(section: Mapping[str, Any], *, engine: str) -> ConvertedSection:
-    """Read a checkpoint's section and compare its row order with the engine's own FlashInfer.
-
-    Raises:
-        ServingError: unknown format or layout, or another row order.
-    """
-    converted = read_section(section)
-    check_row_order(converted, engine=engine)
-    return converted
-
-
 def read_section(section: Mapping[str, Any]) -> ConvertedSection:
-    """Read a checkpoint's section, in a process that must not import FlashInfer.
+    """Read a checkpoint's section. Does not import FlashInfer, as some processes must not.
 
     Raises:
         ServingError: unknown format or layout.
@@ -90,6 +79,20 @@ def check_row_order(converted: ConvertedSection, *, engine: str) -> None:
             f"{order.flashinfer} with {order.fingerprint}",
             "convert again with it",
         )
+
+
+def log_good_start(
+    log: logging.Logger, converted: ConvertedSection, layers: int, *, engine: str
+) -> None:
+    """The one line of an engine's process that has taken over ``layers`` converted layers."""
+    log.info(
+        "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against this "
+        "%s's FlashInfer",
+        FORMAT_VERSION,
+        layers,
+        converted.layout.row_order,
+        engine,
+    )
 
 
 def warn_if_untested(engine: str, version: str, tested: Sequence[str]) -> None:

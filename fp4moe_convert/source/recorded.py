@@ -19,14 +19,17 @@ from pathlib import Path
 
 from ..errors import CheckpointError, MissingFileError
 from ..format.files import (
+    CARD_NAME,
     CONFIG_NAME,
     HF_QUANT_CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
+    SOURCE_CARD_NAME,
     SOURCE_NAME,
 )
 from ..format.manifest import FileRecord, Identity, Manifest
 from ..storage.buffers import Bytes
+from ..storage.copying import record_of
 from ..storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES, header_nbytes
 from ..storage.local import LocalFolder, LocalReader, files_below
 from ..storage.reader import Listing, Reader, read_all, read_bytes
@@ -49,6 +52,30 @@ def encode_record(checkpoint: Checkpoint) -> bytes:
             raise CheckpointError(f"{name}: has changed while it was read")
     parts += [shard.raw_header(checkpoint.store) for shard in checkpoint.shards]
     return b"".join(parts)
+
+
+def is_source_card(card: Path, manifest: Manifest) -> bool:
+    """Whether a file is the source's model card, as it was copied."""
+    recorded = manifest.files.get(CARD_NAME)
+    return recorded is not None and card.is_file() and record_of(LocalReader(card)) == recorded
+
+
+def keeps_source_card(converted: Path, manifest: Manifest) -> bool:
+    """Whether the source's model card lies beside one that was made for the Hub."""
+    return is_source_card(converted / SOURCE_CARD_NAME, manifest)
+
+
+class ConvertedFolder(LocalFolder):
+    """A converted folder that may come from the Hub; the source's model card is read as such."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        super().__init__(path)
+        self._keeps_source_card = keeps_source_card(path, manifest)
+
+    def open(self, name: str, *, direct: bool = False) -> LocalReader:
+        if name == CARD_NAME and self._keeps_source_card:
+            name = SOURCE_CARD_NAME
+        return super().open(name, direct=direct)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import (
     HfApi,
+    ModelInfo,
     constants,
     get_hf_file_metadata,
     hf_hub_url,
@@ -65,7 +66,7 @@ _HTTP_ERROR = HfHubHTTPError.__mro__[1]
 """HTTPError of httpx or httpx2, whichever the library stands on."""
 _httpx = importlib.import_module(_HTTP_ERROR.__module__.partition(".")[0])
 
-_TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
     *(_HTTP_ERROR, OSError, http.client.HTTPException),
 )
 
@@ -73,7 +74,7 @@ PIECE_NBYTES = 2**20
 """Of an answer, until progress is noted. What a connection that stalls has brought of one is asked
 for again."""
 
-_PASSING = {
+PASSING = {
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -81,7 +82,7 @@ _PASSING = {
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
 }
-_LIBRARY: Any = {
+LIBRARY: Any = {
     "library_name": "fp4moe-convert",
     "library_version": importlib.metadata.version("fp4moe-convert"),
 }
@@ -89,7 +90,7 @@ _LIBRARY: Any = {
 
 _Headers: TypeAlias = Mapping[str, str] | http.client.HTTPMessage
 
-_LOG_IN = "set HF_TOKEN or run hf auth login"
+LOG_IN = "set HF_TOKEN or run hf auth login"
 
 
 def open_hub(
@@ -125,7 +126,7 @@ def open_hub(
             f"{cache_dir or constants.HF_HUB_CACHE} has no complete snapshot of it; unset that, or "
             "download the model first"
         )
-    api, traffic = HfApi(**_LIBRARY), Traffic()
+    api, traffic = HfApi(**LIBRARY), Traffic()
     patience = Patience(repo_id, tries=FIRST_TRIES)
     while True:
         try:
@@ -146,15 +147,7 @@ def open_hub(
                     return snapshot
                 raise
     commit = info.sha
-    files: dict[str, Identity] = {}
-    is_plain: set[str] = set()
-    for file in info.siblings or ():
-        etag = file.lfs.sha256 if file.lfs else file.blob_id
-        if file.size is None or etag is None:
-            raise CheckpointError(f"{repo_id}: the Hub does not say the size of {file.rfilename}")
-        files[file.rfilename] = {"bytes": file.size, "etag": etag}
-        if file.lfs is None:
-            is_plain.add(file.rfilename)
+    files, is_plain = listed_files(info)
     if commit is None or not files:
         raise CheckpointError(f"{repo_id}: has no files at that revision")
     if (snapshot := _complete_snapshot(repo_id, commit, files, cache_dir)) is not None:
@@ -162,6 +155,24 @@ def open_hub(
     return HubStore(
         repo_id, commit, files, is_plain=is_plain, connections=connections, traffic=traffic
     )
+
+
+def listed_files(info: ModelInfo) -> tuple[dict[str, Identity], set[str]]:
+    """Size and ETag of each file of a model, and the names of those that lie in git, not in LFS.
+
+    Raises:
+        CheckpointError: the Hub does not say.
+    """
+    files: dict[str, Identity] = {}
+    is_plain: set[str] = set()
+    for file in info.siblings or ():
+        etag = file.lfs.sha256 if file.lfs else file.blob_id
+        if file.size is None or etag is None:
+            raise CheckpointError(f"{info.id}: the Hub does not say the size of {file.rfilename}")
+        files[file.rfilename] = {"bytes": file.size, "etag": etag}
+        if file.lfs is None:
+            is_plain.add(file.rfilename)
+    return files, is_plain
 
 
 def _latest_snapshot(
@@ -266,7 +277,7 @@ class HubStore(RemoteStore):
     ) -> Iterator[int]:
         is_hubs = urlsplit(address).netloc == urlsplit(constants.ENDPOINT).netloc
         if is_hubs:  # a token is for the Hub alone
-            headers = {**headers, **build_hf_headers(**_LIBRARY)}
+            headers = {**headers, **build_hf_headers(**LIBRARY)}
         with get_session().stream(
             "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
@@ -285,7 +296,7 @@ class HubStore(RemoteStore):
             if name not in self._addresses:
                 with self.traffic:
                     found = get_hf_file_metadata(
-                        url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **_LIBRARY
+                        url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **LIBRARY
                     )
                 stated = {"bytes": found.size, "etag": found.etag}
                 if stated != self._files[name]:
@@ -322,8 +333,8 @@ def _check_status(status: int, reason: str, headers: _Headers) -> None:
         TryAgainError: it is busy.
         _RefusedError: the address has expired, or is wrong.
     """
-    if status in _PASSING:
-        raise TryAgainError(f"the storage answers {status} {reason}", after=_asked_wait(headers))
+    if status in PASSING:
+        raise TryAgainError(f"the storage answers {status} {reason}", after=asked_wait(headers))
     if status >= 400:
         raise _RefusedError(status)
 
@@ -348,12 +359,12 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo_id}: access is restricted; ask for it at {constants.ENDPOINT}/{repo_id}, then "
-            f"{_LOG_IN}"
+            f"{LOG_IN}"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id}: no folder here has that name, and the Hub has no such model, or a private "
-            f"one; check the name, and for a private one {_LOG_IN}"
+            f"one; check the name, and for a private one {LOG_IN}"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
@@ -365,16 +376,16 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         response = error.response
         status = response.status_code
         what = f"the Hub answers {status} {error.server_message or response.reason_phrase}"
-        if status in _PASSING:
-            raise TryAgainError(what, after=_asked_wait(response.headers)) from error
-        advice = f"; {_LOG_IN}" if status in (401, 403) else ""
+        if status in PASSING:
+            raise TryAgainError(what, after=asked_wait(response.headers)) from error
+        advice = f"; {LOG_IN}" if status in (401, 403) else ""
         raise CheckpointError(f"{repo_id}: {what}{advice}") from error
-    except _TRANSPORT_ERRORS as error:
+    except TRANSPORT_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})") from error
 
 
-def _asked_wait(headers: _Headers) -> float | None:
+def asked_wait(headers: _Headers) -> float | None:
     """Seconds that a server tells us to wait: by Retry-After, as a number or a date, or, at the
     Hub, by RateLimit."""
     if found := re.search(r"\br=0\b.*\bt=(\d+)", headers.get("ratelimit", "")):

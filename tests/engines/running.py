@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,19 @@ from support.processes import finding_support
 Results = dict[str, dict[str, Any]]
 
 
-def results_of(driver: ModuleType, engine: str, folder: Path, config: pytest.Config) -> Results:
+def results_of(
+    driver: ModuleType,
+    engine: str,
+    folder: Path,
+    config: pytest.Config,
+    shares: Sequence[Sequence[str]] = ((),),
+) -> Results:
     """What the driver says of each of its cases; its table goes to the terminal.
 
     Args:
         engine: The environment's name.
         folder: For the results and the engine's own output; empty.
+        shares: The driver's other arguments in each of several processes, side by side.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
@@ -28,14 +36,28 @@ def results_of(driver: ModuleType, engine: str, folder: Path, config: pytest.Con
     if not python.exists():
         pytest.fail(f"{python} does not exist: run scripts/setup_engines.sh")
     assert driver.__file__ is not None
-    path, log = folder / "results.json", folder / "log"
+    log = folder / "log"
+    paths = [folder / f"results-{number}.json" for number in range(len(shares))]
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     with log.open("w") as errors, capture.global_and_fixture_disabled():
         print("\n")
-        subprocess.run(
-            [python, driver.__file__, path], env=finding_support(), stderr=errors, check=False
-        )
-    if not path.exists():
-        pytest.fail(f"the driver did not finish:\n{log.read_text()[-4000:]}")
-    found: Results = json.loads(path.read_text())
+        runs = [
+            subprocess.Popen(
+                [python, driver.__file__, path, *share], env=finding_support(), stderr=errors
+            )
+            for path, share in zip(paths, shares, strict=True)
+        ]
+        for run in runs:
+            run.wait()
+    found: Results = {}
+    for path in paths:
+        if not path.exists():
+            pytest.fail(f"the driver did not finish:\n{log.read_text()[-4000:]}")
+        found |= json.loads(path.read_text())
     return found
+
+
+def shared_out(names: Sequence[str]) -> list[Sequence[str]]:
+    """Names for as many processes as there are cores, four at most: each takes 2 GB."""
+    processes = min(4, os.cpu_count() or 1)
+    return [names[first::processes] for first in range(processes)]

@@ -203,20 +203,6 @@ class Setup:
         return ((tp, ep) for ep in range(self.ep) for tp in range(self.tp))
 
 
-class Group(types.SimpleNamespace):
-    """A process group that nothing is sent through."""
-
-    def __init__(self, size: int, rank: int | None = None) -> None:
-        super().__init__(
-            world_size=size,
-            rank_in_group=rank or 0,
-            is_first_rank=not rank,
-            is_last_rank=rank in (None, size - 1),
-            cpu_group=None,
-            device_group=None,
-        )
-
-
 def start_sglang() -> None:
     """Import SGLang and replace what needs a GPU."""
     from support.cpu_engines import sglang_cpu
@@ -241,7 +227,7 @@ def start_sglang() -> None:
 def become(setup: Setup, tp_rank: int, ep_rank: int) -> None:
     """Make this process one rank of a server."""
     from sglang.srt.layers.moe.utils import initialize_moe_config
-    from sglang.srt.runtime_context import get_context, get_parallel
+    from sglang.srt.runtime_context import get_context
     from support.cpu_engines import sglang_cpu
 
     sglang_cpu.publish(tp_size=setup.tp, tp_rank=tp_rank, ep_size=setup.ep, ep_rank=ep_rank)
@@ -249,16 +235,8 @@ def become(setup: Setup, tp_rank: int, ep_rank: int) -> None:
     arguments |= {"ep_num_redundant_experts": setup.redundant, **setup.server}
     get_context().override_server_args(**arguments).install()
     initialize_moe_config()
-    world = Group(setup.tp * setup.ep)
-    get_parallel().override_permanently(
-        tp_group=world,
-        attn_tp_group=world,
-        moe_tp_group=Group(setup.tp),
-        moe_ep_group=Group(setup.ep),
-        pp_group=Group(setup.stages, setup.stage),
-        pp_size=setup.stages,
-        pp_rank=setup.stage,
-        **{f"{name}_group": Group(1) for name in ("attn_cp", "moe_dp", "dcp")},
+    sglang_cpu.publish_groups(
+        tp_size=setup.tp, ep_size=setup.ep, stage=setup.stage, stages=setup.stages
     )
 
 

@@ -2,7 +2,7 @@
 """Load a tiny model of each family through SGLang: originals, converted ones, and by mistake.
 
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
-        tests/engines/sglang_zoo.py [RESULTS_JSON]
+        tests/engines/sglang_zoo.py RESULTS.json [FAMILY ...]
 
 `test_sglang_zoo.py` runs it in SGLang's environment, as `sglang_driver` is run. First without any
 plugin, then with this project's:
@@ -18,6 +18,7 @@ plugin, then with this project's:
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import originals
-import sglang_driver
 from sglang_driver import (
     FUSED,
     Setup,
@@ -120,21 +120,28 @@ class Case:
     """Load the weights a second time, as an update from disk does."""
 
 
-SETUPS = {"tp 2": Setup(tp=2), "ep 2": Setup(ep=2)}
-MORE_SETUPS = {"tp 1": Setup(), "tp 4": Setup(tp=4)}
-MORE = dict.fromkeys((*model_zoo.UNGATED, *model_zoo.OTHER_SECTIONS, *model_zoo.STACKED))
-"""Families whose experts are cut by a rule of their own, or come in another way."""
+SETUPS = {"tp 1": Setup(), "tp 2": Setup(tp=2), "tp 4": Setup(tp=4), "ep 2": Setup(ep=2)}
+OF_TWO = {label: setup for label, setup in SETUPS.items() if setup.tp * setup.ep == 2}
 # `--model-impl transformers` replaces SGLang's own model class, whatever the family.
 TRANSFORMERS = partial(Case, "qwen3_moe-nvfp4-head", model_impl="transformers")
 
 CASES = {
-    **{f"{name}: original": Case(name, "original") for name in originals.NAMES},
+    **{
+        f"{name}: original, {label}": Case(name, "original", setup)
+        for name in originals.NAMES
+        if name not in UNLOADABLE
+        for label, setup in SETUPS.items()
+    },
+    **{f"{name}: original": Case(name, "original") for name in UNLOADABLE},
     **{f"{name}: original's draft": Case(name, "original", Setup(draft=True)) for name in DRAFTS},
+    "deepseek_v3-ct: original, fused shared expert": Case(
+        "deepseek_v3-ct", "original", Setup(server=FUSED)
+    ),
     "Transformers backend: original": TRANSFORMERS("original"),
     **{
         f"{name}: mistake, {label}": Case(name, "mistake", setup)
         for name in model_zoo.FAMILIES
-        for label, setup in SETUPS.items()
+        for label, setup in OF_TWO.items()
     },
     "Transformers backend: mistake": TRANSFORMERS("mistake"),
     **{
@@ -157,11 +164,6 @@ CASES = {
         for name in ("minimax_m2-ct", "minimax_m3_text-mixed")
     },
     **{
-        f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
-        for name in MORE
-        for label, setup in MORE_SETUPS.items()
-    },
-    **{
         f"{name}: converted, draft": Case(name, "converted", Setup(draft=True), plugin=True)
         for name in DRAFTS
     },
@@ -172,7 +174,7 @@ CASES = {
 # --- SGLang on a CPU ------------------------------------------------------------------------------
 
 
-class Group(sglang_driver.Group):
+class Group(sglang_cpu.Group):
     """Nemotron-H asks a device group for its rank and size."""
 
     def __init__(self, size: int, rank: int | None = None) -> None:
@@ -216,27 +218,26 @@ Outcome = tuple[bool, str]
 class Run:
     """All cases, each with a folder of its own: SGLang caches configs by path, and changes them."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, families: list[str]) -> None:
         self.work = work
+        self.families = families
+        self.cases = {name: case for name, case in CASES.items() if case.family in families}
         self.results: dict[str, dict[str, Any]] = {}
         self.stock: dict[str, list[dict[str, Any]]] = {}
-        """For each case that is compared, what every rank holds of the original."""
+        """What every rank holds of an original, by `key`."""
 
     def __call__(self) -> None:
         from sglang.srt.plugins import load_plugins
         from sglang.srt.plugins.hook_registry import HookRegistry
 
-        for name in originals.NAMES:
+        for name in self.families:
             self.make(name)
-        for name, case in CASES.items():
+        for name, case in self.cases.items():
             if not case.plugin:
                 self.record(name, case)
-            elif case.folder == "converted" and case.family not in NOT_SERVED:
-                ranks = self.ranks(f"{name}, stock", case, "original")
-                self.stock[name] = [held(load_model()) for load_model in ranks]
         assert not HookRegistry._hooks, "there is a plugin"
         load_plugins()
-        for name, case in CASES.items():
+        for name, case in self.cases.items():
             if case.plugin:
                 self.record(name, case)
 
@@ -266,10 +267,10 @@ class Run:
         self.results[name] = {"passed": passed, "detail": detail}
         print(f"{name:46} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
 
-    def ranks(self, name: str, case: Case, folder: str) -> list[Callable[[], Any]]:
+    def ranks(self, name: str, case: Case) -> list[Callable[[], Any]]:
         """For each rank, what loads its model."""
         own = self.folder(name)
-        shutil.copytree(self.work / case.family / folder, own)
+        shutil.copytree(self.work / case.family / case.folder, own)
         return [partial(load_rank, own, case, *rank) for rank in case.setup.ranks()]
 
     def folder(self, name: str) -> Path:
@@ -279,7 +280,8 @@ class Run:
         """Every rank loads, and all that it holds is set; or SGLang says what is known."""
         expected = SHARED if case.setup.draft else UNSET.get(case.family, r"$^")
         refusal = UNLOADABLE.get(case.family)
-        for load_model in self.ranks(name, case, case.folder):
+        stock = self.stock[key(case)] = []
+        for load_model in self.ranks(name, case):
             try:
                 model = load_model()
                 left = [each for each in unset(model) if not re.search(expected, each)]
@@ -289,12 +291,13 @@ class Run:
             if wrong is not None or refusal is not None:
                 outcome = wrong or f"was loaded, expected {refusal!r}"
                 return refusal is not None and refusal in outcome, outcome
+            stock.append(held(model))
         return True, type(model).__name__
 
     def stops(self, name: str, case: Case) -> Outcome:
         """Every rank stops; of a family that passes by, the first."""
         outcomes = []
-        for rank, load_model in enumerate(self.ranks(name, case, case.folder)):
+        for rank, load_model in enumerate(self.ranks(name, case)):
             try:
                 model = load_model()
             except Exception as error:
@@ -310,7 +313,7 @@ class Run:
     def serves(self, name: str, case: Case) -> Outcome:
         """Every rank holds what it holds of the original; or says that the model is not known."""
         refusal = NOT_SERVED.get(case.family)
-        ranks = self.ranks(name, case, case.folder)
+        ranks = self.ranks(name, case)
         values = 0
         for rank, load_model in enumerate(ranks):
             try:
@@ -318,10 +321,11 @@ class Run:
                 if case.again:
                     load_weights(model, self.work / case.family / case.folder)
                 own = held(model)
+                found = differences(self.stock[key(case)][rank], own)
             except Exception as error:
                 outcome = one_line(error)
                 return refusal is not None and f"fp4moe: {refusal}" in outcome, outcome
-            if found := differences(self.stock[name][rank], own):
+            if found:
                 return False, f"rank {rank}: {found} differ"
             values += len(own)
         return refusal is None, f"{len(ranks)} ranks, {values} values equal"
@@ -329,7 +333,7 @@ class Run:
     def refuses(self, name: str, case: Case) -> Outcome:
         """The clamped layer alone has another scale for gate than for up."""
         layer = "model.layers.2.moe"
-        (load_model,) = self.ranks(name, case, "converted")
+        (load_model,) = self.ranks(name, replace(case, folder="converted"))
         edit_tensors(self.folder(name), lambda tensors: double_gate(tensors, layer))
         try:
             model = load_model()
@@ -344,24 +348,32 @@ def double_gate(tensors: dict[str, Any], layer: str) -> dict[str, Any]:
     return tensors
 
 
+def key(case: Case) -> str:
+    """Of what is loaded, original or converted."""
+    return f"{case.family} {case.setup} {case.model_impl}"
+
+
 def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("results", type=Path, help="JSON file to write")
+    parser.add_argument("families", nargs="*", default=list(originals.NAMES))
+    arguments = parser.parse_args()
     start = time.monotonic()
     start_sglang()
     sglang_cpu.more_models()
     with (
-        mock.patch.object(sglang_driver, "Group", Group),
+        mock.patch.object(sglang_cpu, "Group", Group),
         tempfile.TemporaryDirectory() as folder,
     ):
-        run = Run(Path(folder))
+        run = Run(Path(folder), arguments.families)
         run()
-    failed = [case for case in CASES if not run.results[case]["passed"]]
-    print(f"{len(CASES)} cases, {len(failed)} failed, {time.monotonic() - start:.0f} s")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(run.results, indent=1) + "\n")
+    failed = [case for case, result in run.results.items() if not result["passed"]]
+    print(f"{len(run.results)} cases, {len(failed)} failed, {time.monotonic() - start:.0f} s")
+    arguments.results.write_text(json.dumps(run.results, indent=1) + "\n")
     sys.exit(bool(failed))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import originals
 import pytest
 import vllm_zoo
-from running import Results, results_of
+from running import Results, results_of, shared_out
 
 pytestmark = pytest.mark.engines
 
 
 @pytest.fixture(scope="module")
 def results(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of(vllm_zoo, "vllm", tmp_path_factory.mktemp("zoo"), pytestconfig)
+    folder = tmp_path_factory.mktemp("zoo")
+    return results_of(vllm_zoo, "vllm", folder, pytestconfig, shared_out(originals.NAMES))
 
 
 @pytest.mark.parametrize("case", vllm_zoo.case_names())
@@ -20,4 +22,4 @@ def test_case(case: str, results: Results) -> None:
 
 
 def test_every_case_is_listed(results: Results) -> None:
-    assert list(results) == vllm_zoo.case_names()
+    assert sorted(results) == sorted(vllm_zoo.case_names())

@@ -577,7 +577,7 @@ def one_log_line(bench: Bench) -> str:
     with logged("vllm.fp4moe") as messages:
         load(bench.converted("qwen"), Setup("qwen"))
     ours = [message for message in messages if message.startswith("fp4moe: ")]
-    expected = "fp4moe: format version 2, 2 MoE layers taken over, row order checked"
+    expected = "fp4moe: format version 2, 2 MoE layers taken over, row order xxh3_128:"
     if len(ours) != 1 or not ours[0].startswith(expected):
         raise AssertionError(f"logged {ours}")
     return ours[0]
@@ -664,11 +664,11 @@ def while_building_elsewhere(bench: Bench) -> str:
     """vLLM builds a model with its GPU as the default device; here any other than the CPU does."""
     import torch
 
-    from fp4moe_convert.serving.checks import check_section
+    from fp4moe_convert.serving.checks import check_row_order, read_section
 
     config = json.loads((bench.converted("qwen") / "config.json").read_text())
     with torch.device("meta"):
-        check_section(config["quantization_config"], engine="vLLM")
+        check_row_order(read_section(config["quantization_config"]), engine="vLLM")
     return "checked"
 
 

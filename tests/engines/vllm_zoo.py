@@ -113,9 +113,12 @@ REFUSED = "fp4moe: these weights are converted, the model was built for a checkp
 
 REMOTE = {"trust_remote_code": True}  # some configurations are code beside the checkpoint
 ALONE = Setup("", 1, REMOTE)
-SERVED = {"tp 2": Setup("", 2, REMOTE), "ep 2": Setup("", 2, REMOTE | EP)}
-MORE_SERVED = {"tp 1": ALONE, "tp 4": Setup("", 4, REMOTE)}
-"""For families whose experts are cut by a rule of their own."""
+SERVED = {
+    "tp 1": ALONE,
+    "tp 2": Setup("", 2, REMOTE),
+    "tp 4": Setup("", 4, REMOTE),
+    "ep 2": Setup("", 2, REMOTE | EP),
+}
 DRAFT = Setup("", 1, REMOTE | MTP, draft=True)
 
 
@@ -152,11 +155,10 @@ class Zoo(Bench):
 def cases() -> Iterator[Case]:
     """All of them, in the order of the run: first those without the plugin."""
     for family in originals.NAMES:
-        refusal = UNLOADABLE.get(family)
-        yield Case(f"{family}: original", False, partial(start, family, "original"), refusal)
-        if refusal:
+        if refusal := UNLOADABLE.get(family):
+            yield Case(f"{family}: original", False, partial(stock, family, ALONE), refusal)
             continue
-        for served, setup in served_as(family).items():
+        for served, setup in SERVED.items():
             label = f"{family}: original, {served}"
             yield Case(label, False, partial(stock, family, setup), NO_SERVER.get(label))
         if family in DRAFTS:
@@ -179,7 +181,7 @@ def cases() -> Iterator[Case]:
             wrong = stops if plugin else NO_RELOAD.get(family, stops)
             yield Case(f"{label}, reload", plugin, partial(reload, family), wrong)
     for family in (*FAMILIES, *exporters.CONVERTED):
-        for served, setup in served_as(family).items():
+        for served, setup in SERVED.items():
             yield Case(f"{family}: converted, {served}", True, partial(equal, family, setup))
         if family in DRAFTS:
             yield Case(f"{family}: converted, draft", True, partial(equal, family, DRAFT))
@@ -191,15 +193,6 @@ def cases() -> Iterator[Case]:
             yield Case(f"{family}: converted, read without the plugin", True, read, refuses)
             yield Case(f"{family}: converted, reload", True, partial(reload_converted, family))
     yield Case(f"{FILE_BESIDE}: converted, draft", True, draft_of_all)
-
-
-def served_as(family: str) -> dict[str, Setup]:
-    if family in model_zoo.UNGATED:
-        return SERVED | MORE_SERVED
-    if family not in model_zoo.OTHER_SECTIONS:
-        return SERVED
-    wide = model_zoo.FAMILIES[family].spec.intermediate >= model_zoo.WIDE.intermediate
-    return SERVED | (MORE_SERVED if wide else {"tp 1": ALONE})
 
 
 def key(family: str, setup: Setup) -> str:

@@ -136,6 +136,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.epoch = 0
         """Signed addresses of earlier ones have expired."""
+        self.routes: list[tuple[str, Callable[..., None]]] = []
+        """Further ones (`hub_upload`)."""
         self.detour = False
         """Signed addresses lead on to others."""
         self._sent_nbytes = 0
@@ -267,16 +269,18 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.fault.status is not None:
                 raise _Refusal(self.fault.status)
-            for pattern, answer in ROUTES:
+            for pattern, answer in (*ROUTES, *self.server.hub.routes):
                 if match := re.fullmatch(pattern, unquote(url.path)):
                     answer(self, **match.groupdict())
                     return
             raise _Refusal(404, "EntryNotFound")
         except _Refusal as refusal:
+            # What came along has not been read.
+            self.close_connection |= self.command not in ("GET", "HEAD")
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)}
             self.head(refusal.status, 0, {k: v for k, v in headers.items() if v})
 
-    do_HEAD = do_GET  # noqa: N815 (their name)
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 (their names)
 
     def head(self, status: int, nbytes: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -141,7 +141,7 @@ class Config(PretrainedConfig):
 DEEPSEEK = Spec(experts=E, hidden=H, intermediate=I, vocab_size=64)
 QWEN = replace(DEEPSEEK, style="qwen3_moe", dense_layers=0)
 WIDE = replace(QWEN, intermediate=2 * I)
-"""What vLLM can cut in four."""
+"""Its halves are whole tiles; halves and quarters of the others' I end within tiles."""
 W1_W3_W2 = {r"\.gate_proj\b": ".w1", r"\.up_proj\b": ".w3", r"\.down_proj\b": ".w2"}
 
 QWEN_VISION = (
@@ -668,12 +668,12 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "vision_config": {
                 "model_type": "gemma4_vision",
-                "head_dim": 32,
+                "head_dim": 16,
                 "hidden_size": 64,
                 "intermediate_size": 128,
-                "num_attention_heads": 2,
+                "num_attention_heads": 4,
                 "num_hidden_layers": 1,
-                "num_key_value_heads": 2,
+                "num_key_value_heads": 4,
                 "patch_size": 16,
                 "position_embedding_size": 16,
                 "standardize": True,
@@ -692,7 +692,7 @@ FAMILIES: dict[str, Family] = {
             *many(
                 "model.vision_tower.encoder.layers.0.self_attn.{q,k,v,o}_proj.linear.weight", 64, 64
             ),
-            *many("model.vision_tower.encoder.layers.0.self_attn.{q,k}_norm.weight", 32),
+            *many("model.vision_tower.encoder.layers.0.self_attn.{q,k}_norm.weight", 16),
             *many("model.vision_tower.encoder.layers.0.mlp.{gate,up}_proj.linear.weight", 128, 64),
             *many("model.vision_tower.encoder.layers.0.mlp.down_proj.linear.weight", 64, 128),
             *many("model.vision_tower.encoder.layers.0.input_layernorm.weight", 64),
@@ -809,8 +809,6 @@ FAMILIES: dict[str, Family] = {
             "architectures": ["Qwen2MoeForCausalLM"],
             "model_type": "qwen2_moe",
             "head_dim": None,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
             "shared_expert_intermediate_size": I,
         },
         extra=(

@@ -36,13 +36,19 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ServingError
 from ...format.contract import (
-    FORMAT_VERSION,
     QUANT_METHOD,
     ConvertedSection,
     is_mixed_precision,
     settings_of,
 )
-from ..checks import CONVERTED_KEY, check_section, read_section, refusal, warn_if_untested
+from ..checks import (
+    CONVERTED_KEY,
+    check_row_order,
+    log_good_start,
+    read_section,
+    refusal,
+    warn_if_untested,
+)
 from ..gate import Gate, gate_of, guard
 from . import NO_UNGATED, SGLANG
 
@@ -114,7 +120,8 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
     Returns:
         None, which lets the config stand, for any other checkpoint and for other layers of one.
     """
-    if _converted(model_config) is None or not _is_whole(model_config):
+    converted = _converted(model_config)
+    if converted is None or not _is_whole(model_config):
         return None
     section = model_config.hf_config.quantization_config
     import sglang
@@ -131,7 +138,7 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
     for option, reason in OPTIONS.items():
         if getattr(get_exec().moe, option):
             raise refusal(reason, f"leave --{option.replace('_', '-')} out")
-    converted = check_section(section[CONVERTED_KEY], engine="SGLang")
+    check_row_order(converted, engine="SGLang")
     warn_if_untested("SGLang", sglang.__version__, TESTED)
     known = (
         ModelOptFp4Config,
@@ -210,13 +217,7 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
             engine="SGLang",
         )
     if layers:
-        logger.info(
-            "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against "
-            "this FlashInfer",
-            FORMAT_VERSION,
-            len(layers),
-            converted.layout.row_order,
-        )
+        log_good_start(logger, converted, len(layers), engine="SGLang")
     modules = [each.layer for each in loaders.values() if not each.layer.num_fused_shared_experts]
     guard(model, Gate(converted, layers), filled=modules)
 

@@ -58,7 +58,6 @@ from vllm.model_executor.model_loader.weight_cache import ipc_loader
 from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 
 from ...format.contract import (
-    FORMAT_VERSION,
     QUANT_METHOD,
     ConvertedSection,
     Geometry,
@@ -67,7 +66,14 @@ from ...format.contract import (
     round_up,
 )
 from ...layouts.trtllm_nvfp4 import intermediate_multiple
-from ..checks import CONVERTED_KEY, check_row_order, read_section, refusal, warn_if_untested
+from ..checks import (
+    CONVERTED_KEY,
+    check_row_order,
+    log_good_start,
+    read_section,
+    refusal,
+    warn_if_untested,
+)
 from ..converted_layer import (
     COMPRESSED_TENSORS_NAMES,
     MODELOPT_NAMES,
@@ -148,12 +154,7 @@ def _gate_for(
             engine="vLLM",
         )
     if layers:
-        logger.info(
-            "fp4moe: format version %d, %d MoE layers taken over, "
-            "row order checked against this vLLM's FlashInfer",
-            FORMAT_VERSION,
-            len(layers),
-        )
+        log_good_start(logger, converted, len(layers), engine="vLLM")
     return Gate(converted, layers)
 
 

@@ -53,7 +53,7 @@ class _Inert(metaclass=_InertType):
         return _inert_attribute(name)
 
 
-class _InertModule(types.ModuleType):
+class InertModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -74,7 +74,7 @@ class _InertFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _InertModule(spec.name)
+        return InertModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
@@ -83,6 +83,16 @@ class _InertFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @cache
 def bootstrap() -> None:
     """Make sglang importable, and FlashInfer's weight path free of CUDA."""
+    make_importable()
+
+    import flashinfer
+
+    flashinfer.nvfp4_block_scale_interleave = interleave_block_scales
+
+
+@cache
+def make_importable() -> None:
+    """Put inert packages in the place of those of `CUDA_ONLY` that are not installed."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
     os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(engines / "flashinfer"))
@@ -97,10 +107,6 @@ def bootstrap() -> None:
         _InertFinder([name for name in CUDA_ONLY if importlib.util.find_spec(name) is None])
     )
 
-    import flashinfer
-
-    flashinfer.nvfp4_block_scale_interleave = interleave_block_scales
-
 
 def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
     """Make this process the given rank.
@@ -108,7 +114,6 @@ def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
     ``tp`` divides the intermediate size of the experts and ``ep`` the experts, SGLang's moe_tp and
     moe_ep; its --tp-size is their product.
     """
-    bootstrap()
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.runtime_context import get_context, get_parallel, override_platform
 
@@ -135,6 +140,41 @@ def publish(*, tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
         moe_dp_rank=0,
         pp_size=1,
         pp_rank=0,
+    )
+
+
+class Group(types.SimpleNamespace):
+    """A process group that nothing is sent through."""
+
+    def __init__(self, size: int, rank: int | None = None) -> None:
+        super().__init__(
+            world_size=size,
+            rank_in_group=rank or 0,
+            is_first_rank=not rank,
+            is_last_rank=rank in (None, size - 1),
+            cpu_group=None,
+            device_group=None,
+        )
+
+
+def publish_groups(*, tp_size: int, ep_size: int, stage: int = 0, stages: int = 1) -> None:
+    """What a whole model asks of its process groups, after `publish`: that they exist.
+
+    Args:
+        stage: of a pipeline of ``stages``.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    world = Group(tp_size * ep_size)
+    get_parallel().override_permanently(
+        tp_group=world,
+        attn_tp_group=world,
+        moe_tp_group=Group(tp_size),
+        moe_ep_group=Group(ep_size),
+        pp_group=Group(stages, stage),
+        pp_size=stages,
+        pp_rank=stage,
+        **{f"{name}_group": Group(1) for name in ("attn_cp", "moe_dp", "dcp")},
     )
 
 

@@ -16,6 +16,7 @@ from .jobs import LAID_OUT, RAW_SCALES, Golden, Job
 
 
 def golden(job: Job) -> Golden:
+    sglang_cpu.bootstrap()
     sglang_cpu.publish(
         tp_size=job.tp_size, tp_rank=job.tp_rank, ep_size=job.ep_size, ep_rank=job.ep_rank
     )

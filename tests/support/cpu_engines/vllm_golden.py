@@ -71,7 +71,7 @@ def bootstrap() -> None:
     import flashinfer
 
     flashinfer.nvfp4_block_scale_interleave = jobs.interleave_block_scales
-    torch.accelerator.current_device_index = lambda: "cpu"
+    torch.accelerator.current_device_index = lambda: "cpu"  # type: ignore[assignment,return-value]
     torch.cpu._is_amx_tile_supported = lambda: False
     torch.cpu._is_avx512_bf16_supported = lambda: False
 

@@ -8,6 +8,7 @@ beside these environments until the code here or the exporters' versions change.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -115,11 +116,13 @@ def exported(name: str) -> Path:
     for path in (*sources, *sorted(LISTS.glob(f"{exporter}*.txt"))):
         digest.update(path.read_bytes())
     folder = exporters_folder() / "exports" / f"{exporter}-{digest.hexdigest()[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            run_exporter(exporter, Path(temporary, "out"), own)
-            Path(temporary, "out").rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{exporter}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                run_exporter(exporter, Path(temporary, "out"), own)
+                Path(temporary, "out").rename(folder)
     return folder / export
 
 

@@ -1,6 +1,6 @@
 """Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
 
-    python -m benchmarks.families                 # six models of 1 to 2 GB, by turns: five minutes
+    python -m benchmarks.families                 # seven models of 1 to 2 GB, by turns: six minutes
     python -m benchmarks.families --rounds 5 --json families.json
 
 A kind is a way of its own through the program: names, scales, experts without a gate, what stands
@@ -26,6 +26,7 @@ KINDS = {
     "deepseek_v3": "gate_proj, up_proj, down_proj",
     "minimax_m2": "w1, w3, w2",
     "nemotron_h": "without a gate",
+    "step3p5": "all experts in one tensor",
     "deepseek_v3-ct": "compressed-tensors",
     "qwen3_5_moe-mixed": "mixed precision",
     "deepseek_v4": "amid FP8",

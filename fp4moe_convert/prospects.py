@@ -14,6 +14,7 @@ from .serving.engine import Model
 from .serving.engines import ENGINES, tensor_parallel_sizes
 from .source.checkpoint import Checkpoint
 from .source.families import FAMILIES
+from .source.names import original_layer
 
 _DOWNS = {
     part.partition(".")[0]
@@ -112,6 +113,7 @@ def _down_projections(checkpoint: Checkpoint, prefixes: Collection[str]) -> Iter
     """What those of the layers' experts are called; of a converted layer its stop tensor says."""
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
-            prefix, *rest = tensor.name.rsplit(".", 3)
-            if len(rest) == 3 and rest[1] in _DOWNS and prefix in prefixes:
-                yield rest[1]
+            if original_layer(tensor.name) in prefixes:
+                projection = tensor.name.rsplit(".", 2)[1]
+                if projection in _DOWNS:
+                    yield projection

@@ -185,6 +185,7 @@ def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
         ("HunYuanMoEV1ForCausalLM", {}, {"sglang"}),
         ("Grok1ForCausalLM", {}, {"sglang"}),
         ("Step3p5ForCausalLM", {"swiglu_limits": [0, None, 7.0]}, {"vllm"}),
+        ("Step3p7ForConditionalGeneration", {"swiglu_limits": [7.0]}, {"vllm"}),
         ("Step3p5ForCausalLM", {"swiglu_limits": [0, None]}, set()),
         ("Step3p5ForCausalLM", {"swiglu_limits": "7"}, set()),
         ("Gemma4ForConditionalGeneration", {}, set()),

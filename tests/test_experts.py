@@ -522,7 +522,7 @@ STACKED = {
     "fused": ("mlp.experts.gate_up_proj", (E, 2 * I, H // 2)),
     "Llama 4": ("feed_forward.experts.gate_up_proj", (E, H // 2, 2 * I)),
     "with a leaf": ("mlp.experts.gate_up_proj.weight", (E, 2 * I, H // 2)),
-    "Step": ("moe.down_proj.weight", (E, H, I // 2)),
+    "as Step, elsewhere": ("mlp.down_proj.weight", (E, H, I // 2)),
     "of two dimensions": ("ffn.experts.mlp.w1", (E * I, H // 2)),
 }
 
@@ -534,7 +534,8 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
     tensors: Tensors = {f"{name}_weight_scale": ("F8_E4M3", (1,)), name: ("U8", shape)}
     message = (
         f"2.safetensors: {name!r} is U8 {list(shape)}: all experts of the layer stacked in one "
-        "tensor; this release converts experts that have tensors of their own; serve the original"
+        "tensor; this release knows such tensors as moe.gate_proj, moe.up_proj and moe.down_proj "
+        "(as in Step-3.5); serve the original"
     )
     refuses(message, {}, tensors)
     refuses(message, layer("model.layers.0.mlp.experts"), tensors)

@@ -53,11 +53,11 @@ ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
 class Model(torch.nn.Module):
     """Takes note of what it is given."""
 
-    def __init__(self, converted: ConvertedSection | None) -> None:
+    def __init__(self, converted: ConvertedSection | None, layer: str = LAYER) -> None:
         super().__init__()
         self.given: list[str] = []
         self.delivered: list[str] = []
-        guard(self, Gate(converted, {LAYER: self._deliver} if converted else {}))
+        guard(self, Gate(converted, {layer: self._deliver} if converted else {}))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         for name, _ in weights:
@@ -178,6 +178,76 @@ def test_any_other_model_takes_everything_else(form: Any) -> None:
     model = Model(None)
     model.load_weights(form([EMBED, SINGLE, STACKED, HEAD]))
     assert sorted(model.given) == sorted([EMBED[0], SINGLE[0], STACKED[0], HEAD[0]])
+
+
+STEP = "model.language_model.layers.1.moe"
+STEP_CONVERTED = replace(CONVERTED, layers={STEP: Geometry(4, 256, 128)})
+STEP_WEIGHTS = [
+    EMBED,
+    (f"{STEP}.w13_weight", WEIGHT),
+    (f"{STEP}.down_proj.weight", torch.zeros(0, dtype=torch.uint8)),
+    (f"{STEP}.gate.weight", WEIGHT),
+]
+
+
+@pytest.mark.parametrize("order", list(permutations([marker(), *STEP_WEIGHTS])))
+def test_experts_that_an_original_has_in_one_tensor(order: tuple[Any, ...]) -> None:
+    model = Model(STEP_CONVERTED, STEP)
+    model.load_weights(iter(order))
+    assert sorted(model.given) == sorted([EMBED[0], f"{STEP}.gate.weight"])
+    assert model.delivered == ["w13_weight"]
+    other = Model(None)
+    with pytest.raises(ServingError, match="weights are converted, the model was built for a chec"):
+        other.load_weights(list(order))
+    assert other.untouched
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("leaf", ["weight", "weight_scale", "weight_scale_2", "input_scale"])
+def test_a_converted_model_refuses_such_an_original(projection: str, leaf: str) -> None:
+    original = (f"{STEP}.{projection}.{leaf}", WEIGHT)
+    model = Model(STEP_CONVERTED, STEP)
+    with pytest.raises(ServingError, match=r"not converted, .*; convert them first with fp4moe-"):
+        model.load_weights([EMBED, original])
+    with pytest.raises(ServingError, match=f"is converted, but the checkpoint also has '{STEP}"):
+        model.load_weights([marker(), *STEP_WEIGHTS, original])
+    assert model.untouched
+    others = Model(None)
+    others.load_weights([EMBED, original])
+    assert others.given == [EMBED[0], original[0]]
+
+
+class Strict(torch.nn.Module):
+    """Its loader takes down what parameters there are, and may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.Linear(2, 3)
+        self.head = torch.nn.Linear(3, 2)
+        self.seen: list[str] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.seen = [name for name, _ in self.named_parameters()]
+        assert list(weights)
+        assert self.experts.weight.shape == (3, 2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_loader_does_not_see_what_the_gate_fills(fails: bool) -> None:
+    """While it loads, and not after, whether it has loaded or not."""
+    model = Strict()
+    before = dict(model.named_parameters())
+    guard(model, Gate(None, {}), filled=[model.experts])
+    for _ in range(2):
+        if fails:
+            with pytest.raises(AssertionError):
+                model.load_weights([])
+        else:
+            model.load_weights([EMBED])
+        assert model.seen == ["head.weight", "head.bias"]
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        assert all(after[name] is before[name] for name in before)
 
 
 def test_a_marker_may_have_a_prefix() -> None:

@@ -1,7 +1,8 @@
 """Experts that are stored in another structure: one tensor for all of them, gate and up in one.
 
-No row of the table has such tensors yet; the rows here are given to `find_layers` instead. A
-stacked tensor is read where each expert's rows lie in it, and everything after that is the same.
+Step-3.5 is a row of the table. Others have gate and up in one besides, which no row has yet; their
+rows are given to `find_layers` instead. A stacked tensor is read where each expert's rows lie in
+it, and everything after that is the same.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from fp4moe_convert.source.families import (
     Family,
     Leaf,
     Projection,
-    per_expert,
 )
 from fp4moe_convert.source.spans import Matrix, Shard, Span
 from fp4moe_convert.storage.header import Header, TensorInfo
 from fp4moe_convert.storage.local import LocalFolder
 
+STEP = "moe.{gate,up,down}_proj"
 E, H, I = 3, 256, 80  # noqa: E741 (the letters of the format)
 SPEC = Spec(
     layers=1, dense_layers=0, experts=E, hidden=H, intermediate=I, vocab_size=16, shards=2,
@@ -112,15 +113,11 @@ FUSED_PARTS: dict[str, tuple[tuple[Projection, ...], Leaf]] = {
 }
 
 CASES = {
-    "Step-3.7": Case(
-        Family(
-            name="moe.{gate,up,down}_proj",
-            tensors=re.compile(r"(?P<prefix>.*\.moe)\.(?P<part>(gate|up|down)_proj\..+)"),
-            parts=per_expert(gate_proj="gate", up_proj="up", down_proj="down"),
-        ),
-        "model.layers.0.moe",
-        as_step,
-    ),
+    **{
+        family.name: Case(family, "model.layers.0.moe", as_step)
+        for family in FAMILIES
+        if "expert" not in family.tensors.groupindex
+    },
     "stacked gate_up": Case(
         Family(
             name="experts.{gate_up,down}_proj",
@@ -218,7 +215,7 @@ def test_they_convert_to_the_same_bytes(
 def test_a_layer_is_of_the_family_that_knows_most_of_its_parts(
     usual: Path, tmp_path: Path, case: Case
 ) -> None:
-    families = [*FAMILIES, *(each.family for each in CASES.values())]
+    families = [*FAMILIES, *(each.family for each in CASES.values() if each.family not in FAMILIES)]
     restructure(usual, tmp_path / "source", case)
     checkpoint = open_checkpoint(LocalFolder(tmp_path / "source"))
     for order in (families, families[::-1]):
@@ -229,18 +226,63 @@ def test_a_layer_is_of_the_family_that_knows_most_of_its_parts(
 
 def test_without_their_row_they_are_refused(usual: Path, tmp_path: Path) -> None:
     """Converting would leave them as they are."""
-    for name in ("Step-3.7", "stacked gate_up"):
-        restructure(usual, tmp_path / name, CASES[name])
-        with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
-            prepare(tmp_path / name)
-        assert "stacked in one tensor" in str(inspect(tmp_path / name).reason)
-
-
-@pytest.mark.parametrize("name", model_zoo.REFUSED)
-def test_models_that_have_them_are_refused(name: str, tmp_path: Path) -> None:
-    model_zoo.make(tmp_path / name, name)
+    restructure(usual, tmp_path / "source", CASES["stacked gate_up"])
     with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
-        prepare(tmp_path / name)
+        prepare(tmp_path / "source")
+    assert "stacked in one tensor" in str(inspect(tmp_path / "source").reason)
+
+
+@pytest.mark.parametrize("name", model_zoo.STACKED)
+def test_each_layer_of_a_model_that_has_them_has_a_stop_tensor(name: str, tmp_path: Path) -> None:
+    model_zoo.make(tmp_path / "source", name)
+    convert(tmp_path / "source", tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    tensors = read_tensors(tmp_path / "out")
+    empty = {name: tensor for name, tensor in tensors.items() if not tensor.data}
+    assert len(section["layers"]) == 2
+    assert set(empty) == {f"{layer}.down_proj.weight" for layer in section["layers"]}
+    assert not any(re.search(r"\.moe\.(gate|up)_proj", name) for name in tensors)
+
+
+def with_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> Path:
+    """A model of the zoo whose tensors ``edit`` changes, in one file."""
+    model_zoo.make(folder, "step3p5")
+    tensors = edit(read_tensors(folder))
+    for path in folder.glob("model*"):
+        path.unlink()
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_router_that_is_missing_beside_them_is_told(number: int, tmp_path: Path) -> None:
+    """It lies in the module that they are in."""
+    router = f"model.layers.{number}.moe.gate.weight"
+    folder = with_tensors(
+        tmp_path / "source", lambda tensors: {n: t for n, t in tensors.items() if n != router}
+    )
+    line = f"model.layers.{number}: no moe.gate in any shard, unlike other layers"
+    assert inspect(folder).warnings == [line]
+
+
+def test_their_router_tells_how_many_there_are(tmp_path: Path) -> None:
+    """Where config.json does not."""
+    router, rows = "model.layers.1.moe.gate.weight", model_zoo.E + 1
+    larger = StoredTensor("BF16", (rows, model_zoo.H), bytes(2 * rows * model_zoo.H))
+    folder = with_tensors(tmp_path / "source", lambda tensors: tensors | {router: larger})
+    prepare(folder)
+    edit_json(folder / "config.json", moe_num_experts=None)
+    with pytest.raises(CheckpointError, match=f"has {rows - 1} experts, {router} has {rows}, "):
+        prepare(folder)
+
+
+def test_shards_of_an_original_and_of_a_converted_one_are_refused(tmp_path: Path) -> None:
+    model_zoo.make(tmp_path / "original", "step3p5")
+    convert(tmp_path / "original", tmp_path / "out")
+    converted = read_tensors(tmp_path / "out")
+    folder = with_tensors(tmp_path / "source", lambda tensors: tensors | converted)
+    with pytest.raises(CheckpointError, match="holds shards of an original and of a converted"):
+        prepare(folder)
 
 
 def refuses(folder: Path, case: Case, message: str) -> None:
@@ -249,7 +291,7 @@ def refuses(folder: Path, case: Case, message: str) -> None:
 
 
 def test_a_stacked_tensor_that_is_missing_is_named(usual: Path, tmp_path: Path) -> None:
-    case = CASES["Step-3.7"]
+    case = CASES[STEP]
     tensors = restructure(usual, tmp_path / "source", case)
     del tensors[f"{case.prefix}.up_proj.input_scale"]
     write_tensors(tmp_path / "source" / "model.safetensors", tensors)
@@ -258,7 +300,7 @@ def test_a_stacked_tensor_that_is_missing_is_named(usual: Path, tmp_path: Path) 
 
 
 def test_a_stacked_tensor_of_more_experts_is_refused(usual: Path, tmp_path: Path) -> None:
-    case = CASES["Step-3.7"]
+    case = CASES[STEP]
     restructure(usual, tmp_path / "source", case)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     assert config["n_routed_experts"] == E
@@ -280,7 +322,7 @@ def test_a_fused_tensor_that_does_not_split_in_two_is_refused(usual: Path, tmp_p
 
 
 def test_a_scalar_is_not_taken_for_a_stacked_tensor(usual: Path, tmp_path: Path) -> None:
-    case = CASES["Step-3.7"]
+    case = CASES[STEP]
     tensors = restructure(usual, tmp_path / "source", case)
     name = f"{case.prefix}.gate_proj.weight_scale_2"
     scalar = StoredTensor("F32", (), bytes(4))

@@ -179,7 +179,7 @@ class ConvertedSection:
 
     layout: LayoutRecord
     layers: Mapping[str, Geometry]
-    """By the source's prefix, up to and including ``.experts``."""
+    """By the source's prefix, up to and including ``.experts`` or ``.moe``."""
     source: Mapping[str, Any]
     """The source's own description of its quantization, verbatim."""
     source_hf_quant_config: Mapping[str, Any] | None = None

@@ -111,7 +111,7 @@ class Layout(Protocol):
         """What a layer becomes.
 
         Args:
-            prefix: the source's prefix, up to and including ``.experts``.
+            prefix: the source's, as `MoeLayer.prefix`.
             geometry: the layer's sizes.
         """
 

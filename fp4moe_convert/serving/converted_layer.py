@@ -66,7 +66,7 @@ class ConvertedLayer:
     ) -> None:
         """
         Args:
-            prefix: the layer's name in the file, up to and including ``.experts``.
+            prefix: the layer's name in the file, up to and including ``.experts`` or ``.moe``.
             geometry: its sizes, as config.json has them.
             names: what the engine calls the parameters that it does not call as the file does.
         """

@@ -10,7 +10,8 @@ names are ours, and no model's own loader need know them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FormatError
 from ..format.contract import MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
-from ..source.names import stacked_layer
+from ..source.names import original_layer, stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
 from .fast_copy import COPIER
 
@@ -116,9 +117,12 @@ class Judged(Iterator[tuple[str, "torch.Tensor"]]):
 class GuardedLoader:
     """Stands in for the ``load_weights`` of a model."""
 
-    def __init__(self, gate: Gate, stock: Callable[..., Any]) -> None:
+    def __init__(
+        self, gate: Gate, stock: Callable[..., Any], filled: Sequence[torch.nn.Module]
+    ) -> None:
         self.gate = gate
         self.stock = stock
+        self.filled = filled
         # SGLang asks the function behind the method what it supports.
         self.__func__ = getattr(stock, "__func__", stock)
 
@@ -126,16 +130,41 @@ class GuardedLoader:
         delivered: set[str] = set()
         ours = self.gate.distribute(self.gate.judge(weights), delivered)
         try:
-            loaded = self.stock(ours, *args, **kw)
+            with _unlisted(self.filled):
+                loaded = self.stock(ours, *args, **kw)
         finally:
             COPIER.give_back()
         return loaded | delivered if isinstance(loaded, set) else loaded
 
 
-def guard(model: torch.nn.Module, gate: Gate) -> None:
-    """Put a gate before a model's ``load_weights``."""
+def guard(model: torch.nn.Module, gate: Gate, *, filled: Sequence[torch.nn.Module] = ()) -> None:
+    """Put a gate before a model's ``load_weights``.
+
+    Args:
+        model: any.
+        gate: what judges and distributes.
+        filled: modules whose parameters come from the gate alone. The model's own loader does not
+            see them: SGLang's Step-3.5 insists on having loaded all that it sees.
+    """
     if load_weights := getattr(model, "load_weights", None):
-        model.load_weights = GuardedLoader(gate, load_weights)  # type: ignore[assignment]
+        model.load_weights = GuardedLoader(gate, load_weights, filled)  # type: ignore[assignment]
+
+
+@contextmanager
+def _unlisted(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Keep the parameters of some modules as plain attributes for a while."""
+    parameters = [(module, dict(module.named_parameters(recurse=False))) for module in modules]
+    for module, own in parameters:
+        for name, parameter in own.items():
+            delattr(module, name)
+            object.__setattr__(module, name, parameter)
+    try:
+        yield
+    finally:
+        for module, own in parameters:
+            for name, parameter in own.items():
+                object.__delattr__(module, name)
+                module.register_parameter(name, parameter)
 
 
 def gate_of(model: torch.nn.Module) -> Gate:
@@ -153,20 +182,18 @@ class _Kind(Enum):
     """Of all experts of a converted layer, or so it seems."""
     STOP = auto()
     """Empty: it stops engines without the plugin."""
-    SINGLE = auto()
-    """Of one expert."""
+    ORIGINAL = auto()
+    """Of experts as an original has them."""
     OTHER = auto()
 
 
 def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
     """What a tensor is, and of which layer's experts."""
-    # Asked of every tensor of every model, so without regular expressions.
     if (stacked := stacked_layer(name)) is not None:
         return _Kind.STACKED, stacked
-    layer, found, rest = name.rpartition(".experts.")
-    if found and rest.partition(".")[0].isdecimal():
+    if (original := original_layer(name)) is not None:
         is_empty = tensor is not None and not tensor.numel()
-        return _Kind.STOP if is_empty else _Kind.SINGLE, f"{layer}.experts"
+        return _Kind.STOP if is_empty else _Kind.ORIGINAL, original
     # A loader may put the name of a part of the model before those of its tensors.
     if name.endswith(MARKER_NAME) and name.removesuffix(MARKER_NAME)[-1:] in ("", "."):
         return _Kind.MARKER, ""
@@ -194,11 +221,11 @@ def _once_marked(
                 )
             case _Kind.STOP, _:
                 pass
-            case _Kind.SINGLE, layer if layer in converted.layers and marked:
+            case _Kind.ORIGINAL, layer if layer in converted.layers and marked:
                 raise refusal(
                     f"{layer} is converted, but the checkpoint also has {name!r}", CONVERT_AGAIN
                 )
-            case _Kind.SINGLE, layer if layer in converted.layers:
+            case _Kind.ORIGINAL, layer if layer in converted.layers:
                 raise refusal(
                     f"{name!r}: these weights are not converted, the model was built for a "
                     "checkpoint that is",

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
 from .checkpoint import Checkpoint, missing_by_name
-from .names import is_mtp_by_name
+from .names import is_mtp_by_name, original_layer, stacked_layer
 from .text_config import TextConfig
 
 _IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
@@ -34,7 +34,7 @@ def remarks(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
 
     Args:
         checkpoint: NVFP4.
-        prefixes: of its expert layers that can be converted, up to and including ``.experts``.
+        prefixes: of its expert layers that can be converted.
 
     Returns:
         A line for each file that is not taken for part of the model, and for each part of a model
@@ -73,7 +73,7 @@ class _Decoder:
         self.count = checkpoint.text.layer_count or 0
         self.layers: dict[str, dict[int, set[str]]] = {stack: {} for stack in experts}
         """By prefix and number; modules relative to the layer."""
-        parents = {s: {path.rpartition(".")[0] for path in experts[s]} for s in experts}
+        parents = {s: {_parent(path) for path in experts[s]} for s in experts}
         self.experts = experts
         """Where the experts are in a layer, by the same prefix."""
         self.outside: list[TensorInfo] = []
@@ -150,16 +150,22 @@ def _counted(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
+def _parent(experts: str) -> str:
+    """The module that experts lie in. Step-3.5's lie beside their router in ``moe`` itself."""
+    return experts.rpartition(".")[0] if experts.endswith("experts") else experts
+
+
 def _module(rest: str, experts: Set[str], parents: Set[str]) -> str:
     """The module of a layer that a tensor belongs to. What lies beside the experts is told apart:
     a router, shared experts."""
+    name = f".{rest}"
+    own = original_layer(name) or stacked_layer(name)
+    if own is not None and own[1:] in experts:
+        return own[1:]
     parts = rest.split(".", _DEEPEST)
     module = parts[0]
     for depth in range(1, len(parts)):
-        path = ".".join(parts[:depth])
-        if path in experts:
-            return path
-        if path in parents:
+        if ".".join(parts[:depth]) in parents:
             module = ".".join(parts[: depth + 1])
     return module
 

@@ -7,8 +7,7 @@ from ..errors import CheckpointError
 from ..format.contract import MARKER_NAME, QUANT_METHOD
 from ..format.files import CONFIG_NAME
 from .checkpoint import Checkpoint
-from .families import NUMBERED_EXPERTS
-from .names import is_mtp_by_name, layer_number, stacked_layer
+from .names import is_mtp_by_name, layer_number, original_layer, stacked_layer
 
 
 def is_converted(checkpoint: Checkpoint) -> bool:
@@ -17,16 +16,16 @@ def is_converted(checkpoint: Checkpoint) -> bool:
     Raises:
         CheckpointError: config.json and the shards say different things, or the shards do.
     """
-    marker, stacked, single = _telltales(checkpoint)
+    marker, stacked, original = _telltales(checkpoint)
     section = (checkpoint.quantization or {}).get("quant_method") == QUANT_METHOD
     converted = stacked or marker
-    if converted and single:
+    if converted and original:
         raise CheckpointError(
             f"{checkpoint.location}: holds shards of an original and of a converted checkpoint: "
-            f"{single} is of the one, {converted} of the other; take all of them from one"
+            f"{original} is of the one, {converted} of the other; take all of them from one"
         )
     if section and not converted:
-        what = f"{single} is as in an original" if single else f"no shard has {MARKER_NAME!r}"
+        what = f"{original} is as in an original" if original else f"no shard has {MARKER_NAME!r}"
         raise CheckpointError(
             f"{CONFIG_NAME}: is that of a converted checkpoint, but {what}; put back the "
             f"original's {CONFIG_NAME}"
@@ -45,10 +44,10 @@ def is_converted(checkpoint: Checkpoint) -> bool:
 
 
 def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | None]:
-    """The marker, the first stacked weight of experts, and the first NVFP4 weight of a single
-    expert of the decoder, each with its shard."""
+    """The marker, the first stacked weight of experts, and the first NVFP4 weight of experts of the
+    decoder as an original has them, each with its shard."""
     layer_count = checkpoint.text.layer_count
-    marker = stacked = single = None
+    marker = stacked = original = None
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
             where = f"{shard.name}: {tensor.name!r}"
@@ -58,8 +57,8 @@ def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | No
                 continue
             elif stacked_layer(tensor.name) is not None:
                 stacked = stacked or where
-            elif not single and NUMBERED_EXPERTS.fullmatch(tensor.name):
+            elif not original and original_layer(tensor.name) is not None:
                 number = layer_number(tensor.name)
                 of_decoder = number is not None and number < (layer_count or 0)
-                single = where if of_decoder and not is_mtp_by_name(tensor.name) else None
-    return marker, stacked, single
+                original = where if of_decoder and not is_mtp_by_name(tensor.name) else None
+    return marker, stacked, original

@@ -37,7 +37,7 @@ class MoeLayer:
     """A layer whose experts are all NVFP4, alike and complete."""
 
     prefix: str
-    """Up to and including ``.experts``."""
+    """Of its tensors' names, up to and including ``.experts``, or ``.moe`` in Step-3.5."""
     number: int
     family: Family
     geometry: Geometry
@@ -262,8 +262,8 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
         if tensor.dtype == "U8" and (named or deep) and stacked_layer(tensor.name) is None:
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
-                "experts of the layer stacked in one tensor; this release converts experts that "
-                "have tensors of their own; serve the original"
+                "experts of the layer stacked in one tensor; this release knows such tensors as "
+                "moe.gate_proj, moe.up_proj and moe.down_proj (as in Step-3.5); serve the original"
             )
         if named and deep and tensor.dtype in ("BF16", "F16", "F32") and named[1] not in prefixes:
             prefixes.add(named[1])
@@ -289,7 +289,7 @@ def _check_counts(layers: Sequence[MoeLayer], others: Iterable[Matrix]) -> None:
         found, expected = layer.geometry.experts, most.geometry.experts if most else 0
         where = most.prefix if most else ""
         for router in ("gate.weight", "router.weight"):
-            name = layer.prefix.removesuffix("experts") + router
+            name = f"{layer.prefix.removesuffix('.experts')}.{router}"
             shape = shapes.get(name, ())
             if shape[1:] == (layer.geometry.hidden,) and shape[0] > expected:
                 expected, where = shape[0], name

@@ -40,10 +40,11 @@ class Family:
     name: str
     """Names the row to users."""
     tensors: re.Pattern[str]
-    """Matches the whole name of an expert tensor, with the groups ``prefix`` (of the layer, up to
-    and including ``.experts``), ``part`` and, where each expert has tensors of its own, ``expert``.
-    Without that group the tensor's first axis counts experts. Rows whose patterns could match the
-    same name must share one pattern, because a tensor goes to the first that matches it."""
+    """Matches the whole name of an expert tensor, with the groups ``prefix`` (of the layer: what
+    `names.stacked_layer` tells by its end), ``part`` and, where each expert has tensors of its own,
+    ``expert``. Without that group the tensor's first axis counts experts. `names.original_layer`
+    has to know such a name too. Rows whose patterns could match the same name must share one
+    pattern, because a tensor goes to the first that matches it."""
     parts: Mapping[str, tuple[tuple[Projection, ...], Leaf]]
     """What a ``part`` is: a leaf of one projection, or of several stacked along the rows."""
 
@@ -127,5 +128,11 @@ FAMILIES: tuple[Family, ...] = (
         name="experts.N.{up,down}_proj",
         tensors=NUMBERED_EXPERTS,
         parts=per_expert(up_proj="up", down_proj="down"),
+    ),
+    # Step-3.5, Step-3.7.
+    Family(
+        name="moe.{gate,up,down}_proj",
+        tensors=re.compile(r"(?P<prefix>.*\.moe)\.(?P<part>(?:gate|up|down)_proj\..+)", re.DOTALL),
+        parts=per_expert(gate_proj="gate", up_proj="up", down_proj="down"),
     ),
 )

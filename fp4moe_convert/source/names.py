@@ -13,6 +13,9 @@ _STACKED = frozenset(
     for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
 )
 
+_ALL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""What stacked tensors of Step-3.5 are called in ``moe``, beside its router ``gate``."""
+
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a tensor, or a part of one, belongs to."""
@@ -28,6 +31,17 @@ def is_mtp_by_name(name: str) -> bool:
 
 def stacked_layer(name: str) -> str | None:
     """The expert layer of a tensor that is named as one that a layer becomes, up to and including
-    ``.experts``. Others may use these names for an order of their own."""
+    ``.experts`` or ``.moe``. Others may use these names for an order of their own."""
     layer, _, leaf = name.rpartition(".")
-    return layer if leaf in _STACKED and layer.endswith(".experts") else None
+    return layer if leaf in _STACKED and layer.endswith((".experts", ".moe")) else None
+
+
+def original_layer(name: str) -> str | None:
+    """The expert layer of a tensor that is named as an original's is, of one expert or of all, as
+    the rows of `families.FAMILIES` have it. Engines ask of every tensor of every model, so it takes
+    no regular expression."""
+    layer, found, rest = name.rpartition(".experts.")
+    if found and rest.partition(".")[0].isdecimal():
+        return f"{layer}.experts"
+    layer, found, rest = name.rpartition(".moe.")
+    return f"{layer}.moe" if found and rest.partition(".")[0] in _ALL_EXPERTS else None

@@ -7,10 +7,7 @@ from pathlib import Path
 from support import exporters, model_zoo
 
 CONVERTED = (*model_zoo.FAMILIES, *exporters.CONVERTED)
-REFUSED = (
-    *model_zoo.REFUSED,
-    *("modelopt-gpt_oss", "modelopt-llama4", "llmcompressor-minimax_m2"),
-)
+REFUSED = ("modelopt-gpt_oss", "modelopt-llama4", "llmcompressor-minimax_m2")
 """Not converted. What engines make of the original is a part of the reason."""
 NAMES = (*CONVERTED, *REFUSED)
 

@@ -13,6 +13,7 @@ plugin, then with this project's:
   the original's. It has to stop, because weights that no loader has set, or that are laid out for
   another kernel, do not crash, they answer nonsense.
 - A converted checkpoint is served as its original is: every tensor of the model is the same.
+- Scales of gate and up that differ in a layer whose SwiGLU is clamped are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,16 @@ from typing import Any, Literal
 from unittest import mock
 
 import originals
-from sglang_driver import FUSED, Setup, differences, held, load, load_weights, start_sglang
+from sglang_driver import (
+    FUSED,
+    Setup,
+    differences,
+    edit_tensors,
+    held,
+    load,
+    load_weights,
+    start_sglang,
+)
 from support import model_zoo
 from support.cpu_engines import sglang_cpu
 
@@ -77,7 +87,7 @@ STOPS = (
     r"|KeyError: .*fp4moe\.layout"
     r"|ValueError: No module or parameter named 'model\.fp4moe'"
     r"|(ValueError|AssertionError): .*loaded_weight.shape=?.*\[0\]"
-    r"|IndexError: Dimension out of range"
+    r"|IndexError: (Dimension out of range|index 0 is out of bounds for dimension 0 with size 0)"
 )
 """Without the plugin, stacked experts reach a function that wants to know which expert, or the
 marker is refused, or the empty tensor fits nowhere. Which comes first is nobody's promise."""
@@ -102,7 +112,7 @@ class Case:
     """A folder, and how it is loaded."""
 
     family: str
-    folder: Literal["original", "mistake", "converted"]
+    folder: Literal["original", "mistake", "converted", "differing"]
     setup: Setup = field(default_factory=Setup)
     plugin: bool = False
     model_impl: str = "auto"
@@ -158,6 +168,7 @@ CASES = {
         for name in DRAFTS
     },
     "Transformers backend: converted": TRANSFORMERS("converted", plugin=True),
+    "step3p5: differing scales": Case("step3p5", "differing", plugin=True),
 }
 
 # --- SGLang on a CPU ------------------------------------------------------------------------------
@@ -246,16 +257,24 @@ class Run:
             shutil.copy(path, mistake)
 
     def record(self, name: str, case: Case) -> None:
-        check = {"original": self.loads, "mistake": self.stops, "converted": self.serves}
+        check = {
+            "original": self.loads,
+            "mistake": self.stops,
+            "converted": self.serves,
+            "differing": self.refuses,
+        }
         passed, detail = check[case.folder](name, case)
         self.results[name] = {"passed": passed, "detail": detail}
         print(f"{name:46} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
 
     def ranks(self, name: str, case: Case) -> list[Callable[[], Any]]:
         """For each rank, what loads its model."""
-        own = self.work / re.sub(r"\W", "_", name)
+        own = self.folder(name)
         shutil.copytree(self.work / case.family / case.folder, own)
         return [partial(load_rank, own, case, *rank) for rank in case.setup.ranks()]
+
+    def folder(self, name: str) -> Path:
+        return self.work / re.sub(r"\W", "_", name)
 
     def loads(self, name: str, case: Case) -> Outcome:
         """Every rank loads, and all that it holds is set; or SGLang says what is known."""
@@ -310,6 +329,23 @@ class Run:
                 return False, f"rank {rank}: {found} differ"
             values += len(own)
         return refusal is None, f"{len(ranks)} ranks, {values} values equal"
+
+    def refuses(self, name: str, case: Case) -> Outcome:
+        """The clamped layer alone has another scale for gate than for up."""
+        layer = "model.layers.2.moe"
+        (load_model,) = self.ranks(name, replace(case, folder="converted"))
+        edit_tensors(self.folder(name), lambda tensors: double_gate(tensors, layer))
+        try:
+            model = load_model()
+        except Exception as error:
+            expected = f"ServingError: fp4moe: {layer}: a clamped SwiGLU whose gate and up differ"
+            return one_line(error).startswith(expected), one_line(error)
+        return False, f"was loaded: {type(model).__name__}"
+
+
+def double_gate(tensors: dict[str, Any], layer: str) -> dict[str, Any]:
+    tensors[f"{layer}.w13_weight_scale_2"][:, 0] *= 2
+    return tensors
 
 
 def key(case: Case) -> str:

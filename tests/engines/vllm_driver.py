@@ -501,7 +501,7 @@ class Bench:
         try:
             result, ok = run(), refusal is None
         except Exception as error:
-            message = str(error)
+            message = str(error) or repr(error)
             if isinstance(error, pydantic.ValidationError):  # of vLLM's options
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
             result = f"refused: {message}"

@@ -101,6 +101,8 @@ class Family:
     """Pattern of the tensors and ignored modules that the family does not have."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Patterns of the tensors that have other shapes."""
+    stacked: str = r"$^"
+    """Pattern of the tensors of one expert that stand for those of all, in one tensor."""
     quantized: str = r"$^"
     """Pattern of the bf16 weights that are NVFP4 here."""
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -426,6 +428,99 @@ NEMOTRON_H = Family(
     },
     ignore=("model.layers.0.mixer*",),
     in_file=True,
+)
+
+# As the published ones, it clamps the SwiGLU of its last layer. Its experts are in one tensor.
+STEP_3_5 = Family(
+    replace(QWEN, layers=2, dense_layers=1),
+    {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "attention_other_setting": {
+            "head_dim": 128,
+            "num_attention_groups": 4,
+            "num_attention_heads": 4,
+        },
+        "layer_types": ["full_attention"] * 3,
+        "moe_layers_enum": "1,2",
+        "moe_num_experts": E,
+        "moe_router_scaling_factor": 3.0,
+        "moe_top_k": 2,
+        "need_fp32_gate": True,
+        "norm_expert_weight": True,
+        "num_attention_groups": 4,
+        "num_experts": None,
+        "num_experts_per_tok": None,
+        "num_key_value_heads": None,
+        "partial_rotary_factors": [0.5, 1.0, 1.0],
+        "rope_theta": [10000.0] * 3,
+        "share_expert_dim": I,
+        "share_expert_dims": I,
+        "sliding_window": 512,
+        "swiglu_limits": [0.0, 0.0, 7.0],
+        "swiglu_limits_shared": [0.0, 0.0, 7.0],
+        "use_head_wise_attn_gate": True,
+        "use_moe_router_bias": True,
+        "yarn_only_types": [],
+    },
+    extra=(
+        *many("model.layers.{0,1,2}.self_attn.g_proj.weight", 4, H),
+        *(f32(f"model.layers.{layer}.mlp.router_bias", E) for layer in (1, 2)),
+        *shared_expert("model.layers.{1,2}.share_expert", quantized=False),
+    ),
+    without=r"\.experts\.[1-9]",
+    stacked=r"\.experts\.0\.",
+    rename={r"\.experts\.0\b": "", r"\.([12])\.mlp\b": r".\1.moe"},
+    ignore=("model.layers.{1,2}.share_expert*",),
+)
+
+STEP_3_7 = replace(
+    STEP_3_5,
+    top={
+        "architectures": ["Step3p7ForConditionalGeneration"],
+        "model_type": "step3p7",
+        "projector_bias": False,
+        "vision_config": {
+            "heads": 4,
+            "hidden_act": "gelu",  # vLLM has no quick_gelu on a CPU
+            "image_size": 28,
+            "layers": 1,
+            "ls_init_value": 0.1,
+            "mlp_ratio": 2.0,
+            "model_type": "perception_encoder",
+            "output_dim": None,
+            "patch_size": 14,
+            "use_abs_posemb": True,
+            "use_cls_token": False,
+            "use_ln_post": False,
+            "use_ln_pre": True,
+            "use_rope2d": True,
+            "width": 64,
+        },
+    },
+    extra=(
+        *STEP_3_5.extra,
+        *many("model.vision_model.conv1.weight", 64, 3, 14, 14),
+        *many("model.vision_model.positional_embedding", 4, 64),
+        *many("model.vision_model.ln_pre.{weight,bias}", 64),
+        *many("model.vision_model.transformer.resblocks.0.{ln_1,ln_2}.{weight,bias}", 64),
+        *many("model.vision_model.transformer.resblocks.0.{ls_1,ls_2}.gamma", 64),
+        *many("model.vision_model.transformer.resblocks.0.attn.in_proj_weight", 192, 64),
+        *many("model.vision_model.transformer.resblocks.0.attn.in_proj_bias", 192),
+        *linears(
+            {
+                "model.vision_model.transformer.resblocks.0.attn.out_proj": (64, 64),
+                "model.vision_model.transformer.resblocks.0.mlp.c_fc": (128, 64),
+                "model.vision_model.transformer.resblocks.0.mlp.c_proj": (64, 128),
+            }
+        ),
+        *many("model.vision_model.vit_downsampler1.weight", 128, 64, 3, 3),
+        *many("model.vision_model.vit_downsampler1.bias", 128),
+        *many("model.vision_model.vit_downsampler2.weight", 256, 128, 3, 3),
+        *many("model.vision_model.vit_downsampler2.bias", 256),
+        *many("model.vit_large_projector.weight", H, 256),
+    ),
+    rename={**STEP_3_5.rename, r"^model\.(?!vi)": "model.language_model."},
 )
 
 # With a layer of each kind of attention, the first of those that route by the token alone, and
@@ -838,6 +933,12 @@ FAMILIES: dict[str, Family] = {
         ),
         without=r"\.[qk]_norm\.weight$",
     ),
+    "step3p5": STEP_3_5,
+    "step3p5-unclamped": replace(
+        STEP_3_5,
+        config=STEP_3_5.config | {"swiglu_limits": [0.0] * 3, "swiglu_limits_shared": [0.0] * 3},
+    ),
+    "step3p7": STEP_3_7,
     "nemotron_h": NEMOTRON_H,
     # As Nemotron-3 Ultra says it, whose experts are narrower than the model.
     "nemotron_h-latent": replace(
@@ -872,56 +973,8 @@ FAMILIES["nemotron_h-latent-mixed"] = replace(
     in_file=True,
 )
 
-# Step-3.5 and Step-3.7, as text alone, and without the clamp of their last two layers.
-STEP = Family(
-    replace(QWEN, layers=1, dense_layers=1),
-    {
-        "architectures": ["Step3p5ForCausalLM"],
-        "model_type": "step3p5",
-        "attention_other_setting": {
-            "head_dim": 128,
-            "num_attention_groups": 4,
-            "num_attention_heads": 4,
-        },
-        "layer_types": ["full_attention", "full_attention"],
-        "moe_layers_enum": "1",
-        "moe_num_experts": E,
-        "moe_router_scaling_factor": 3.0,
-        "moe_top_k": 2,
-        "need_fp32_gate": True,
-        "norm_expert_weight": True,
-        "num_attention_groups": 4,
-        "num_experts": None,
-        "num_experts_per_tok": None,
-        "num_key_value_heads": None,
-        "partial_rotary_factors": [0.5, 1.0],
-        "rope_theta": [10000.0, 10000.0],
-        "share_expert_dim": I,
-        "share_expert_dims": I,
-        "sliding_window": 512,
-        "swiglu_limits": [0.0, 0.0],
-        "swiglu_limits_shared": [0.0, 0.0],
-        "use_head_wise_attn_gate": True,
-        "use_moe_router_bias": True,
-        "yarn_only_types": [],
-    },
-    extra=(
-        *many("model.layers.{0,1}.self_attn.g_proj.weight", 4, H),
-        *(
-            tensor._replace(shape=(E, *tensor.shape))
-            for name, rows, cols in (("gate", I, H), ("up", I, H), ("down", H, I))
-            for tensor in nvfp4(bf16(f"model.layers.1.mlp.{name}_proj.weight", rows, cols))
-        ),
-        f32("model.layers.1.mlp.router_bias", E),
-        *shared_expert("model.layers.1.share_expert", quantized=False),
-    ),
-    without=r"\.experts\.",
-    rename={r"\.1\.mlp\b": ".1.moe"},
-    ignore=("model.layers.1.share_expert*",),
-)
-REFUSED = {"step3p5": STEP}
-"""Families that are not converted."""
-
+STACKED = tuple(name for name in FAMILIES if name.startswith("step"))
+"""Families that have a tensor for all experts of a layer."""
 UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))
 """Families whose experts have no gate."""
 OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.section != "modelopt")
@@ -929,13 +982,13 @@ OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.secti
 
 
 def make(folder: Path, name: str) -> None:
-    """Write an original, of `FAMILIES` or of `REFUSED`, into ``folder``, which is created.
+    """Write an original into ``folder``, which is created.
 
     Raises:
         KeyError: no such family.
         FileExistsError: ``folder`` exists.
     """
-    write_family(folder, (FAMILIES | REFUSED)[name])
+    write_family(folder, FAMILIES[name])
 
 
 def write_family(folder: Path, family: Family) -> None:
@@ -978,6 +1031,8 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
         for pattern, shape in family.shapes.items():
             if re.search(pattern, tensor.name):
                 tensor = tensor._replace(shape=shape)
+        if re.search(family.stacked, tensor.name):
+            tensor = tensor._replace(shape=(family.spec.experts, *tensor.shape))
         parts: Iterator[Tensor] = iter((tensor,))
         if len(tensor.shape) == 2 and tensor.dtype == "BF16":
             if re.search(family.quantized, tensor.name):

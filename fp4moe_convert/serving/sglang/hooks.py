@@ -202,11 +202,12 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
         return
     from ..converted_layer import check_taken_over
 
-    layers = {
-        loader.own.prefix: partial(_deliver, name, loader)
+    loaders = {
+        name: loader
         for name, module in model.named_modules()
         if (loader := getattr(module, LOADER, None)) is not None
     }
+    layers = {each.own.prefix: partial(_deliver, name, each) for name, each in loaders.items()}
     if _is_whole(model_config):
         check_taken_over(
             model,
@@ -217,7 +218,8 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
         )
     if layers:
         log_good_start(logger, converted, len(layers), engine="SGLang")
-    guard(model, Gate(converted, layers))
+    modules = [each.layer for each in loaders.values() if not each.layer.num_fused_shared_experts]
+    guard(model, Gate(converted, layers), filled=modules)
 
 
 def _deliver(name: str, loader: ExpertLoader, leaf: str, tensor: torch.Tensor) -> str:

@@ -12,13 +12,16 @@ from ..engine import Engine, KnownModels, Model
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 """Keys of hf_quant_config.json (quantization/modelopt.py:829 in 0.33.0)."""
 
+_STEP = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
+
 _FP8_HYBRIDS = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
 
 def _why_not(model: Model) -> str | None:
     # models/step3p5.py:365 in 0.33.0: SWIGLUSTEP is not among the backend's activations.
     limits = model.text.get("swiglu_limits")
-    if "Step3p5ForCausalLM" in model.architectures and isinstance(limits, list) and any(limits):
+    is_step = any(name in _STEP for name in model.architectures)
+    if is_step and isinstance(limits, list) and any(limits):
         return "vLLM's clamped SwiGLU of Step-3.5 is not among those of flashinfer_trtllm"
     # models/deepseek_v41/quant_config.py:171 in 0.33.0.
     if is_fp8_hybrid(model.section) and model.text.get("model_type") not in _FP8_HYBRIDS:

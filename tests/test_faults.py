@@ -346,7 +346,7 @@ def test_a_source_that_changes_while_it_is_read(
 
 AS_NOBODY = """
 import contextlib, io, os, sys
-from fp4moe_convert import __main__, cluster, conversion, parts
+from fp4moe_convert import __main__, conversion
 from fp4moe_convert.cli import commands, display
 with contextlib.redirect_stdout(io.StringIO()):
     commands.convert_app([sys.argv[1], sys.argv[2], "--dry-run"], standalone_mode=False)

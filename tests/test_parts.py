@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.folders import INDEX, MANIFEST, contents, every_file, flip_bit, without_source
 from support.hub import Hub
-from support.processes import FP4MOE_CONVERT, finding_support
+from support.processes import FP4MOE_CONVERT, finding_support, kill_at_rename
 from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import (
@@ -428,21 +428,11 @@ def test_a_part_that_fails_at_once_leaves_nothing(source: Path, tmp_path: Path) 
 
 def kill_part(source: Path, out: Path, number: int, shards: int) -> None:
     """Let a part be killed when it has finished some shards."""
-    program = f"""
-import os, signal
-from fp4moe_convert import Part, convert_part
-rename, left = os.rename, [{shards}]
-def dying(old, new):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(old, new)
-os.rename = dying
+    call = f"""
 part = Part({number}, {COUNT})
 convert_part({str(source)!r}, {str(out)!r}, part, max_shard_nbytes={SMALL_SHARD_NBYTES}, threads=1)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=False)
-    assert done.returncode == -9
+    kill_at_rename(call, shards)
 
 
 def test_a_part_resumes(source: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from support.folders import (
     flip_bit,
 )
 from support.make_checkpoint import Spec, make_checkpoint
+from support.processes import kill_at_rename
 from support.round_trip import there_and_back
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.tensors import StoredTensor, range_of, read_tensors, write_tensors
@@ -355,20 +354,8 @@ def test_a_finished_conversion_is_left_alone(converted: Path, source: Path, tmp_
 
 def killed(converted: Path, out: Path, renames: int) -> None:
     """A run that dies at its rename of this number."""
-    program = f"""
-import os, signal
-from fp4moe_convert import restore
-rename, left = os.rename, [{renames}]
-def dying(old, new):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(old, new)
-os.rename = dying
-restore({str(converted)!r}, {str(out)!r}, threads=1)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert done.returncode == -9, done.stderr
+    call = f"restore({str(converted)!r}, {str(out)!r}, threads=1)"
+    kill_at_rename(call, renames)
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2, 4, 6, 8])

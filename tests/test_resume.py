@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.folders import INDEX, MANIFEST, contents, edit_json, flip_bit, write_byte
 from support.make_checkpoint import make_checkpoint
-from support.processes import finding_support
+from support.processes import finding_support, kill_at_rename
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.strategies import json_values
 from support.tensors import range_of
@@ -310,21 +310,8 @@ def test_an_unfinished_folder_that_a_person_has_edited_is_left_alone(
 ) -> None:
     """Killed among the files beside the shards: after the copies, or before the index."""
     out = tmp_path / "out"
-    program = f"""
-import os, signal
-from pathlib import Path
-from fp4moe_convert import convert
-rename, left = os.rename, [{renames}]
-def dying(old, new):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(old, new)
-os.rename = dying
-convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert done.returncode == -9, done.stderr
+    call = f"convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})"
+    kill_at_rename(call, renames)
     assert not (out / INDEX).exists()
     assert (out / MANIFEST).exists() == (renames == 14)
     (out / name).write_text("mine")

@@ -23,8 +23,10 @@ from .process import when_interrupted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from ..plan import Part
+    from ..publication import PushReport
 
 # The library is imported inside the commands: --help does not need it, and numpy would double its
 # time.
@@ -127,6 +129,19 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
         sys.stdout.flush()
     except OSError as error:
         raise _StdoutError(error.strerror) from error
+
+
+def _print_with_push(
+    content: dict[str, Any], tables: list[Table], pushed: PushReport | None, *, as_json: bool
+) -> None:
+    """Print a result, and the upload of it that followed, if one did."""
+    if pushed:
+        from .display import pushed_table
+
+        _warn(pushed.warnings)
+        content["pushed"] = pushed.as_json()
+        tables.append(pushed_table(pushed))
+    _print(content if as_json else tables)
 
 
 # readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
@@ -267,40 +282,33 @@ def convert_command(
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
-    from ..cluster import convert_on_ray
     from ..conversion import convert
-    from ..parts import convert_part
-    from .display import part_tables, progress_on, pushed_table, report_table
+    from .display import part_tables, progress_on, report_table
 
     when_interrupted(advice="; run the same command again to resume")
     pushed = None
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        options: dict[str, Any] = {
-            "max_shard_nbytes": max_shard_size,
+        running: dict[str, Any] = {
             "direct_io": direct_io,
             "threads": threads,
-            "verify": verify,
             "on_progress": on_progress,
             "on_note": None if quiet else _say,
         }
+        options = {**running, "max_shard_nbytes": max_shard_size, "verify": verify}
         if part:
+            from ..parts import convert_part
+
             share = convert_part(store, out_dir, part, **options)
         elif ray:
+            from ..cluster import convert_on_ray
+
             report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
             report = convert(store, out_dir, overwrite=overwrite, **options)
         if push_to_hub is not None and (part is None or share.whole):
             from ..publication import push
 
-            pushed = push(
-                out_dir,
-                push_to_hub,
-                private=private,
-                direct_io=direct_io,
-                threads=threads,
-                on_progress=on_progress,
-                on_note=options["on_note"],
-            )
+            pushed = push(out_dir, push_to_hub, private=private, **running)
     if part:
         whole = share.whole
         content, tables = share.as_json(), list(part_tables(share))
@@ -308,11 +316,7 @@ def convert_command(
         whole = report
         content, tables = report.as_json(), [report_table(report)]
     _warn(whole.warnings if whole else [])
-    if pushed:
-        _warn(pushed.warnings)
-        content["pushed"] = pushed.as_json()
-        tables.append(pushed_table(pushed))
-    _print(content if as_json else tables)
+    _print_with_push(content, tables, pushed, as_json=as_json)
 
 
 @app.command("finish")
@@ -385,7 +389,7 @@ def ci_command(
     """Convert and verify as a CI job, or find in seconds that it has been done."""
     from ..ci import run_job
     from ..storage.opening import open_store
-    from .display import job_table, progress_on, pushed_table
+    from .display import job_table, progress_on
     from .summary import add_summary, done_summary, failed_summary
 
     when_interrupted(advice="; run the same command again to resume")
@@ -394,38 +398,24 @@ def ci_command(
         _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
         with progress_on(sys.stderr, quiet=quiet) as on_progress:
-            job = run_job(
-                store,
-                out_dir,
-                max_shard_nbytes=max_shard_size,
-                direct_io=direct_io,
-                threads=threads,
-                on_progress=on_progress,
-                on_note=None if quiet else _say,
-            )
+            running: dict[str, Any] = {
+                "direct_io": direct_io,
+                "threads": threads,
+                "on_progress": on_progress,
+                "on_note": None if quiet else _say,
+            }
+            job = run_job(store, out_dir, max_shard_nbytes=max_shard_size, **running)
             if push_to_hub is not None:
                 from ..publication import push
 
-                pushed = push(
-                    out_dir,
-                    push_to_hub,
-                    private=private,
-                    direct_io=direct_io,
-                    threads=threads,
-                    on_progress=on_progress,
-                    on_note=None if quiet else _say,
-                )
+                pushed = push(out_dir, push_to_hub, private=private, **running)
     except ConvertError as error:
         add_summary(failed_summary(model, error))
         raise
     add_summary(done_summary(job, pushed))
     _warn(job.conversion.warnings)
     content, tables = job.as_json(), [job_table(job)]
-    if pushed:
-        _warn(pushed.warnings)
-        content["pushed"] = pushed.as_json()
-        tables.append(pushed_table(pushed))
-    _print(content if as_json else tables)
+    _print_with_push(content, tables, pushed, as_json=as_json)
 
 
 @app.command("verify")

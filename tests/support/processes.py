@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,25 @@ def finding_support() -> dict[str, str]:
     """This process's environment, for a program elsewhere that imports `support`."""
     places = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def kill_at_rename(call: str, renames: int) -> None:
+    """Call a public function, written as Python, in a process that is killed when it has renamed
+    so many files."""
+    program = f"""
+import os, signal
+from fp4moe_convert import *
+rename, left = os.rename, [{renames}]
+def dying(old, new):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(old, new)
+os.rename = dying
+{call}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:

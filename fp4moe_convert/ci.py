@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert
@@ -12,11 +12,14 @@ from .errors import CheckpointError, OutputError, naming
 from .format.files import MANIFEST_NAME
 from .format.manifest import to_json
 from .format.untrusted import decode_object
-from .progress import OnNote, OnProgress
+from .progress import Running
 from .storage.copying import record_of
 from .storage.durable import make_folder, write_file
 from .storage.local import LocalReader
 from .storage.reader import Store, read_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MAX_REPORT_NBYTES = 10_000_000
 
@@ -52,10 +55,7 @@ def run_job(
     out_dir: str | Path,
     *,
     max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    **running: Unpack[Running],
 ) -> JobReport:
     """Convert and verify, unless that has been done; write the report beside the folder.
 
@@ -70,11 +70,8 @@ def run_job(
             model_dir,
             out_dir,
             max_shard_nbytes=max_shard_nbytes,
-            direct_io=direct_io,
-            threads=threads,
             verify=verify,
-            on_progress=on_progress,
-            on_note=on_note,
+            **running,
         )
 
     verified = _verified_before(out_dir, report)

@@ -323,13 +323,13 @@ def fill(
     opened: Opened,
     work: Conversion,
     *,
-    direct_io: bool,
-    threads: int,
+    direct_io: bool = True,
+    threads: int = defaults.THREADS,
     verify: bool,
     overwrite: bool = False,
     write_shards: WriteShards | None = write_here,
-    on_progress: OnProgress | None,
-    on_note: OnNote | None,
+    on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
 ) -> Written:
     """Write the shards of a plan that are not there yet. Arguments and errors are `convert`'s."""
     out_dir, plan = opened.folder.path, work.plan

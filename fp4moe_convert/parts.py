@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert, fill, preview
@@ -19,10 +19,13 @@ from .execution.journal import Division, check_same, divisions_in
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
 from .plan import Part
-from .progress import OnNote, OnProgress
+from .progress import Running
 from .report import peak_rss
 from .storage.opening import address
 from .storage.reader import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +77,8 @@ def convert_part(
     part: Part,
     *,
     max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
     verify: bool = False,
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    **running: Unpack[Running],
 ) -> PartReport:
     """Write one part's shards; if no other is missing then, finish the folder.
 
@@ -106,15 +106,7 @@ def convert_part(
         missing = []
         if not opened.folder.has_index:
             opened.join(division)
-            written = fill(
-                opened,
-                work,
-                direct_io=direct_io,
-                threads=threads,
-                verify=verify,
-                on_progress=on_progress,
-                on_note=on_note,
-            )
+            written = fill(opened, work, verify=verify, **running)
             nbytes, kept = written.nbytes, written.kept
             missing = opened.folder.missing(whole.work)
     seconds = time.perf_counter() - started
@@ -126,12 +118,9 @@ def convert_part(
                 work.store,
                 out_dir,
                 max_shard_nbytes=max_shard_nbytes,
-                direct_io=direct_io,
-                threads=threads,
                 verify=verify,
                 write_shards=None,
-                on_progress=on_progress,
-                on_note=on_note,
+                **running,
             )
     return PartReport(
         out_dir=out_dir,
@@ -160,11 +149,8 @@ def finish(
     out_dir: str | Path,
     source: str | Path | Store | None = None,
     *,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
     verify: bool = False,
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    **running: Unpack[Running],
 ) -> ConversionReport:
     """Finish a folder in which all parts have been brought together.
 
@@ -183,12 +169,9 @@ def finish(
         recorded if source is None else source,
         out_dir,
         max_shard_nbytes=max_shard_nbytes,
-        direct_io=direct_io,
-        threads=threads,
         verify=verify,
         write_shards=None,
-        on_progress=on_progress,
-        on_note=on_note,
+        **running,
     )
 
 

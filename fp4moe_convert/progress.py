@@ -1,10 +1,11 @@
-"""How a run tells its caller how far it has come."""
+"""How a run goes and tells its caller how far it has come; no byte of its result depends on it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,15 @@ OnBytes = Callable[[str, int], None]
 
 OnNote = Callable[[str], None]
 """Told something worth knowing, in words."""
+
+
+class Running(TypedDict, total=False):
+    """The options of `conversion.convert` that functions around it hand on to it."""
+
+    direct_io: bool
+    threads: int
+    on_progress: OnProgress | None
+    on_note: OnNote | None
 
 
 def tell(notes: Iterable[str], on_note: OnNote | None) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..plan import Part
+    from ..progress import Running
     from ..publication import PushReport
 
 # The library is imported inside the commands: --help does not need it, and numpy would double its
@@ -129,6 +131,20 @@ def _print(result: dict[str, Any] | Iterable[RenderableType]) -> None:
         sys.stdout.flush()
     except OSError as error:
         raise _StdoutError(error.strerror) from error
+
+
+@contextmanager
+def _running(*, quiet: bool, direct_io: bool, threads: int) -> Iterator[Running]:
+    """How to run, with what is shown on stderr meanwhile."""
+    from .display import progress_on
+
+    with progress_on(sys.stderr, quiet=quiet) as on_progress:
+        yield {
+            "direct_io": direct_io,
+            "threads": threads,
+            "on_progress": on_progress,
+            "on_note": None if quiet else _say,
+        }
 
 
 def _print_with_push(
@@ -283,18 +299,13 @@ def convert_command(
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     from ..conversion import convert
-    from .display import part_tables, progress_on, report_table
+    from .display import part_tables, report_table
 
     when_interrupted(advice="; run the same command again to resume")
     pushed = None
-    with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        running: dict[str, Any] = {
-            "direct_io": direct_io,
-            "threads": threads,
-            "on_progress": on_progress,
-            "on_note": None if quiet else _say,
-        }
-        options = {**running, "max_shard_nbytes": max_shard_size, "verify": verify}
+    options: dict[str, Any] = {"max_shard_nbytes": max_shard_size, "verify": verify}
+    with _running(quiet=quiet, direct_io=direct_io, threads=threads) as running:
+        options |= running
         if part:
             from ..parts import convert_part
 
@@ -346,7 +357,7 @@ def finish_command(
     """Finish a conversion whose parts lie together: check that all are there and write the rest."""
     from ..parts import finish, source_of
     from ..storage.opening import open_store
-    from .display import progress_on, report_table
+    from .display import report_table
 
     store = open_store(
         source or source_of(out_dir),
@@ -356,16 +367,8 @@ def finish_command(
     )
 
     when_interrupted(advice="; run the same command again to resume")
-    with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        report = finish(
-            out_dir,
-            store,
-            direct_io=direct_io,
-            threads=threads,
-            verify=verify,
-            on_progress=on_progress,
-            on_note=None if quiet else _say,
-        )
+    with _running(quiet=quiet, direct_io=direct_io, threads=threads) as running:
+        report = finish(out_dir, store, verify=verify, **running)
     _warn(report.warnings)
     _print(report.as_json() if as_json else [report_table(report)])
 
@@ -389,7 +392,7 @@ def ci_command(
     """Convert and verify as a CI job, or find in seconds that it has been done."""
     from ..ci import run_job
     from ..storage.opening import open_store
-    from .display import job_table, progress_on
+    from .display import job_table
     from .summary import add_summary, done_summary, failed_summary
 
     when_interrupted(advice="; run the same command again to resume")
@@ -397,13 +400,7 @@ def ci_command(
     try:
         _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
-        with progress_on(sys.stderr, quiet=quiet) as on_progress:
-            running: dict[str, Any] = {
-                "direct_io": direct_io,
-                "threads": threads,
-                "on_progress": on_progress,
-                "on_note": None if quiet else _say,
-            }
+        with _running(quiet=quiet, direct_io=direct_io, threads=threads) as running:
             job = run_job(store, out_dir, max_shard_nbytes=max_shard_size, **running)
             if push_to_hub is not None:
                 from ..publication import push
@@ -479,20 +476,11 @@ def restore_command(
 ) -> None:
     """Write the original that a checkpoint was converted from, byte for byte."""
     from ..restoration import restore
-    from .display import progress_on, restored_table
+    from .display import restored_table
 
     when_interrupted(advice="; run the same command again to resume")
-    with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        report = restore(
-            converted_dir,
-            out_dir,
-            direct_io=direct_io,
-            threads=threads,
-            verify=verify,
-            overwrite=overwrite,
-            on_progress=on_progress,
-            on_note=None if quiet else _say,
-        )
+    with _running(quiet=quiet, direct_io=direct_io, threads=threads) as running:
+        report = restore(converted_dir, out_dir, verify=verify, overwrite=overwrite, **running)
     _warn(report.warnings)
     _print(report.as_json() if as_json else [restored_table(report)])
 
@@ -539,18 +527,10 @@ def push_command(
 ) -> None:
     """Verify a converted checkpoint and upload it to the Hub, with a model card."""
     from ..publication import push
-    from .display import progress_on, pushed_table
+    from .display import pushed_table
 
     when_interrupted(advice="; run the same command again to resume")
-    with progress_on(sys.stderr, quiet=quiet) as on_progress:
-        report = push(
-            out_dir,
-            repo_id,
-            private=private,
-            direct_io=direct_io,
-            threads=threads,
-            on_progress=on_progress,
-            on_note=None if quiet else _say,
-        )
+    with _running(quiet=quiet, direct_io=direct_io, threads=threads) as running:
+        report = push(out_dir, repo_id, private=private, **running)
     _warn(report.warnings)
     _print(report.as_json() if as_json else [pushed_table(report)])

@@ -1,12 +1,13 @@
 """Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
 
-    python -m benchmarks.families                 # seven models of 1 to 2 GB, by turns: six minutes
-    python -m benchmarks.families --rounds 5 --json families.json
+    python -m benchmarks.families                 # models of 3 GB, by turns: ten minutes
+    python -m benchmarks.families --rounds 3 --json families.json
 
 A kind is a way of its own through the program: names, scales, experts without a gate, what stands
-beside the experts. The models are those of `tests/support/model_zoo.py`, all of one width. They
-take turns, so that a disk that is slow for a while is slow for all of them; files are evicted from
-the page cache before each run, and synced by the program, as in `benchmarks.convert`.
+beside the experts. The models are those of `tests/support/model_zoo.py`, all of one width, with as
+many experts as it takes to make them equally large, because every run has a start and a last sync.
+They take turns, so that a disk that is slow for a while is slow for all of them; files are evicted
+from the page cache before each run, and synced by the program, as in `benchmarks.convert`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
+
+from fp4moe_convert.source.text_config import EXPERT_COUNT_KEYS
 
 from .common import environment, model_files, scratch_folder
 from .convert import Bench, Run
 from .report import Json, parser_of, say, table, where, write_json
+
+if TYPE_CHECKING:
+    from tests.support.model_zoo import Family
 
 KINDS = {
     "deepseek_v3": "gate_proj, up_proj, down_proj",
@@ -46,13 +53,33 @@ class Measured:
     def seconds_for_gb(self) -> float:
         return self.run.wall_s / self.model_bytes * 1e9
 
+    @property
+    def cpu_seconds_for_gb(self) -> float:
+        return self.run.cpu_s / self.model_bytes * 1e9
 
-def make_model(folder: Path, kind: str, sizes: argparse.Namespace) -> None:
-    from tests.support.model_zoo import FAMILIES, write_family
+
+def make_model(folder: Path, kind: str, arguments: argparse.Namespace) -> None:
+    from tests.support.model_zoo import FAMILIES, tensors_of_family, write_family
+
+    def with_experts(count: int) -> Family:
+        spec = replace(
+            family.spec,
+            hidden=arguments.hidden,
+            intermediate=arguments.intermediate,
+            experts=count,
+        )
+        counts = {
+            key: count if key in EXPERT_COUNT_KEYS and value else value
+            for key, value in family.config.items()
+        }
+        return replace(family, spec=spec, config=counts)
+
+    def nbytes(count: int) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of_family(with_experts(count)))
 
     family = FAMILIES[kind]
-    spec = replace(family.spec, hidden=sizes.hidden, intermediate=sizes.intermediate)
-    write_family(folder, replace(family, spec=spec))
+    few, more = nbytes(1), nbytes(2)
+    write_family(folder, with_experts(1 + round((arguments.gb * 1e9 - few) / (more - few))))
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[Measured]:
@@ -62,18 +89,18 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Measured]:
         (scratch / kind).mkdir()
         bench = Bench(scratch / kind / "model", scratch / kind)
         make_model(bench.model, kind, arguments)
-        bench.converted = bench.out("ours")  # of the round before, or just made
+        bench.converted = bench.out("ours")
         benches[kind] = bench
     runs = []
     for number in range(1, arguments.rounds + 1):
         for kind, bench in benches.items():
             nbytes = sum(path.stat().st_size for path in model_files(bench.model))
             for program in ("ours", "restore"):
-                bench.remove(program)
                 run = bench.run(program, number)
                 runs.append(Measured(kind, nbytes, run))
                 say(f"round {number}/{arguments.rounds}  {kind}  {program}  {run.wall_s:.2f} s")
             bench.remove("restore")
+            bench.remove("ours")
     return runs
 
 
@@ -97,21 +124,26 @@ def lines(runs: list[Measured]) -> Iterator[str]:
                 f"{ours[0].model_bytes / 1e9:.2f}",
                 f"{median(m.seconds_for_gb for m in ours):.2f}",
                 ratio(ours, of(first, "ours")),
+                f"{median(m.cpu_seconds_for_gb for m in ours):.2f}",
                 f"{max(m.run.peak_rss_bytes for m in ours) / 1e6:.0f}",
                 f"{median(m.seconds_for_gb for m in restored):.2f}",
                 ratio(restored, ours),
                 f"{max(m.run.peak_rss_bytes for m in restored) / 1e6:.0f}",
             )
         )
-    head = ("kind", "GB", "convert s/GB", f"to {first}", "MB", "restore s/GB", "to convert", "MB")
+    head = (
+        *("kind", "GB", "convert s/GB", f"to {first}", "CPU s/GB", "MB"),
+        *("restore s/GB", "to convert", "MB"),
+    )
     yield from table(head, rows)
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--intermediate", type=int, default=6144)
+    parser.add_argument("--intermediate", type=int, default=4096)
+    parser.add_argument("--gb", type=float, default=3, help="size of a model")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests. Arguments go to pytest.
+# Set up and run the tests, on all cores. Arguments go to pytest, which is left to one core then: tests
+# of a file may share what takes minutes to make, such as an engine's results.
 #
 #   scripts/test.sh [PYTEST_ARGUMENT ...]
 set -euo pipefail
@@ -14,4 +15,5 @@ export FP4MOE_EXPORTERS=${FP4MOE_EXPORTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-e
 export FP4MOE_RAY=${FP4MOE_RAY:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-ray}
 [ -w "${HOME:-}" ] || export HOME=$venv
 
+[ $# -gt 0 ] || set -- -n auto --maxprocesses 8 --dist worksteal
 exec "$venv/bin/python" -m pytest "$@"

@@ -37,7 +37,7 @@ test_on() {
     "$found" -m venv "$temporary/$version"
     "$python" -m pip install -qq --upgrade pip # --group takes 25.1
     "$python" -m pip install -qq "$@" --editable . --group test
-    "$python" -m pytest -m 'not flashinfer and not engines and not exporters and not ray'
+    "$python" -m pytest -n auto --dist worksteal -m 'not flashinfer and not engines and not exporters and not ray'
 }
 
 "${FP4MOE_VENV:-.venv}/bin/python" - >"$temporary/oldest.txt" <<'PY'

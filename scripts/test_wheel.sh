@@ -31,4 +31,4 @@ if not fp4moe_convert.__file__.startswith(sys.argv[1]):
     sys.exit(f"not the installed package: {fp4moe_convert.__file__}")
 PY
 FP4MOE_BIN=$temporary/venv/bin scripts/demo.sh
-"$python" -m pytest -m 'not flashinfer and not engines and not exporters and not ray'
+"$python" -m pytest -n auto --dist worksteal -m 'not flashinfer and not engines and not exporters and not ray'

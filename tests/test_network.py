@@ -296,7 +296,7 @@ def test_a_kill_costs_what_was_in_memory(
         "from fp4moe_convert.__main__ import main_convert; main_convert()"
     )
     every_byte = sum(path.stat().st_size for path in source.iterdir())
-    with running({ID: source}, rate=5e6) as hub:
+    with running({ID: source}, rate=2e7) as hub:
         command = [sys.executable, "-c", code, ID, tmp_path / "out", "-q", "--connections", "2"]
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
         for fraction in (0.3, 0.7):

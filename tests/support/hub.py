@@ -256,6 +256,8 @@ class _Refusal(Exception):  # noqa: N818 (an answer)
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # An answer's headers and its body are two writes. The second would wait 40 ms for the client.
+    disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (their name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,30 +14,39 @@ import numpy as np
 
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
+from .execution.dropping import Dropping, Forecast, forecast, growth, remaining, steps
 from .execution.output_folder import Opened, OutputFolder, Writing
 from .execution.scatter import OnFilled, OnMove, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
+from .format.manifest import ShardRecord
 from .layouts.base import RowOrder, source_ranges
 from .plan import Part, Plan, PlannedShard, make_plan
 from .progress import OnBytes, OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
+from .readback import open_converted
 from .report import RunReport, peak_rss
+from .restoration import check_whole
 from .source.checkpoint import Checkpoint, open_checkpoint
 from .source.completeness import remarks
 from .source.experts import require_layers
 from .source.quantization import require_nvfp4
 from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
+from .storage.durable import WriteFile
 from .storage.header import spec_nbytes
 from .storage.local import LocalReader
 from .storage.opening import open_store
-from .storage.reader import Store, read_bytes
+from .storage.reader import Opener, Store, keep_open, read_bytes
 from .storage.remote import Fetched, RemoteStore, fetched_from
-from .verification import damaged_shards
+from .verification import check_data, damaged_shards
 from .verification import verify as verify_folder
+
+_SOURCE = "source"
+_RECORD = "checksums on record, because shards of the source are gone"
+_PARTLY = "source as far as it was still there, otherwise the checksums on record"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,12 @@ class ConversionReport(RunReport):
     """Whether that release is installed here; otherwise it is the newest on record."""
     row_order: str
     """Its fingerprint."""
+    dropped_shards: int
+    """Shards of the source that this run has deleted."""
+    dropped_bytes: int
+    """Of these."""
+    verified_with: str | None
+    """What every byte of the result was compared with; None if that was not asked for."""
     fetched: Fetched | None
     """What came over the network, where the source is there."""
 
@@ -70,6 +86,9 @@ class ConversionReport(RunReport):
             "flashinfer": self.flashinfer,
             "flashinfer_installed": self.flashinfer_installed,
             "row_order": self.row_order,
+            "dropped_shards": self.dropped_shards,
+            "dropped_bytes": self.dropped_bytes,
+            "verified_with": self.verified_with,
             "fetched": None if self.fetched is None else self.fetched.as_json(),
         }
 
@@ -84,6 +103,8 @@ class Preview:
     """Those that need no tensor."""
     part: Part | None = None
     """The shards are those of this part only."""
+    dropping: Forecast | None = None
+    """What becomes of the source, if it is deleted and has not been."""
 
     def only(self, part: Part) -> Preview:
         """As much of it as one part does."""
@@ -116,6 +137,7 @@ class Preview:
             "other_bytes": sum(self.work.copied.values()),
             **self.prospects.as_json(),
             "serve": self.prospects.commands(str(out_dir)),
+            "drop_source": None if self.dropping is None else self.dropping.as_json(),
             "warnings": self.warnings,
         }
 
@@ -133,14 +155,25 @@ def prepare(
 
 
 def preview(
-    model_dir: str | Path | Store, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
+    model_dir: str | Path | Store,
+    out_dir: str | Path | None = None,
+    *,
+    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
+    drop_source: bool = False,
 ) -> Preview:
     """As `prepare`, with all that a conversion would say beforehand.
 
+    Args:
+        model_dir: as for `convert`.
+        out_dir: where an earlier run may have put on record what it has deleted of the source.
+        max_shard_nbytes: as for `convert`.
+        drop_source: as for `convert`.
+
     Raises:
-        CheckpointError: it cannot be converted, and why.
+        CheckpointError: it cannot be converted, or not be deleted, and why.
     """
-    checkpoint = open_checkpoint(open_store(model_dir))
+    store = open_store(model_dir)
+    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, Path(out_dir)))
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
@@ -148,7 +181,11 @@ def preview(
     warnings = remarks(checkpoint, plan.geometries)
     outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
     outlook.require_one(checkpoint.location)
-    return Preview(Conversion(checkpoint, plan), outlook, warnings)
+    work, dropping = Conversion(checkpoint, plan), None
+    if drop_source and work.is_there:
+        prepare_dropping(work)
+        dropping = forecast(work)
+    return Preview(work, outlook, warnings, dropping=dropping)
 
 
 class WriteShards(Protocol):
@@ -214,6 +251,7 @@ def convert(
     threads: int = defaults.THREADS,
     verify: bool = False,
     overwrite: bool = False,
+    drop_source: bool = False,
     write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
@@ -233,6 +271,9 @@ def convert(
         verify: read every byte of finished shards before they are kept and, afterwards, of the
             result, which is compared with the source.
         overwrite: start afresh and delete what earlier runs left in ``out_dir``.
+        drop_source: delete each shard of the source, without asking, once all that was converted
+            from it has been read back. With ``verify`` it is compared with the source before that.
+            From then on ``out_dir`` has the only copy; `restoration.restore` is the way back.
         write_shards: does it, on this machine or on others; None where runs of parts have done it,
             and it is an error if one is missing.
         on_progress: called after each few MiB, from any thread, one call at a time.
@@ -247,8 +288,9 @@ def convert(
     started = time.perf_counter()
     out_dir = Path(out_dir)
 
-    foreseen = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
+    foreseen = preview(model_dir, out_dir, max_shard_nbytes=max_shard_nbytes)
     work, plan, store = foreseen.work, foreseen.work.plan, foreseen.work.store
+    dropping = prepare_dropping(work) if drop_source and work.is_there else None
     with OutputFolder(out_dir, source=store.local_path) as opened:
         written = fill(
             opened,
@@ -257,27 +299,39 @@ def convert(
             threads=threads,
             verify=verify,
             overwrite=overwrite,
+            dropping=dropping,
             write_shards=write_shards,
             on_progress=on_progress,
             on_note=on_note,
         )
         row_order = written.row_order
+        # What has gone meanwhile is read from the record.
+        checkpoint = replace(work.checkpoint, store=remaining(store, out_dir))
         warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
 
         # The files beside them, and the reading back.
         done = written.writing.finish(
             lambda records: write_surroundings(
-                work.checkpoint, plan, out_dir, row_order=row_order, shards=records
+                checkpoint, plan, out_dir, row_order=row_order, shards=records
             )
         )
         seconds = time.perf_counter() - started
-        verified = None
+        verify_seconds, verified_with = None, None
         if verify:
             try:
-                verified = verify_folder(
-                    out_dir, store, direct_io=direct_io, threads=threads,
-                    on_progress=on_progress,
-                )  # fmt: skip
+                if dropping:  # each shard has been compared before that
+                    open_converted(out_dir).shards()
+                    verify_seconds = written.check_seconds
+                    verified_with = _PARTLY if work.gone else _SOURCE
+                else:
+                    verified_with = _RECORD if work.gone else _SOURCE
+                    verify_seconds = verify_folder(
+                        out_dir,
+                        None if work.gone else store,
+                        direct_io=direct_io,
+                        threads=threads,
+                        on_progress=on_progress,
+                    ).seconds
             except VerifyError:
                 with suppress(OutputError):  # the difference is what has to be reported
                     done.reject()
@@ -301,9 +355,12 @@ def convert(
         flashinfer=row_order.flashinfer,
         flashinfer_installed=row_order.installed,
         row_order=row_order.fingerprint,
+        dropped_shards=dropping.count if dropping else 0,
+        dropped_bytes=dropping.nbytes if dropping else 0,
+        verified_with=verified_with,
         fetched=fetched_from(store),
         warnings=warnings,
-        verify_seconds=verified.seconds if verified else None,
+        verify_seconds=verify_seconds,
     )
 
 
@@ -317,6 +374,8 @@ class Written:
     """Of the shards that this run has written."""
     kept: int
     """Shards that were there from an earlier run."""
+    check_seconds: float
+    """Wall time of reading shards back before their sources were deleted."""
 
 
 def fill(
@@ -327,6 +386,7 @@ def fill(
     threads: int = defaults.THREADS,
     verify: bool,
     overwrite: bool = False,
+    dropping: Dropping | None = None,
     write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
@@ -335,38 +395,110 @@ def fill(
     out_dir, plan = opened.folder.path, work.plan
     # What earlier runs left, and whether it may stay.
     planned = opened.plan(work, overwrite=overwrite)
-    if verify:
-        damaged = damaged_shards(
-            out_dir, planned.records, direct_io=direct_io, threads=threads, on_progress=on_progress
+
+    def open_source() -> Opener:
+        # Anew each time: a file that is still open when it is deleted makes no room.
+        return keep_open(partial(work.store.open, direct=direct_io))
+
+    if verify or dropping:
+        planned.redo(
+            damaged_shards(
+                out_dir,
+                planned.records if verify or not dropping else dropping.concerned(planned.records),
+                moves=dropping.comparable if dropping and verify else {},
+                open_source=open_source(),
+                direct_io=direct_io,
+                threads=threads,
+                on_progress=on_progress,
+            )
         )
-        planned.redo(damaged)
     if write_shards is None:
         planned.require_all()
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
 
-    writing = planned.start()
+    needed = None
+    if dropping and dropping.frees_room_for(out_dir):
+        needed = growth(plan, dropping.on_disk, planned.kept)
+    writing = planned.start(needed=needed)
     tell(planned.remarks(), on_note)
     to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
-    on_bytes = track(
-        "converting", sum(shard.nbytes - len(shard.header) for shard in to_write), on_progress
-    )
-    if to_write:
+    nbytes = sum(shard.nbytes for shard in to_write)
+    moved = nbytes - sum(len(shard.header) for shard in to_write)
+    tell_progress = track("converting", moved + (nbytes if dropping else 0), on_progress)
+
+    def on_bytes(item: str, nbytes: int) -> None:
+        tell_progress(plan.layer_of.get(item, item), nbytes)
+
+    def write(shards: Sequence[PlannedShard], on_filled: OnFilled) -> None:
         assert write_shards is not None
         write_shards(
             work,
-            to_write,
+            shards,
             out_dir,
             direct_io=direct_io,
             threads=threads,
-            on_bytes=lambda item, n: on_bytes(plan.layer_of.get(item, item), n),
-            on_filled=writing.finish_shard,
+            on_bytes=on_bytes,
+            on_filled=on_filled,
             on_move=writing.note_move,
             filled=planned.filled,
         )
-    return Written(
-        writing, row_order, sum(shard.nbytes for shard in to_write), kept=len(planned.kept)
-    )
+
+    check_seconds = 0.0
+
+    def check(shard: PlannedShard, file: WriteFile, checksums: Mapping[str, str]) -> None:
+        nonlocal check_seconds
+        started = time.perf_counter()
+        check_data(
+            file.path,
+            ShardRecord.of(shard.header, shard.nbytes, checksums),
+            moves=shard.moves,
+            open_source=open_source() if verify else None,
+            direct_io=direct_io,
+            threads=threads,
+            on_bytes=on_bytes,
+        )
+        check_seconds += time.perf_counter() - started
+
+    if dropping:
+        tell([str(forecast(work, planned.kept))], on_note)
+        writing.allow_dropping(partial(dropping.write_record, out_dir))
+        dropping.rehearse(out_dir)
+        for shard, done_with in steps(plan):
+            if shard.name not in planned.kept:
+                _seal(shard, write, check, writing)
+            for name in done_with:
+                dropping.drop(name)
+    elif to_write:
+        write(to_write, writing.finish_shard)
+    return Written(writing, row_order, nbytes, len(planned.kept), check_seconds)
+
+
+def _seal(
+    shard: PlannedShard,
+    write: Callable[[Sequence[PlannedShard], OnFilled], None],
+    check: OnFilled,
+    writing: Writing,
+) -> None:
+    """Write a shard, and read it back before it gets its name: its sources are deleted next."""
+    filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
+    write([shard], lambda *done: filled.append(done))
+    [(_, file, checksums)] = filled
+    file.sync()
+    file.leave_cache()
+    check(shard, file, checksums)
+    writing.finish_shard(shard, file, checksums)
+
+
+def prepare_dropping(work: Conversion) -> Dropping:
+    """Make sure that a source may be deleted while it is converted.
+
+    Raises:
+        CheckpointError: it cannot be, or that would make no room.
+        VerifyError: it could not be restored.
+    """
+    check_whole(work.checkpoint, [move for shard in work.plan.shards for move in shard.moves])
+    return Dropping(work)
 
 
 def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:

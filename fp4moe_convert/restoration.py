@@ -133,7 +133,9 @@ def prepare_restoration(converted_dir: Path) -> Restoration:
     """
     converted = open_converted(converted_dir)
     folder = ConvertedFolder(converted_dir, converted.manifest)
-    original = open_checkpoint(RecordedSource(folder, converted.manifest))
+    original = open_checkpoint(
+        RecordedSource(folder, converted.manifest.source, converted.manifest.copied)
+    )
     sources = converted.shards()
     moves = converted.moves(original, sources)
     known, found = converted.layout.fingerprint, converted.manifest.row_order

@@ -20,11 +20,13 @@ import numpy as np
 
 from . import defaults
 from .errors import ConvertError, VerifyError
+from .execution.dropping import remaining
 from .format.manifest import ShardRecord
 from .layouts.base import Move, source_ranges
-from .progress import OnProgress, track
+from .progress import OnBytes, OnProgress, track
 from .readback import Take, check_shard, open_converted, open_shards, read_back, whole_tensors
 from .source.checkpoint import open_checkpoint
+from .source.recorded import DroppedSource
 from .source.spans import Shard
 from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
@@ -82,7 +84,7 @@ def verify(
     started = time.perf_counter()
     out_dir = Path(out_dir)
     converted = open_converted(out_dir)
-    checkpoint = None if source is None else open_checkpoint(open_store(source))
+    checkpoint = None if source is None else open_checkpoint(_whole_source(source, out_dir))
     shards = converted.shards()
     with ExitStack() as stack:
         make_take = None
@@ -114,6 +116,17 @@ def verify(
     )
 
 
+def _whole_source(source: str | Path | Store, out_dir: Path) -> Store:
+    store = remaining(open_store(source), out_dir)
+    if isinstance(store, DroppedSource):
+        raise VerifyError(
+            f"{store.location}: has nothing to compare with: --drop-source has deleted "
+            f"{len(store.gone)} of its shards; without --source each byte is compared with its "
+            "recorded checksum, and fp4moe restore writes the shards again"
+        )
+    return store
+
+
 def _comparison(shards: Sequence[Shard], open_source: Opener) -> Take:
     """Compares the bytes of moves with those of the source that they came from."""
     home = {tensor.name: shard.name for shard in shards for tensor in shard.header.tensors}
@@ -134,6 +147,8 @@ def damaged_shards(
     out_dir: Path,
     records: Mapping[str, ShardRecord],
     *,
+    moves: Mapping[str, Sequence[Move]] | None = None,
+    open_source: Opener | None = None,
     direct_io: bool = True,
     threads: int = defaults.THREADS,
     on_progress: OnProgress | None = None,
@@ -143,6 +158,8 @@ def damaged_shards(
     Args:
         out_dir: where they lie.
         records: of these shards.
+        moves: those that filled shards which are to be compared with their sources as well.
+        open_source: opens one of these by name.
         direct_io: bypass the page cache where the file systems allow.
         threads: number of readers.
         on_progress: as for `verify`.
@@ -153,17 +170,55 @@ def damaged_shards(
     damaged: dict[str, str] = {}
     on_bytes = track("checking", sum(record.nbytes for record in records.values()), on_progress)
     for name, record in records.items():
+        own = (moves or {}).get(name)
         try:
-            shard = check_shard(out_dir / name, record)
-            on_bytes(name, shard.header.nbytes)
-            read_back(
-                [shard],
-                whole_tensors([shard]),
-                records,
-                open_shards(out_dir, direct=direct_io),
+            check_data(
+                out_dir / name,
+                record,
+                moves=own,
+                open_source=open_source if own else None,
+                direct_io=direct_io,
                 threads=threads,
                 on_bytes=on_bytes,
             )
         except ConvertError as error:
             damaged[name] = f"it is damaged ({error})"
     return damaged
+
+
+def check_data(
+    path: Path,
+    record: ShardRecord,
+    *,
+    moves: Sequence[Move] | None = None,
+    open_source: Opener | None = None,
+    direct_io: bool = True,
+    threads: int = defaults.THREADS,
+    on_bytes: OnBytes,
+) -> None:
+    """Read every byte of a shard and compare it with its record.
+
+    Args:
+        path: of the shard.
+        record: what it should be.
+        moves: those that filled it, to compare it with its sources as well.
+        open_source: opens one by name; None to leave them alone.
+        direct_io: bypass the page cache where the file systems allow.
+        threads: number of readers.
+        on_bytes: told of all bytes of the file.
+
+    Raises:
+        VerifyError: a difference.
+        CheckpointError: a file cannot be read.
+    """
+    shard = check_shard(path, record)
+    on_bytes(shard.name, shard.header.nbytes)
+    read_back(
+        [shard],
+        moves or whole_tensors([shard]),
+        {shard.name: record},
+        open_shards(path.parent, direct=direct_io),
+        make_take=None if open_source is None else partial(_comparison, [shard], open_source),
+        threads=threads,
+        on_bytes=on_bytes,
+    )

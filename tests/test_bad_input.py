@@ -629,7 +629,7 @@ TO_RESTORE: dict[str, tuple[Damage, str]] = {
     ),
     "converted by a release that recorded nothing": (
         record_nothing,
-        rf"{{model_dir}}: restore needs {SOURCE}, which is missing; copy it .*",
+        rf"{{model_dir}}: lacks {SOURCE}, the record of its source; copy it .*",
     ),
     "record missing": (
         lambda folder: (folder / SOURCE).unlink(),

@@ -157,7 +157,7 @@ def test_without_a_record(converted: Path, tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "other")
     forget(tmp_path / "other", SOURCE)
     with pytest.raises(
-        CheckpointError, match=rf"other: restore needs {SOURCE}, which is missing; "
+        CheckpointError, match=rf"other: lacks {SOURCE}, the record of its source; "
     ):
         restore(tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..plan import Part
     from ..progress import Running
     from ..publication import PushReport
+    from ..storage.reader import Store
 
 # The library is imported inside the commands: --help does not need it, and numpy would double its
 # time.
@@ -227,6 +228,19 @@ def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
     check_repository(push_to_hub, private=private)
 
 
+def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> None:
+    from ..conversion import preview
+
+    foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_nbytes, drop_source=True)
+    if foreseen.dropping is None:  # an earlier run has deleted it
+        return
+    _say(f"{store.location}: {foreseen.dropping}")
+    _say(f"Then {out_dir} has the only copy. fp4moe restore writes the shards again.")
+    if not typer.confirm("Delete them?", default=False, err=True):
+        _say("error: not confirmed; nothing has been written or deleted", style="red")
+        raise typer.Exit(1)
+
+
 @app.command("convert")
 @convert_app.command()
 @_fails_plainly
@@ -252,6 +266,17 @@ def convert_command(
         typer.Option(
             "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
         ),
+    ] = False,
+    drop_source: Annotated[
+        bool,
+        typer.Option(
+            "--drop-source",
+            help="Delete each shard of the model folder once what was converted from it has been "
+            "read back. Asks first. fp4moe restore is the way back.",
+        ),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask whether --drop-source may delete.")
     ] = False,
     part: Annotated[
         Any,
@@ -286,18 +311,24 @@ def convert_command(
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
     if part and ray:
         raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
+    if drop_source and (part or ray):
+        raise typer.BadParameter("--drop-source is for one machine; others may need the source")
+    if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
+        raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
     _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
         from ..conversion import preview
         from .display import preview_tables
 
-        foreseen = preview(store, max_shard_nbytes=max_shard_size)
+        foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_size, drop_source=drop_source)
         if part:
             foreseen = foreseen.only(part)
         _warn(foreseen.warnings)
         _print(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
+    if drop_source and not yes:
+        _ask_whether_to_drop(store, out_dir, max_shard_size)
     from ..conversion import convert
     from .display import part_tables, report_table
 
@@ -315,7 +346,9 @@ def convert_command(
 
             report = convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
         else:
-            report = convert(store, out_dir, overwrite=overwrite, **options)
+            report = convert(
+                store, out_dir, overwrite=overwrite, drop_source=drop_source, **options
+            )
         if push_to_hub is not None and (part is None or share.whole):
             from ..publication import push
 

@@ -117,7 +117,11 @@ def report_table(report: ConversionReport) -> Table:
         {
             "converted": _layers(report.layers),
             "passed through": _passed(report.passed_layers),
-            **_written(report, "source"),
+            **_written(report, report.verified_with or ""),
+            "dropped": f"{report.dropped_shards:,} shards of the source, "
+            f"{report.dropped_bytes:,} bytes"
+            if report.dropped_shards
+            else "",
             "fetched": "" if report.fetched is None else _fetched(report.fetched),
             "row order": f"{report.row_order} ({_release(report)})",
             **_prospects(report.prospects, report.serve),
@@ -229,6 +233,7 @@ def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
             "bytes": f"{plan.bytes_in:,} -> {plan.bytes_out:,}",
             "other files": _files(len(copied), sum(copied.values())),
             **_to_fetch(preview),
+            **({} if preview.dropping is None else {"disk": str(preview.dropping)}),
             **_prospects(preview.prospects, preview.prospects.commands(str(out_dir))),
         }
     )

@@ -33,7 +33,7 @@ import msgspec
 
 from ..errors import OutputError, naming
 from ..format.files import JOURNAL_NAME, is_journal, part_journal_name
-from ..format.manifest import Identity, ShardRecord
+from ..format.manifest import Identity, ShardRecord, SourceRecord
 from ..format.untrusted import decode
 from ..plan import Part
 from ..storage.durable import remove_file, sync_folder
@@ -91,6 +91,13 @@ class FilledMove(msgspec.Struct, frozen=True, tag_field="line", tag="filled"):
     """XXH3-64 of its bytes."""
 
 
+class _Dropped(msgspec.Struct, frozen=True, tag_field="line", tag="dropped"):
+    """From now on shards of the source may be deleted: each once all that is read from it is on the
+    disk and on record."""
+
+    source: SourceRecord
+
+
 class _Origin(msgspec.Struct, frozen=True, tag_field="line", tag="origin"):
     """What runs read from now on."""
 
@@ -113,7 +120,9 @@ class _Forget(msgspec.Struct, frozen=True, tag_field="line", tag="forget"):
     """No shard on record so far is to be kept."""
 
 
-_Line: TypeAlias = FinishedShard | FilledMove | Division | _Origin | _Run | _Files | _Forget
+_Line: TypeAlias = (
+    FinishedShard | FilledMove | Division | _Dropped | _Origin | _Run | _Files | _Forget
+)
 
 
 class Journal:
@@ -139,6 +148,8 @@ class Journal:
         """Checksums of the moves of unfinished shards, by the shard's name and key."""
         self.origin: str | None = None
         """What earlier runs have read, where that has a revision."""
+        self.dropped: SourceRecord | None = None
+        """The source, where shards of it may have been deleted."""
         self.divisions: dict[str, Division] = {}
         """The last of each journal of the folder, by the journal's name."""
         self._appending = threading.Lock()
@@ -181,6 +192,11 @@ class Journal:
     def begin(self, origin: str) -> None:
         """Record what this run reads."""
         self._append([_Origin(origin)])
+
+    def allow_dropping(self, source: SourceRecord) -> None:
+        """Record that shards of the source may be deleted from now on, and all that is known of
+        it."""
+        self._append([_Dropped(source)])
 
     def note(self, move: FilledMove) -> None:
         """Record a move; that need not be durable before `sync`."""
@@ -271,6 +287,8 @@ class Journal:
                 self.filled[line.name, line.key][line.move] = line.checksum
             case _Origin():
                 self.origin = line.origin
+            case _Dropped():
+                self.dropped = line.source
             case Division():
                 self.divisions[journal] = line
             case _Files():
@@ -306,6 +324,21 @@ def divisions_in(out_dir: Path) -> dict[str, Division]:
         for line in _lines(path)
         if isinstance(line, Division)
     }
+
+
+def dropped_source(out_dir: Path) -> SourceRecord | None:
+    """The source of an unfinished conversion, if shards of it may have been deleted.
+
+    Raises:
+        OutputError: a journal cannot be read.
+    """
+    found = [
+        line.source
+        for path in _journals(out_dir)
+        for line in _lines(path)
+        if isinstance(line, _Dropped)
+    ]
+    return found[-1] if found else None
 
 
 def _journals(out_dir: Path) -> list[Path]:

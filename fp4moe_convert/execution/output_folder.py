@@ -13,6 +13,9 @@ A run takes the folder through states, each a type that offers only what is allo
     Done      everything is there, the index too
     Rejected  verification failed: the index, config.json and the manifest are gone
 
+Where shards of the source have been deleted (`dropping`), the folder has the only copy of them.
+Then no run deletes a shard that holds any of that, whatever its options.
+
 Runs of parts share a folder. Such a run touches no file but its own shards, goes no further than
 Writing, and leaves its journal for the run that finishes the whole.
 """
@@ -38,10 +41,11 @@ from ..format.files import (
     INDEX_NAME,
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
+    SOURCE_NAME,
     is_journal,
     no_engine_reads,
 )
-from ..format.manifest import Manifest, ShardRecord
+from ..format.manifest import Manifest, ShardRecord, SourceRecord
 from ..plan import Part
 from ..storage.buffers import Bytes
 from ..storage.copying import record_of
@@ -135,7 +139,9 @@ class OutputFolder:
         # Where tidying up fails as well, the failure that came first is reported.
         with contextlib.suppress(OSError, OutputError):
             match self._state:
-                case _ if self.has_index or isinstance(self._state, Done):
+                case Done():
+                    nothing_to_resume = True
+                case _ if self.has_index and self.journal.dropped is None:
                     nothing_to_resume = True
                 case Opened() | Planned():
                     nothing_to_resume = self.journal.is_new
@@ -157,6 +163,14 @@ class OutputFolder:
     def has_index(self) -> bool:
         """Whether the folder looks finished."""
         return (self.path / INDEX_NAME).is_file()
+
+    @property
+    def dropped(self) -> SourceRecord | None:
+        """The source that the folder was made from, where shards of it may have been deleted."""
+        if self.journal.dropped is not None:
+            return self.journal.dropped
+        source = self.manifest.source if self.manifest else None
+        return source if source is not None and source.dropped else None
 
     def missing(self, work: Work) -> list[str]:
         """Names of shards that no run, of whichever part, has finished so far."""
@@ -383,6 +397,9 @@ class Planned:
             yield f"{name}: written again: {why}"
         for name in sorted(self.users):
             yield f"{name}: left as it is; no engine reads it"
+        if self.work.gone:
+            gone = f"{len(self.work.gone)} of {len(self.work.sources)}"
+            yield f"{gone} shards of the source are gone, as --drop-source leaves it"
         if self.kept:
             is_whole = self.folder.has_index and not self.shards_to_write
             what = "already finished" if is_whole else "resuming"
@@ -406,21 +423,58 @@ class Planned:
                 f"{missing[0]}: {why}; run the parts they belong to, or convert without --part"
             )
 
-    def start(self) -> Writing:
+    def refuse_loss(self) -> None:
+        """Raises OutputError: what the folder has the only copy of would be deleted, or is needed
+        and gone."""
+        folder = self.folder
+        if (source := folder.dropped) is None:
+            return
+        gone = {
+            name
+            for name, identity in source.shards.items()
+            if name in self.work.gone or self.work.identities.get(name) != identity
+        }
+        holding = {name: set(line.sources) for name, line in folder.journal.finished.items()}
+        if folder.manifest:
+            holding |= dict.fromkeys(folder.manifest.shards.keys() - holding.keys(), gone)
+        for name in sorted(holding.keys() & folder.ours - self.kept.keys()):
+            if (lost := holding[name] & gone) and (folder.path / name).is_file():
+                why = self.to_redo.get(name, "this run would delete it")
+                raise OutputError(
+                    f"{folder.path}: {name} may be all that --drop-source has left of {min(lost)} "
+                    f"from {source.path}, and {why}, so nothing is written; go on as it was begun, "
+                    "or convert another copy into another folder"
+                )
+        for shard in self.shards_to_write:
+            if needed := self.work.gone.intersection(shard.source_files):
+                why = self.to_redo.get(shard.name, "it is not there")
+                raise OutputError(
+                    f"{folder.path}: {shard.name} cannot be written ({why}): {min(needed)} is gone "
+                    f"from {source.path}; put back the one or the other, or convert another copy "
+                    "into another folder"
+                )
+
+    def start(self, *, needed: int | None = None) -> Writing:
         """Make sure that there is room for what will come, and delete what is stale.
+
+        Args:
+            needed: bytes of disk that shards will take at most, where that is not the sum of all.
 
         Raises:
             NoSpaceError: the disk is too small.
-            OutputError: a file cannot be deleted.
+            OutputError: a file cannot be deleted, or must not be.
         """
         folder = self.folder
+        self.refuse_loss()
         is_whole = folder.has_index and bool(self.kept) and not self.shards_to_write
         begun = {partial_path(folder.path / name).name for name in self.filled}
         keep = (set(folder.ours) if is_whole else set(self.kept)) | begun
+        if folder.dropped:
+            keep |= {SOURCE_NAME, *self.work.copied}
         # Half-written files go first: on a disk that they have filled there is no room for a line
         # in the journal.
         folder.clear(folder.ours | begun)
-        self._check_space(keep, begun)
+        self._check_space(keep, begun, needed)
         if not is_whole:
             # Names are recorded before the files are created, so that a run after a kill
             # recognises them as ours.
@@ -428,6 +482,8 @@ class Planned:
             folder.journal.declare(folder.ours)
             if self.work.origin is not None:
                 folder.journal.begin(self.work.origin)
+            if folder.dropped:  # the manifest, which is about to go, may be alone in knowing
+                folder.journal.allow_dropping(folder.dropped)
         # The manifest goes, unless everything is there, and so do the journals of parts. From here
         # on this journal has the records that only they had.
         folder.journal.take_over([] if is_whole else self.kept.values())
@@ -439,9 +495,10 @@ class Planned:
             sync_folder(folder.path)
         return writing
 
-    def _check_space(self, keep: set[str], begun: set[str]) -> None:
+    def _check_space(self, keep: set[str], begun: set[str], needed: int | None) -> None:
         folder = self.folder
-        needed = sum(shard.nbytes for shard in self.shards_to_write)
+        if needed is None:
+            needed = sum(shard.nbytes for shard in self.shards_to_write)
         stale = folder.stale(keep)
         for name, nbytes in self.work.copied.items():
             if name in stale or not (folder.path / name).exists():
@@ -531,16 +588,42 @@ class Writing:
             CheckpointError: a file of the source cannot be read.
         """
         folder, work = self.folder, self.work
-        names = {*work.generated, *work.copied}
+        self._claim({*work.generated, *work.copied})
+        write_beside({shard.name: self.records[shard.name] for shard in work.shards})
+        done = Done(folder, work)
+        folder.enter(self, done)
+        return done
+
+    def allow_dropping(self, write_record: Callable[[], SourceRecord]) -> None:
+        """Put on the disk all that later runs need of a source whose shards are deleted.
+
+        Args:
+            write_record: writes `SOURCE_NAME` and the copied files, and tells what to record.
+
+        Raises:
+            OutputError: somebody has put a file where one of ours will be, or writing failed.
+            CheckpointError: a file of the source cannot be read.
+        """
+        names = {SOURCE_NAME, *self.work.copied}
+        self._claim(names)
+        self.keep |= names
+        source = write_record()
+        path = Path(os.path.realpath(self.folder.path))
+        for each in (path, *path.parents):
+            # Whichever of them were made for this run, and could not be synced then.
+            if os.access(each, os.W_OK):
+                with naming(each, OutputError):
+                    sync_folder(each)
+        self.folder.journal.allow_dropping(source)
+
+    def _claim(self, names: set[str]) -> None:
+        """Record the names of files that are about to be written beside the shards."""
+        folder = self.folder
         users = {n for n in names if no_engine_reads(n) and os.path.lexists(folder.path / n)}
         if new := names - folder.ours - users:
             folder.refuse(name for name in new if os.path.lexists(folder.path / name))
             folder.ours |= new
             folder.journal.declare(new)
-        write_beside({shard.name: self.records[shard.name] for shard in work.shards})
-        done = Done(folder, work)
-        folder.enter(self, done)
-        return done
 
 
 @dataclass
@@ -553,6 +636,7 @@ class Done:
     def reject(self) -> Rejected:
         """The result, or the source, has proved wrong: the folder must not look finished, and no
         later run may build on it. Its shards stay, so that one can look at what happened to them.
+        Where shards of the source are gone, later runs keep those that are as recorded.
 
         Raises:
             OutputError: it still looks finished.
@@ -560,11 +644,15 @@ class Done:
         folder = self.folder
         rejected = Rejected(folder)
         folder.enter(self, rejected)
-        # On a full disk the journal takes no line. Then the missing manifest has to do.
-        with contextlib.suppress(OutputError):
-            folder.journal.declare(folder.ours)
-            folder.journal.forget()
-        for name in reversed(self.work.generated):
+        names = list(self.work.generated)
+        if folder.dropped:
+            names = [CONFIG_NAME, INDEX_NAME]
+        else:
+            # On a full disk the journal takes no line. Then the missing manifest has to do.
+            with contextlib.suppress(OutputError):
+                folder.journal.declare(folder.ours)
+                folder.journal.forget()
+        for name in reversed(names):
             with naming(name, OutputError):
                 remove_file(folder.path / name)
         return rejected

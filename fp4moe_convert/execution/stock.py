@@ -20,6 +20,7 @@ from ..format.manifest import FileRecord, Identity, Manifest, ShardRecord
 from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import source_difference
+from ..source.recorded import DroppedSource
 from ..source.spans import Shard
 from ..storage.copying import record_of
 from ..storage.durable import partial_path
@@ -65,6 +66,16 @@ class Work(ABC):
     @abstractmethod
     def sources(self) -> Sequence[Shard]:
         """The shards in it."""
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Names of those that have been deleted since they were read."""
+        return frozenset()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether any of them has not been deleted."""
+        return len(self.gone) < len(self.sources)
 
     @property
     @abstractmethod
@@ -160,6 +171,10 @@ class Conversion(Work):
     @property
     def sources(self) -> Sequence[Shard]:
         return self.checkpoint.shards
+
+    @property
+    def gone(self) -> frozenset[str]:
+        return self.store.gone if isinstance(self.store, DroppedSource) else frozenset()
 
     @property
     def shards(self) -> Sequence[Target]:

@@ -58,6 +58,8 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     hub_id: str | None = None
     revision: str | None = None
     """Hub id and commit, where the path tells."""
+    dropped: bool = False
+    """Whether shards of it were deleted once they had been converted (`execution.dropping`)."""
     shards: dict[str, Identity]
     files: dict[str, FileRecord]
     """config.json, hf_quant_config.json and the index, where there is one."""

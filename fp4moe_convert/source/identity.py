@@ -12,6 +12,7 @@ from ..format.manifest import Manifest, SourceRecord
 from ..storage.copying import record_of
 from ..storage.reader import DIFFERS_IN_COPIES
 from .checkpoint import Checkpoint
+from .recorded import DroppedSource
 
 
 def describe_source(checkpoint: Checkpoint) -> SourceRecord:
@@ -19,6 +20,7 @@ def describe_source(checkpoint: Checkpoint) -> SourceRecord:
     configurations and the index."""
     return SourceRecord(
         **checkpoint.store.provenance(),
+        dropped=isinstance(checkpoint.store, DroppedSource),
         shards={shard.name: shard.identity for shard in checkpoint.shards},
         files=dict(checkpoint.config_files),
     )

@@ -1,5 +1,8 @@
 """The source of a converted checkpoint, as the checkpoint itself records it.
 
+That is how a source is restored, and how one is read whose shards are deleted as they are
+converted.
+
 What no tensor and no copied file holds of the source lies in one file, `SOURCE_NAME`: config.json,
 hf_quant_config.json and the index, those that there are, and then the header of each shard, one
 after the other and as they were. The manifest has names, sizes and checksums of all of them, in
@@ -12,8 +15,8 @@ the machine, and reading it back would need a limit.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from ..format.files import (
     SOURCE_CARD_NAME,
     SOURCE_NAME,
 )
-from ..format.manifest import FileRecord, Identity, Manifest
+from ..format.manifest import FileRecord, Identity, Manifest, SourceRecord
 from ..storage.buffers import Bytes
 from ..storage.copying import record_of
 from ..storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES, header_nbytes
@@ -84,11 +87,13 @@ class RecordedSource:
 
     Nothing in it is taken on trust. It is opened by `open_checkpoint`, as any source is, and
     compared by `source_difference` with what the manifest says. The data of its shards cannot be
-    read: they are zeros, as in a file with holes.
+    read.
     """
 
     converted: LocalFolder
-    manifest: Manifest
+    source: SourceRecord
+    copied: Collection[str]
+    """Names of the files that were copied."""
 
     @property
     def location(self) -> str:
@@ -109,18 +114,18 @@ class RecordedSource:
     def listing(self) -> Listing:
         # What is there, not what a manifest says: a model card may have been deleted since, and
         # names of files become paths of the restored folder.
-        copied = set(files_below(self.converted.local_path)).intersection(self.manifest.copied)
+        copied = set(files_below(self.converted.local_path)).intersection(self.copied)
         return Listing(files=tuple(sorted({*self._places, *copied})), folders=(), left_out={})
 
     def open(self, name: str, *, direct: bool = False) -> Reader:
         if name in self._places:
             return self._places[name]
-        if name in self.manifest.copied:
+        if name in self.copied:
             return self.converted.open(name, direct=direct)
         raise MissingFileError(f"{name}: is not on record")
 
     def provenance(self) -> Mapping[str, str]:
-        source = self.manifest.source
+        source = self.source
         known = {"path": source.path, "hub_id": source.hub_id, "revision": source.revision}
         return {key: value for key, value in known.items() if value is not None}
 
@@ -131,14 +136,14 @@ class RecordedSource:
             record = self.converted.open(SOURCE_NAME)
         except MissingFileError:
             raise MissingFileError(
-                f"{self.converted.location}: restore needs {SOURCE_NAME}, which is missing; copy "
+                f"{self.converted.location}: lacks {SOURCE_NAME}, the record of its source; copy "
                 "it from where the checkpoint comes from, or download the original"
             ) from None
         if record.nbytes > MAX_NBYTES:
             raise CheckpointError(
                 f"{SOURCE_NAME}: has {record.nbytes} bytes, the limit is {MAX_NBYTES}"
             )
-        source = self.manifest.source
+        source = self.source
         places: dict[str, RecordedFile] = {}
         position = 0
 
@@ -169,7 +174,7 @@ class RecordedSource:
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """A `Reader` of a file whose first bytes are on record; the others are zeros."""
+    """A `Reader` of a file whose first bytes are on record, and no others."""
 
     name: str
     record: LocalReader
@@ -185,10 +190,45 @@ class RecordedFile:
         return nbytes if isinstance(nbytes, int) else 0
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
-        if offset + nbytes > self.nbytes:
-            raise CheckpointError(f"{self.name}: ends at byte {self.nbytes}")
-        there = max(0, min(nbytes, self.kept - offset))
-        data = buffer[:nbytes]
-        data[:there] = self.record.read(buffer, self.start + offset, there)
-        data[there:] = 0
-        return data
+        if offset + nbytes > self.kept:
+            raise CheckpointError(f"{self.name}: only its first {self.kept} bytes are on record")
+        return self.record.read(buffer, self.start + offset, nbytes)
+
+
+@dataclass(frozen=True)
+class DroppedSource:
+    """A `Store`: a source folder some of whose shards have been deleted. These have their headers,
+    on record, and no data."""
+
+    folder: LocalFolder
+    record: RecordedSource
+    gone: frozenset[str]
+    """Names of the deleted shards."""
+
+    @property
+    def location(self) -> str:
+        return self.folder.location
+
+    @property
+    def local_path(self) -> Path:
+        return self.folder.local_path
+
+    @property
+    def connections(self) -> int:
+        return self.folder.connections
+
+    def check_exists(self) -> None:
+        """Raises CheckpointError: there is no such folder."""
+        self.folder.check_exists()
+
+    def listing(self) -> Listing:
+        found = self.folder.listing()
+        return replace(found, files=tuple(sorted({*found.files, *self.gone})))
+
+    def open(self, name: str, *, direct: bool = False) -> Reader:
+        if name in self.gone:
+            return self.record.open(name)
+        return self.folder.open(name, direct=direct)
+
+    def provenance(self) -> Mapping[str, str]:
+        return self.folder.provenance()

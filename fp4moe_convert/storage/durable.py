@@ -79,6 +79,11 @@ class WriteFile(LocalFile):
         with naming(self.path.name, OutputError):
             os.fsync(self._fd)
 
+    def leave_cache(self) -> None:
+        """Have what has been synced read from the disk the next time, whoever reads it."""
+        with naming(self.path.name, OutputError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
 
 def _reserve(fd: int, nbytes: int) -> None:
     """Take a file's disk space at once, where the file system can.

@@ -5,6 +5,7 @@
     python -m tests.support.kill --power-cuts      # as root
     python -m tests.support.kill --restore         # kill restorations
     python -m tests.support.kill --parts           # kill conversions in three parts
+    python -m tests.support.kill --drop-source     # of sources that are deleted meanwhile
 
 A small checkpoint is converted into many small shards, so that every phase takes its share of the
 kills: claiming the folder, scattering, renaming, journal, copies, manifest, config, index. Half of
@@ -17,6 +18,10 @@ With --power-cuts the output lies on a disk of its own, an ext4 file system in a
 the process it is the disk that is stopped: at once, with all that is not synced lost. It then
 starts again with what it has. The same happens after the last run of each folder, which has ended
 well: what it says is finished must be on the disk.
+
+With --drop-source each folder is made from a source of its own, which loses its shards. At no
+moment may one be gone whose data is not all in the folder. With --power-cuts as well, the source is
+on another disk, which loses nothing: what is deleted there is gone at once.
 
 The interpreter is loaded once and each run is a fork, so that kills fall on our work rather than on
 imports.
@@ -37,10 +42,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fp4moe_convert import Part, VerifyError, convert, convert_part, restore, verify
+from fp4moe_convert import (
+    Part,
+    VerifyError,
+    convert,
+    convert_part,
+    prepare,
+    restore,
+    verify,
+)
 
 from .faulty_disk import Disk
 from .folders import INDEX, MANIFEST, every_file
@@ -66,6 +80,31 @@ class Case:
     """The folder that is read."""
     restores: bool = False
     parts: int = 0
+    pristine: Path | None = None
+    """What ``source`` is a copy of, where its shards are deleted."""
+
+    def renew(self) -> None:
+        """Put back what a run has deleted of the source."""
+        if self.pristine is not None:
+            shutil.rmtree(self.source, ignore_errors=True)
+            shutil.copytree(self.pristine, self.source)
+
+    @cached_property
+    def made_of(self) -> dict[str, list[str]]:
+        """Of each shard of a source that is deleted, the names of those that it goes into."""
+        if self.pristine is None:
+            return {}
+        checkpoint, plan = prepare(self.pristine, max_shard_nbytes=MAX_SHARD_NBYTES)
+        names = [shard.name for shard in checkpoint.shards]
+        return {n: [s.name for s in plan.shards if n in s.source_files] for n in names}
+
+    def check_loss(self, out: Path, contents: dict[str, bytes]) -> None:
+        """Raises WrongError: a shard is gone, and not all of its data is in the folder."""
+        for name, shards in self.made_of.items():
+            for shard in shards if not (self.source / name).exists() else ():
+                path = out / shard
+                if not path.is_file() or path.read_bytes() != contents[shard]:
+                    raise WrongError(f"{name} is gone, and {shard} is not as it should be")
 
     def run(self, out: Path) -> None:
         if self.restores:
@@ -75,9 +114,13 @@ class Case:
                 part = Part(number, self.parts)
                 convert_part(self.source, out, part, max_shard_nbytes=MAX_SHARD_NBYTES)
         else:
-            convert(self.source, out, max_shard_nbytes=MAX_SHARD_NBYTES)
+            drop = self.pristine is not None
+            convert(self.source, out, max_shard_nbytes=MAX_SHARD_NBYTES, drop_source=drop)
 
     def verify(self, out: Path) -> None:
+        if self.pristine is not None:
+            verify(out)
+            return
         converted, original = (self.source, out) if self.restores else (out, self.source)
         verify(converted, original)
 
@@ -151,7 +194,7 @@ def count_calls(case: Case, out: Path) -> int:
     return total
 
 
-def phase_of(out: Path) -> str:
+def phase_of(case: Case, out: Path) -> str:
     """How far a killed run had come, by what it left."""
     if not out.exists():
         return "before the folder"
@@ -163,7 +206,8 @@ def phase_of(out: Path) -> str:
         (MANIFEST, "manifest written"),
         ("tokenizer.json", "copying files"),
     ):
-        if name in names:
+        # Where the source is deleted, copies come first.
+        if name in names and not (case.pristine and name == "tokenizer.json"):
             return phase
     if finished:
         return "some shards finished"
@@ -181,9 +225,11 @@ class Unbroken:
 
 
 def unbroken_run(case: Case, out: Path) -> Unbroken:
+    case.renew()
     calls = count_calls(case, out)
     expected = every_file(out)
     shutil.rmtree(out)
+    case.renew()
     started = time.perf_counter()
     os.waitpid(run(case, out, lambda: None), 0)
     seconds = time.perf_counter() - started
@@ -218,8 +264,10 @@ def check_folder(
     Raises:
         WrongError: what is there afterwards is not what an unbroken run leaves.
     """
+    case.renew()
     for _ in range(choose.choice((1, 1, 2, 3))):
-        yield phase_of(out) if interrupt(case, out, choose, plan, disk) else NOT_IN_TIME
+        yield phase_of(case, out) if interrupt(case, out, choose, plan, disk) else NOT_IN_TIME
+        case.check_loss(out, plan.contents)
         if (out / INDEX).exists():
             try:
                 case.verify(out)
@@ -235,6 +283,8 @@ def check_folder(
     for name in sorted(plan.contents.keys() | found.keys()):
         if found.get(name) != plan.contents.get(name):
             raise WrongError(f"{name} differs")
+    if left := [name for name in case.made_of if (case.source / name).exists()]:
+        raise WrongError(f"{left[0]} of the source is still there")
 
 
 def main() -> None:
@@ -247,6 +297,7 @@ def main() -> None:
     parser.add_argument("--power-cuts", action="store_true")
     parser.add_argument("--restore", action="store_true")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--drop-source", action="store_true")
     arguments = parser.parse_args()
     choose = random.Random(arguments.seed)
     phases: Counter[str] = Counter()
@@ -259,6 +310,8 @@ def main() -> None:
         if arguments.restore:
             case.run(folder / "converted")
             case = Case(folder / "converted", restores=True)
+        if arguments.drop_source:
+            case = Case(folder / "source", pristine=model)
         if arguments.power_cuts:
             disk = stack.enter_context(Disk(folder / "image", folder / "disk", DISK_NBYTES))
             out = disk.where / "out"

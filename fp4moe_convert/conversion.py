@@ -15,14 +15,14 @@ import numpy as np
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
 from .execution.dropping import Dropping, Forecast, forecast, growth, remaining, steps
-from .execution.output_folder import Opened, OutputFolder, Writing
+from .execution.output_folder import Opened, OutputFolder, Planned, Writing
 from .execution.scatter import OnFilled, OnMove, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .format.manifest import ShardRecord
-from .layouts.base import RowOrder, source_ranges
+from .layouts.base import Move, RowOrder, source_ranges
 from .plan import Part, Plan, PlannedShard, make_plan
 from .progress import OnBytes, OnNote, OnProgress, tell, track
 from .prospects import Prospects, prospects
@@ -444,50 +444,57 @@ def fill(
             filled=planned.filled,
         )
 
-    check_seconds = 0.0
-
-    def check(shard: PlannedShard, file: WriteFile, checksums: Mapping[str, str]) -> None:
-        nonlocal check_seconds
-        started = time.perf_counter()
+    def check(path: Path, record: ShardRecord, moves: Sequence[Move]) -> None:
         check_data(
-            file.path,
-            ShardRecord.of(shard.header, shard.nbytes, checksums),
-            moves=shard.moves,
+            path,
+            record,
+            moves=moves,
             open_source=open_source() if verify else None,
             direct_io=direct_io,
             threads=threads,
             on_bytes=on_bytes,
         )
-        check_seconds += time.perf_counter() - started
 
+    check_seconds = 0.0
     if dropping:
         tell([str(forecast(work, planned.kept))], on_note)
-        writing.allow_dropping(partial(dropping.write_record, out_dir))
-        dropping.rehearse(out_dir)
-        for shard, done_with in steps(plan):
-            if shard.name not in planned.kept:
-                _seal(shard, write, check, writing)
-            for name in done_with:
-                dropping.drop(name)
+        check_seconds = _write_and_drop(work, planned, writing, dropping, write, check)
     elif to_write:
         write(to_write, writing.finish_shard)
     return Written(writing, row_order, nbytes, len(planned.kept), check_seconds)
 
 
-def _seal(
-    shard: PlannedShard,
-    write: Callable[[Sequence[PlannedShard], OnFilled], None],
-    check: OnFilled,
+def _write_and_drop(
+    work: Conversion,
+    planned: Planned,
     writing: Writing,
-) -> None:
-    """Write a shard, and read it back before it gets its name: its sources are deleted next."""
-    filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
-    write([shard], lambda *done: filled.append(done))
-    [(_, file, checksums)] = filled
-    file.sync()
-    file.leave_cache()
-    check(shard, file, checksums)
-    writing.finish_shard(shard, file, checksums)
+    dropping: Dropping,
+    write: Callable[[Sequence[PlannedShard], OnFilled], None],
+    check: Callable[[Path, ShardRecord, Sequence[Move]], None],
+) -> float:
+    """Write shards one after the other, read each back before it gets its name, and delete the
+    sources that none after it needs.
+
+    Returns:
+        Wall time of the reading back.
+    """
+    seconds = 0.0
+    writing.allow_dropping(partial(dropping.write_record, planned.folder.path))
+    dropping.rehearse(planned.folder.path)
+    for shard, done_with in steps(work.plan):
+        if shard.name not in planned.kept:
+            filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
+            write([shard], lambda *done, filled=filled: filled.append(done))
+            [(_, file, checksums)] = filled
+            file.sync()
+            file.leave_cache()
+            started = time.perf_counter()
+            check(file.path, ShardRecord.of(shard.header, shard.nbytes, checksums), shard.moves)
+            seconds += time.perf_counter() - started
+            writing.finish_shard(shard, file, checksums)
+        for name in done_with:
+            dropping.drop(name)
+    return seconds
 
 
 def prepare_dropping(work: Conversion) -> Dropping:

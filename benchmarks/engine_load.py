@@ -13,7 +13,8 @@ it, and loads it again and again, in turns:
 - **converted**: the converted model as users load it.
 
 With `--gpus 1` a size of 1 is loaded whole, and of a larger one the last rank; with more GPUs, all
-ranks of a size that has a GPU for each load at once, a process each, and the slowest counts.
+ranks of a size that has a GPU for each load at once, a process each, and the slowest counts. With
+`--processes` there are more of them than GPUs, which they share.
 
 Included: all that the engine's loader does, from a configuration to a model that could serve, and a
 synchronised GPU. Not included: the process's start, reading config.json, the tokenizer, the KV
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -78,7 +79,7 @@ class Memory:
 class Watch:
     """Samples memory from this process, which is idle meanwhile, not to disturb those that load."""
 
-    def __init__(self, processes: Sequence[int], gpus: Sequence[int]) -> None:
+    def __init__(self, processes: Sequence[int], gpus: Iterable[int]) -> None:
         self._processes, self._gpus = processes, [Gpu(number) for number in gpus]
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -151,7 +152,7 @@ class Worker:
     ) -> None:
         """
         Args:
-            ranks: how many processes like this one load at once.
+            ranks: how many processes like this one there are, on all GPUs.
         """
         self.gpu, self.log = gpu, log
         with log.open("a") as errors:
@@ -261,6 +262,7 @@ class Bench:
                 rank,
                 WAYS[setting.way],
                 setting.counts_copies,
+                sharing=sum(other.gpu == worker.gpu for other in workers),
             )
             worker.send(asdict(job))
         answers = [worker.answer() for worker in workers]
@@ -270,7 +272,7 @@ class Bench:
         if answers[0] == "ready":
             if setting.cold:
                 evict_model(folder)
-            with Watch([w.pid for w in workers], [w.gpu for w in workers]) as watch:
+            with Watch([w.pid for w in workers], {w.gpu for w in workers}) as watch:
                 for worker in workers:
                     worker.send("go")
                 answers = [worker.answer() for worker in workers]
@@ -376,7 +378,7 @@ def read_rate(folder: Path) -> float:
 
 def groups(arguments: argparse.Namespace) -> Iterator[list[Setting]]:
     """All loads, in order; the original before what is compared with it. Each group has processes
-    of its own, because an engine may keep a model that it has loaded."""
+    of its own."""
     for engine in arguments.engines:
         for loader in loaders_of(engine, arguments.loaders):
             yield list(settings(arguments, engine, loader))
@@ -458,6 +460,7 @@ def main() -> None:
     add("engines", nargs="+", choices=LOADERS)
     add("--tp", nargs="+", type=int, default=[1, 8], help="tensor-parallel sizes; 1 8")
     add("--gpus", type=int, default=1)
+    add("--processes", type=int, help="at once; as many as GPUs")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--loaders", nargs="+", default=["default"], help="names in engine_worker.py, or all")
     add("--rounds", type=int, default=3)
@@ -494,19 +497,20 @@ def main() -> None:
             with started(arguments, group[0].engine, arguments.log or scratch / "log") as workers:
                 for setting in group:
                     bench.load(setting, workers)
-            runs = [asdict(run) for run in bench.runs]
-            write_json(arguments.json, {"environment": report, "runs": runs})
+                    runs = [asdict(run) for run in bench.runs]
+                    write_json(arguments.json, {"environment": report, "runs": runs})
     print_table(bench.runs)
 
 
 @contextmanager
 def started(arguments: argparse.Namespace, engine: str, log: Path) -> Iterator[list[Worker]]:
-    """A process for each GPU; they import the engine at the same time."""
+    """Processes, on the GPUs in turn; they import the engine at the same time."""
     options = ["--stand-ins"] if arguments.stand_ins else []
+    processes = arguments.processes or arguments.gpus
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(Worker(engine, gpu, arguments.gpus, log, options))
-            for gpu in range(arguments.gpus)
+            stack.enter_context(Worker(engine, number % arguments.gpus, processes, log, options))
+            for number in range(processes)
         ]
         for worker in workers:
             worker.answer()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ class Job:
     """FP4MOE_LOAD_THREADS."""
     counts_copies: bool = False
     """Count copies instead of measuring time."""
+    sharing: int = 1
+    """How many processes load onto this GPU at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,10 @@ class SGLang:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
+        # Some of SGLang's modules keep the error of an import that failed, and with it the stack
+        # that led there: it should not be one that a model is on.
+        importlib.import_module("sglang.srt.model_loader")
+        importlib.import_module("sglang.srt.models.registry")
 
     def ready(self, job: Job) -> Load:
         from sglang.srt.configs.device_config import DeviceConfig
@@ -217,7 +224,7 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
         os.environ["FP4MOE_LOAD_THREADS"] = job.load_threads
     load = engine.ready(job)
     gc.collect()
-    fill_free_memory()
+    fill_free_memory(job.sharing)
     torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     wait()
@@ -241,12 +248,12 @@ def run(engine: SGLang | VLLM, job: Job, wait: Callable[[], None]) -> Loaded:
     )
 
 
-def fill_free_memory() -> None:
+def fill_free_memory(sharing: int) -> None:
     """Overwrite what earlier loads have left on the GPU, so that a part of a parameter that nothing
-    loads does not look as if it were."""
+    loads does not look as if it were. Of several processes, each overwrites a part."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    most = max(0, free - 1024 * MEBIBYTE)
+    most = max(0, free - 1024 * MEBIBYTE) // sharing
     torch.empty(most, dtype=torch.uint8, device="cuda").fill_(0xA5)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -34,6 +34,7 @@ KINDS = {
     "minimax_m2": "w1, w3, w2",
     "nemotron_h": "without a gate",
     "step3p5": "all experts in one tensor",
+    "llama4": "all experts in one tensor, transposed",
     "deepseek_v3-ct": "compressed-tensors",
     "qwen3_5_moe-mixed": "mixed precision",
     "deepseek_v4": "amid FP8",

@@ -3,7 +3,7 @@
     python -m benchmarks.plot_engine_load docs/bench/engine_load.json OUT.svg
 
 The file is a list of reports, as `engine_load --json` writes one. It needs the dependency group
-`bench`. Drawn are the engines' default loaders, with files in the page cache.
+`bench`. Drawn are the engines' default loaders, one rank at a time, with files in the page cache.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
     runs = [
         run
         for run in runs
-        if run["setting"]["loader"] == "default" and not any(run["setting"][m] for m in marks)
+        if run["setting"]["loader"] == "default"
+        and run["ranks"] == 1
+        and not any(run["setting"][m] for m in marks)
     ]
     panels = []
     for engine, title in TITLES.items():

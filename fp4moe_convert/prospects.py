@@ -19,8 +19,8 @@ from .source.names import original_layer
 _DOWNS = {
     part.partition(".")[0]
     for family in FAMILIES
-    for part, (projections, _) in family.parts.items()
-    if "down" in projections
+    for part, (projections, leaf) in family.parts.items()
+    if "down" in projections and leaf == "weight"
 }
 
 
@@ -114,6 +114,5 @@ def _down_projections(checkpoint: Checkpoint, prefixes: Collection[str]) -> Iter
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
             if original_layer(tensor.name) in prefixes:
-                projection = tensor.name.rsplit(".", 2)[1]
-                if projection in _DOWNS:
-                    yield projection
+                # The last of the name where all experts are in one tensor of a batch.
+                yield from _DOWNS.intersection(tensor.name.split(".")[-2:])

@@ -21,7 +21,7 @@ import safetensors
 
 from .errors import CheckpointError, ConvertError, VerifyError, naming
 from .execution.checksum import Checksum
-from .execution.crew import Crew
+from .execution.crew import Crew, crew_size
 from .execution.surroundings import read_manifest
 from .format.contract import ConvertedSection
 from .format.files import (
@@ -153,7 +153,7 @@ def read_back(
         open_shard: opens one by name.
         make_take: called on each thread, for what takes the bytes of the moves' sources; None to
             undo nothing.
-        threads: number of workers; each takes about 17 MB.
+        threads: number of workers; each takes about 17 MB. Fewer work at moves that take more.
         on_bytes: told of each move, by tensor.
         on_tensor: told of each tensor that has been read, taken, and found to be as recorded; from
             any thread.
@@ -165,7 +165,8 @@ def read_back(
         VerifyError: a tensor is not as recorded.
         CheckpointError: a file cannot be read.
     """
-    crew = Crew(threads)
+    largest = max((move.nbytes for move in moves), default=0)
+    crew = Crew(crew_size(threads, largest if make_take is None else 2 * largest))
     counting = threading.Lock()
     home = {tensor.name: shard for shard in shards for tensor in shard.header.tensors}
     starts = {
@@ -181,7 +182,6 @@ def read_back(
         if not tensor.nbytes and tensor.name not in moves_left
     ]
     checksums = {name: Checksum(crew) for name in (*moves_left, *empty)}
-    largest = max((move.nbytes for move in moves), default=0)
 
     def finish(tensor: str) -> None:
         shard, found = home[tensor].name, checksums.pop(tensor).hexdigest()

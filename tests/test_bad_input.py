@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from support import model_zoo
 from support.folders import (
     INDEX,
     MANIFEST,
@@ -247,7 +249,53 @@ def without(pattern: str) -> Damage:
 def stack_the_experts(model_dir: Path) -> None:
     without(r"\.experts\.")(model_dir)
     stacked = StoredTensor("U8", (4, 256, 128), bytes(4 * 256 * 128))
-    write_tensors(model_dir / "stacked.safetensors", {f"{LAYER}.gate_up_proj": stacked})
+    write_tensors(model_dir / "stacked.safetensors", {f"{LAYER}.gate_up": stacked})
+
+
+BATCHED = "language_model.model.layers.1.feed_forward.experts"
+
+
+def batched(part: str, dtype: str, *shape: int) -> Damage:
+    """A Llama 4 in place of the good one, with 8 experts of H = 256 and I = 128, in one tensor and
+    transposed, and another tensor in one file."""
+
+    def damage(model_dir: Path) -> None:
+        shutil.rmtree(model_dir)
+        model_zoo.make(model_dir, "llama4")
+        own = StoredTensor(dtype, shape, bytes(math.prod(shape)))
+        tensors = read_tensors(model_dir) | {f"{BATCHED}.{part}": own}
+        for path in model_dir.glob("model*"):
+            path.unlink()
+        write_tensors(model_dir / "model.safetensors", dict(sorted(tensors.items())))
+
+    return damage
+
+
+def one_large_expert(model_dir: Path) -> None:
+    """The same with H = 16384 and I = 8208, in a file that takes no disk."""
+    shutil.rmtree(model_dir)
+    make_checkpoint(model_dir, Spec(experts=1, intermediate=64, hidden=256, layers=1, vocab_size=8))
+    without(r"\.experts\.")(model_dir)
+    hidden, intermediate = 16384, 8208
+    entries: Entries = {}
+    stop = 0
+    for name, cols, rows in (
+        ("gate_up_proj", hidden, 2 * intermediate),
+        ("down_proj", intermediate, hidden),
+    ):
+        for leaf, dtype, shape in (
+            ("", "U8", (1, cols // 2, rows)),
+            ("_weight_scale", "F8_E4M3", (1, cols // 16, rows)),
+            ("_weight_scale_2", "F32", ()),
+            ("_input_scale", "F32", ()),
+        ):
+            start, stop = stop, stop + (math.prod(shape) if shape else 4)
+            entry = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+            entries[f"{LAYER}.{name}{leaf}"] = entry
+    raw = json.dumps(entries).encode()
+    path = model_dir / "large.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    os.truncate(path, path.stat().st_size + stop)
 
 
 def take_an_expert_from_one_layer(model_dir: Path) -> None:
@@ -505,7 +553,27 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "experts in one tensor": (
         stack_the_experts,
-        rf"stacked\.safetensors: '{LAYER}\.gate_up_proj' is U8 \[4, 256, 128\]: all experts .*",
+        rf"stacked\.safetensors: '{LAYER}\.gate_up' is U8 \[4, 256, 128\]: all experts .*",
+    ),
+    "all experts' tensor of fewer": (
+        batched("down_proj", "U8", 7, 64, 256),
+        rf"model\.safetensors: '{BATCHED}\.down_proj' has no expert 7",
+    ),
+    "all experts' tensor of too many": (
+        batched("down_proj", "U8", 2**16 + 1, 1, 2),
+        rf"model\.safetensors: '{BATCHED}\.down_proj' is U8 \[65537, 1, 2\], and more than .*",
+    ),
+    "transposed experts' tensor of other sizes": (
+        batched("down_proj", "U8", 8, 256, 64),
+        rf"model\.safetensors: '{BATCHED}\.down_proj' is U8 \[64, 256\], transposed, .*",
+    ),
+    "transposed gate and up of different widths": (
+        batched("gate_up_proj", "U8", 8, 128, 255),
+        rf"model\.safetensors: '{BATCHED}\.gate_up_proj': \[128, 255\] does not split .*",
+    ),
+    "transposed experts too large": (
+        one_large_expert,
+        rf"large\.safetensors: '{LAYER}\.gate_up_proj' has 134479872 bytes for each expert, .*",
     ),
     "leaf missing": (
         lambda model_dir: rename_tensor(model_dir, f"{UP}.input_scale", "elsewhere"),
@@ -617,6 +685,14 @@ def change_a_dtype(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F16" ', 1))
 
 
+def a_value_of_one_expert(folder: Path) -> None:
+    """Of a converted Llama 4 in place of the good one."""
+    shutil.rmtree(folder)
+    model_zoo.make(folder.with_name("model"), "llama4")
+    conversion.convert(folder.with_name("model"), folder)
+    poke(folder, f"{BATCHED}.w2_input_scale", 5, 0x42)
+
+
 def record_nothing(folder: Path) -> None:
     (folder / SOURCE).unlink()
     change_manifest(folder, lambda manifest: manifest["files"].pop(SOURCE))
@@ -676,6 +752,10 @@ TO_RESTORE: dict[str, tuple[Damage, str]] = {
     "data of a converted shard damaged": (
         lambda folder: flip_bit(folder / CONVERTED_SHARD),
         rf"{CONVERTED_SHARD}: '.*' has checksum .*, expected .*",
+    ),
+    "data of a value damaged that all experts share": (
+        a_value_of_one_expert,
+        rf"{CONVERTED_SHARD}: '{BATCHED}\.w2_input_scale' holds different values where .*",
     ),
     "file that does not belong": (
         lambda folder: (folder / "more.json").write_text("{}"),

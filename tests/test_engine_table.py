@@ -178,6 +178,28 @@ def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "served"),
+    [
+        ({"quant_algo": "NVFP4", "ignore": ["lm_head", "vision_model*"]}, False),
+        ({"quant_algo": "NVFP4", "ignore": ["language_model.model.layers.0.self_attn*"]}, True),
+        ({"quant_algo": "NVFP4", "exclude_modules": None}, False),
+        ({"quantization": NESTED | {"exclude_modules": ["lm_head"]}}, False),
+        ({"quantization": NESTED | {"exclude_modules": ["*self_attn*"]}}, True),
+        ({"quant_algo": "MIXED_PRECISION"}, True),
+        ({"quant_method": "compressed-tensors", "ignore": []}, True),
+    ],
+    ids=str,
+)
+def test_sglang_loads_no_llama_4_with_attention_in_nvfp4(
+    section: dict[str, Any], served: bool
+) -> None:
+    model = Model(("Llama4ForConditionalGeneration",), {}, section)
+    assert VLLM.why_not(model) is None
+    assert (SGLANG.why_not(model) is None) == served
+    assert SGLANG.why_not(replace(model, architectures=("DeepseekV3ForCausalLM",))) is None
+
+
+@pytest.mark.parametrize(
     ("architecture", "text", "cannot"),
     [
         ("DeepseekV3ForCausalLM", {}, set()),

@@ -519,8 +519,8 @@ def test_refuses_experts_that_scale_their_input() -> None:
 
 
 STACKED = {
-    "fused": ("mlp.experts.gate_up_proj", (E, 2 * I, H // 2)),
-    "Llama 4": ("feed_forward.experts.gate_up_proj", (E, H // 2, 2 * I)),
+    "fused": ("mlp.experts.gate_up", (E, 2 * I, H // 2)),
+    "MXFP4": ("mlp.experts.gate_up_proj_blocks", (E, 2 * I, H // 32, 16)),
     "with a leaf": ("mlp.experts.gate_up_proj.weight", (E, 2 * I, H // 2)),
     "as Step, elsewhere": ("mlp.down_proj.weight", (E, H, I // 2)),
     "of two dimensions": ("ffn.experts.mlp.w1", (E * I, H // 2)),
@@ -535,7 +535,8 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
     message = (
         f"2.safetensors: {name!r} is U8 {list(shape)}: all experts of the layer stacked in one "
         "tensor; this release knows such tensors as moe.gate_proj, moe.up_proj and moe.down_proj "
-        "(as in Step-3.5); serve the original"
+        "(as in Step-3.5), or as experts.gate_up_proj and experts.down_proj (as in Llama 4); serve "
+        "the original"
     )
     refuses(message, {}, tensors)
     refuses(message, layer("model.layers.0.mlp.experts"), tensors)
@@ -543,8 +544,12 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
 
 @pytest.mark.parametrize("layers", ["mtp.layers.0", "model.layers.3"])
 def test_stacked_experts_of_multi_token_prediction_do_not_matter(layers: str) -> None:
-    tensors: Tensors = {f"{layers}.mlp.experts.gate_up_proj": ("U8", (E, 2 * I, H // 2))}
+    tensors: Tensors = {f"{layers}.mlp.experts.gate_up": ("U8", (E, 2 * I, H // 2))}
     assert len(found(layer(), tensors)) == 1
+    known: Tensors = {f"{layers}.mlp.experts.gate_up_proj": ("U8", (E, 2 * I, H // 2))}
+    _, [passed] = find_layers(checkpoint(layer(), known))
+    assert passed.prefix == f"{layers}.mlp.experts"
+    assert "MTP" in passed.reason
 
 
 def test_stacked_experts_that_are_not_nvfp4_pass_through() -> None:

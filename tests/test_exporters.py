@@ -79,8 +79,8 @@ def test_an_exporter_writes_the_same_bytes_again(exporter: str, tmp_path: Path) 
 
 
 def moe_layers(folder: Path) -> set[str]:
-    """The layers that have numbered experts, by the names of their tensors alone."""
+    """The layers that have routed experts, by the names of their tensors alone."""
     checkpoint = open_checkpoint(LocalFolder(folder))
     names = (tensor.name for shard in checkpoint.shards for tensor in shard.header.tensors)
-    matches = (re.match(r".*\.layers\.\d+(?=\..*experts\.\d)", name) for name in names)
+    matches = (re.match(r".*\.layers\.\d+(?=\..*experts\.(\d|gate_up))", name) for name in names)
     return {match[0] for match in matches if match}

@@ -9,7 +9,12 @@ from fp4moe_convert import layouts
 from fp4moe_convert.errors import FormatError
 from fp4moe_convert.format.contract import LayoutRecord
 from fp4moe_convert.layouts.base import BadSourceError
-from fp4moe_convert.layouts.trtllm_nvfp4 import ShuffledRows, holds_nan
+from fp4moe_convert.layouts.trtllm_nvfp4 import (
+    SharedValues,
+    ShuffledRows,
+    TransposedRows,
+    holds_nan,
+)
 from fp4moe_convert.storage.buffers import Bytes
 
 
@@ -116,6 +121,90 @@ def arranged_ones(arrangement: ShuffledRows, count: int) -> Bytes:
     ones = np.ones(arrangement.source_rows * arrangement.source_row_nbytes, np.uint8)
     arrangement.arrange([ones] * count, out)
     return out
+
+
+def side_by_side(matrices: list[Bytes]) -> Bytes:
+    """[cols, count * rows] of [rows, cols] each, as ModelOpt stores gate and up of Llama 4."""
+    return np.concatenate([matrix.T for matrix in matrices], axis=1)
+
+
+@given(
+    count=st.sampled_from([1, 2]),
+    tiles=st.booleans(),
+    blocks=st.integers(1, 4),
+    width=st.integers(1, 40),
+    missing_blocks=st.integers(0, 3),
+    missing_bytes=st.integers(0, 3),
+    phase=st.integers(0, 7),
+)
+def test_transposed_rows_lie_as_those_that_are_not(
+    count: int,
+    tiles: bool,
+    blocks: int,
+    width: int,
+    missing_blocks: int,
+    missing_bytes: int,
+    phase: int,
+) -> None:
+    rows, row_nbytes = blocks * 128 // count, 4 * width
+    source_rows, source_row_nbytes = rows - 16 * missing_blocks, row_nbytes - missing_bytes
+    own = ShuffledRows(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
+    sources = [random_bytes(source_rows, source_row_nbytes, seed=n) for n in range(count)]
+    expected = np.empty(count * own.nbytes, np.uint8)
+    own.arrange(sources, expected)
+
+    order = tuple(reversed(range(count)))
+    stored = side_by_side([sources[n] for n in order])
+    memory = np.empty(stored.size + phase, np.uint8)  # sources lie as they lie in their file
+    memory[phase:] = stored.reshape(-1)
+    transposed = TransposedRows(own, order)
+    out = np.full(expected.size, 0xA5, np.uint8)
+    transposed.arrange([memory[phase:]], out)
+    assert np.array_equal(out, expected)
+
+    (undone,) = transposed.undo(out, np.full(out.size + phase, 0xA5, np.uint8)[phase:])
+    assert np.array_equal(undone.reshape(stored.shape), stored)
+    if own.nbytes > sources[0].size:
+        out[int(np.flatnonzero(arranged_ones(own, count) == 0)[-1])] = 1
+        with pytest.raises(ValueError, match="is padded with something but zeros"):
+            transposed.undo(out, np.empty(out.size, np.uint8))
+
+
+def test_a_nan_in_any_column_is_refused() -> None:
+    rows = ShuffledRows(320, 4, 320, 4, tiled=True)
+    for column in (0, 319, 320, 639):
+        stored = side_by_side([random_bytes(320, 4, seed=n) for n in range(2)])
+        stored[3, column] = 0x7F
+        with pytest.raises(BadSourceError, match="has a NaN block scale") as refusal:
+            TransposedRows(rows, (1, 0)).arrange([stored], np.empty(2560, np.uint8))
+        assert refusal.value.source == 0
+
+
+@given(values=st.lists(st.integers(0, 2), min_size=1, max_size=9), data=st.data())
+def test_values_that_stand_in_several_places_come_back_as_one(
+    values: list[int], data: st.DataObject
+) -> None:
+    order = tuple({value: n for n, value in enumerate(dict.fromkeys(values))}[v] for v in values)
+    sources = list(random_bytes(max(order) + 1, 4))
+    arrangement = SharedValues(order)
+    out = np.empty(4 * len(order), np.uint8)
+    arrangement.arrange(sources, out)
+    assert np.array_equal(out.reshape(-1, 4), [sources[n] for n in order])
+    undone = arrangement.undo(out, np.empty(out.size, np.uint8))
+    assert all(np.array_equal(a, b) for a, b in zip(undone, sources, strict=True))
+    if shared := [place for place, n in enumerate(order) if order.count(n) > 1]:
+        place = data.draw(st.sampled_from(shared))
+        out[4 * place + data.draw(st.integers(0, 3))] ^= 1
+        with pytest.raises(ValueError, match="holds different values where its source has one"):
+            arrangement.undo(out, np.empty(out.size, np.uint8))
+
+
+def test_keys_tell_what_bytes_come_out() -> None:
+    """Or an unfinished conversion would go on with other bytes."""
+    rows = ShuffledRows(128, 8, 128, 8, tiled=False)
+    keys = [rows.key, TransposedRows(rows, (0,)).key, TransposedRows(rows, (0, 1)).key]
+    keys += [TransposedRows(rows, (1, 0)).key, SharedValues((0, 0)).key, SharedValues((0, 1)).key]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -14,10 +14,11 @@ import xxhash
 from support.folders import contents
 from support.specs import SMALL_SHARD_NBYTES
 
-from fp4moe_convert import convert
+from fp4moe_convert import convert, prepare, readback, verify
 from fp4moe_convert.execution import scatter
 from fp4moe_convert.execution.checksum import Checksum
-from fp4moe_convert.execution.crew import Crew
+from fp4moe_convert.execution.crew import Crew, crew_size
+from fp4moe_convert.layouts.base import MOVE_NBYTES
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 7])
 
@@ -43,6 +44,15 @@ def test_no_job_is_no_work(size: int) -> None:
         pytest.fail("there is no job")
 
     Crew(size).run(iter([]), lambda: fail)
+
+
+def test_large_moves_take_no_more_memory_than_they_may() -> None:
+    """Llama 4 Scout's have 40 MiB, and a worker holds what they read and what they write."""
+    assert crew_size(6, 2 * MOVE_NBYTES + 2**16) == 6
+    assert crew_size(50, 2 * MOVE_NBYTES + 2**16) == 50
+    assert crew_size(6, 80 * 2**20) == 3
+    assert crew_size(2, 80 * 2**20) == 2
+    assert crew_size(6, 2**30) == 1
 
 
 def test_the_first_failure_is_the_one_that_is_told() -> None:
@@ -106,6 +116,37 @@ def test_a_checksum_is_of_the_pieces_in_order_whoever_has_them_first() -> None:
 
     crew.run(iter(range(0, 1000, 10)), lambda: work)
     assert checksum.hexdigest() == xxhash.xxh3_128_hexdigest(data.tobytes())
+
+
+def test_workers_are_as_many_as_what_they_hold_allows(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker holds a move's sources and its output, or, on the way back, its output twice."""
+    _, plan = prepare(source)
+    moves = [move for shard in plan.shards for move in shard.moves]
+    asked: list[int] = []
+    names: set[str] = set()
+
+    def one(threads: int, nbytes: int) -> int:
+        assert threads == 5
+        asked.append(nbytes)
+        return 1
+
+    monkeypatch.setattr(scatter, "crew_size", one)
+    monkeypatch.setattr(readback, "crew_size", one)
+    convert(
+        source,
+        tmp_path / "out",
+        threads=5,
+        on_progress=lambda _: names.add(threading.current_thread().name),
+    )
+    verify(tmp_path / "out", source, threads=5)
+    assert names == {"crew-0"}
+    largest = max(move.nbytes for move in moves)
+    copied = max(move.nbytes for move in moves if move.arrangement is None)
+    assert copied == largest
+    assert 0 < asked[0] - 2 * largest < 2**14  # blocks around them
+    assert asked[1:] == [2 * largest]
 
 
 def test_moves_that_end_at_the_same_time_are_all_counted(

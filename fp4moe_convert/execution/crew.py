@@ -8,6 +8,16 @@ from typing import TypeVar
 
 Job = TypeVar("Job")
 
+USUAL_NBYTES = 32 * 2**20
+"""More than a worker takes whose moves are as large as `layouts.base.MOVE_NBYTES`."""
+MAX_NBYTES = 256 * 2**20
+"""What workers take together whose moves are larger."""
+
+
+def crew_size(threads: int, nbytes: int) -> int:
+    """How many workers that take ``nbytes`` each may stand in for ``threads`` usual ones."""
+    return threads if nbytes <= USUAL_NBYTES else max(1, min(threads, MAX_NBYTES // nbytes))
+
 
 class _Stopped(Exception):  # noqa: N818 (not an error: another thread has already failed)
     """Ends a thread that waits for one that will not come."""

@@ -24,7 +24,7 @@ from ..storage.durable import WriteFile, partial_path
 from ..storage.local import LocalReader
 from ..storage.reader import Opener
 from .checksum import Checksum
-from .crew import Crew
+from .crew import Crew, crew_size
 from .stock import Target
 
 OnFilled = Callable[[PlannedShard, WriteFile, dict[str, str]], None]
@@ -40,10 +40,10 @@ has."""
 class Scratch:
     """The memory of one worker: a move's sources, side by side, and what they become."""
 
-    def __init__(self, moves: Iterable[Move]) -> None:
-        moves = list(moves)
-        self._sources = aligned_buffer(max(map(_sources_nbytes, moves), default=0))
-        self._out = block_buffer(max((move.nbytes for move in moves), default=0))
+    def __init__(self, sources_nbytes: int, out_nbytes: int) -> None:
+        """Room for moves like those that `scratch_nbytes` was given."""
+        self._sources = aligned_buffer(sources_nbytes)
+        self._out = block_buffer(out_nbytes)
 
     def read_again(self, file: LocalReader, move: Move, offset: int) -> Bytes:
         """What a shard's file has where a move belongs; valid until the next call.
@@ -87,6 +87,14 @@ class Scratch:
             source = move.sources[error.source]
             raise CheckpointError(f"{source.file}: {source.tensor!r} {error}") from None
         return out
+
+
+def scratch_nbytes(moves: Iterable[Move]) -> tuple[int, int]:
+    """The most that any of these moves needs for its sources, and for what they become."""
+    sources = out = 0
+    for move in moves:
+        sources, out = max(sources, _sources_nbytes(move)), max(out, move.nbytes)
+    return sources, out
 
 
 def _sources_nbytes(move: Move) -> int:
@@ -148,7 +156,7 @@ def scatter(
         out_dir: an existing folder without files of the plan's names.
         open_source: opens a source file by name.
         direct: bypass the page cache where the file system allows.
-        threads: number of workers; each takes about 17 MB.
+        threads: number of workers; each takes about 17 MB. Fewer work at moves that take more.
         on_bytes: told of progress, by output tensor.
         on_filled: called for each shard, from any thread.
         on_move: called for each move, from any thread.
@@ -159,7 +167,8 @@ def scatter(
         CheckpointError: a source cannot be read, or holds a value that no kernel can use.
         OutputError: a shard cannot be written.
     """
-    crew = Crew(threads)
+    room = scratch_nbytes(move for shard in shards for move in shard.moves)
+    crew = Crew(crew_size(threads, sum(room)))
     checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
 
     def jobs() -> Iterator[tuple[_OpenShard, int, Move]]:
@@ -178,7 +187,7 @@ def scatter(
         on_filled(shard.planned, shard.file, digests)
 
     def make_worker() -> Callable[[tuple[_OpenShard, int, Move]], None]:
-        own = Scratch(move for shard in shards for move in shard.moves)
+        own = Scratch(*room)
 
         def work(job: tuple[_OpenShard, int, Move]) -> None:
             shard, number, move = job

@@ -1,8 +1,8 @@
 """The layout of FlashInfer's TRT-LLM NVFP4 MoE kernels; docs/format.md describes it in prose.
 
-Every byte order here is a permutation of axes, so one description serves both directions: a pair
-of views with equal shapes. `ShuffledRows.arrange` copies the source's view onto the output's,
-`ShuffledRows.undo` the other way round.
+Every byte order of the kernels is a permutation of axes, so one description serves both directions:
+a pair of views with equal shapes. `ShuffledRows.arrange` copies the source's view onto the
+output's, `ShuffledRows.undo` the other way round. `TransposedRows` transposes before that.
 
 Source: FlashInfer 0.7.2.post1, `reorder_rows_for_gated_act_gemm` (fused_moe/core.py),
 `shuffle_matrix_a` with an epilogue tile of 128 (quantization/fp4_quantization.py), and the CUDA
@@ -34,6 +34,10 @@ HIDDEN_MULTIPLE = 128
 """The kernels' tiles leave no remainder in H; other sizes are refused."""
 TILE_ROWS = 128
 """Rows of one tile of block scales. Moves are cut between tiles."""
+STRIP_ROWS = 128
+"""Rows that are transposed at a time, whole tiles: what stays in the cache of a core."""
+MAX_TRANSPOSED_NBYTES = 128 * 2**20
+"""Of one expert's matrices that lie side by side, which are read at once; Llama 4 has 40 MiB."""
 
 
 class LayerTensors(NamedTuple):
@@ -98,6 +102,11 @@ class ShuffledRows:
             f"tiled={self.tiled})"
         )
 
+    def cut(self, first: int, last: int) -> ShuffledRows:
+        """Of the same sources the rows [first, last), which are whole blocks or tiles."""
+        source_rows = min(last, self.source_rows) - min(first, self.source_rows)
+        return dataclasses.replace(self, rows=last - first, source_rows=source_rows)
+
     def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
         if self.tiled:
             for n, source in enumerate(sources):
@@ -157,6 +166,121 @@ class ShuffledRows:
         return padded
 
 
+@dataclass(frozen=True, slots=True)
+class TransposedRows:
+    """An `Arrangement`: as `ShuffledRows`, of matrices that are stored transposed, side by side in
+    one source [cols, count * rows]."""
+
+    rows: ShuffledRows
+    """What becomes of the rows."""
+    order: tuple[int, ...]
+    """Where the sources of ``rows`` stand in that source: (1, 0) where gate stands before up."""
+
+    @property
+    def key(self) -> str:
+        return f"Transposed({self.order}, {self.rows.key})"
+
+    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
+        (source,) = sources
+        matrices = self._side_by_side(source)
+        rows, spare = self._rooms(len(self.order)), self._rooms(2)
+        for strip, start, place in self._strips(out):
+            parts = []
+            for n, room in zip(self.order, rows, strict=True):
+                part = room[: strip.source_rows]
+                _transpose(matrices[:, n, start : start + strip.source_rows], part, spare)
+                parts.append(part)
+            try:
+                strip.arrange(parts, place)
+            except BadSourceError as error:
+                raise BadSourceError(0, str(error)) from None
+
+    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:
+        nbytes = len(self.order) * self.rows.source_rows * self.rows.source_row_nbytes
+        matrices = self._side_by_side(scratch[:nbytes])
+        strip_nbytes = len(self.order) * self.rows.cut(0, STRIP_ROWS).nbytes
+        rows, spare = np.empty(strip_nbytes, np.uint8), self._rooms(2)
+        for strip, start, place in self._strips(data):
+            for n, part in zip(self.order, strip.undo(place, rows), strict=True):
+                _transpose_back(part, matrices[:, n, start : start + strip.source_rows], spare)
+        return [matrices]
+
+    def _side_by_side(self, source: Bytes) -> Bytes:
+        return source.reshape(self.rows.source_row_nbytes, len(self.order), self.rows.source_rows)
+
+    def _rooms(self, count: int) -> Bytes:
+        """Memory for the rows of ``count`` sources of a strip."""
+        return np.empty((count, STRIP_ROWS, self.rows.source_row_nbytes), np.uint8)
+
+    def _strips(self, out: Bytes) -> Iterator[tuple[ShuffledRows, int, Bytes]]:
+        """A few rows at a time: how they lie, the first of them, and where they go in ``out``."""
+        position = 0
+        for start in range(0, self.rows.rows, STRIP_ROWS):
+            strip = self.rows.cut(start, min(start + STRIP_ROWS, self.rows.rows))
+            nbytes = len(self.order) * strip.nbytes
+            yield strip, start, out[position : position + nbytes]
+            position += nbytes
+
+
+# A byte at a time, torn from rows that are whole pages apart, a transposition ran at 0.09 GB/s.
+# These bring a strip into the cache, transpose words of eight, and then the bytes within them: 1.5
+# GB/s in memory that is used again, and 0.8 in fresh memory for each strip.
+
+
+def _transpose(matrix: Bytes, out: Bytes, spare: Bytes) -> None:
+    """[cols, rows] to [rows, cols].
+
+    Args:
+        matrix: 8 divides its rows, here and below.
+        out: contiguous.
+        spare: [2, ...], each with room for the matrix; overwritten.
+    """
+    strip, words = _as_words(matrix.shape, spare)
+    strip[...] = matrix
+    words[...] = strip.view(np.uint64).T
+    in_words = words.view(np.uint8).reshape(*words.shape, 8)
+    out.reshape(-1, 8, words.shape[1])[...] = in_words.transpose(0, 2, 1)
+
+
+def _transpose_back(matrix: Bytes, out: Bytes, spare: Bytes) -> None:
+    """[rows, cols] to [cols, rows]; ``out`` may be columns of a larger one."""
+    strip, words = _as_words(out.shape, spare)
+    in_words = words.view(np.uint8).reshape(*words.shape, 8)
+    for n, rows in enumerate(matrix.reshape(-1, 8, words.shape[1]).transpose(1, 0, 2)):
+        in_words[:, :, n] = rows
+    strip.view(np.uint64)[...] = words.T
+    out[...] = strip
+
+
+def _as_words(shape: tuple[int, ...], spare: Bytes) -> tuple[Bytes, npt.NDArray[np.uint64]]:
+    """Room for [cols, rows], and for its words of eight rows each, [rows/8, cols]."""
+    cols, rows = shape
+    first, second = (each.reshape(-1)[: cols * rows] for each in spare)
+    return first.reshape(cols, rows), second.view(np.uint64).reshape(rows // 8, cols)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedValues:
+    """An `Arrangement` of values of four bytes, some of which stand in several places."""
+
+    order: tuple[int, ...]
+    """The source of each value."""
+
+    @property
+    def key(self) -> str:
+        return f"SharedValues({self.order})"
+
+    def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
+        out.reshape(-1, 4)[...] = np.stack(sources)[list(self.order)]
+
+    def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:  # noqa: ARG002
+        values = data.reshape(-1, 4)
+        sources = [values[self.order.index(n)] for n in range(max(self.order) + 1)]
+        if (np.stack(sources)[list(self.order)] != values).any():
+            raise ValueError("holds different values where its source has one")
+        return sources
+
+
 def holds_nan(scales: Bytes, scratch: Bytes) -> bool:
     """Whether any E4M3 value is NaN (0x7F or 0xFF).
 
@@ -183,6 +307,14 @@ class TrtllmNvfp4:
                 f"{first.shard.name}: {first.tensor.name!r} gives hidden size H = {hidden}, "
                 f"which is not a multiple of {HIDDEN_MULTIPLE}"
             )
+        for projection in layer.family.projections:
+            matrix = layer.matrices[0, projection, "weight"]
+            nbytes = matrix.span_of_all().nbytes
+            if matrix.beside is not None and nbytes > MAX_TRANSPOSED_NBYTES:
+                raise CheckpointError(
+                    f"{matrix.shard.name}: {matrix.tensor.name!r} has {nbytes} bytes for each "
+                    f"expert, transposed, the limit is {MAX_TRANSPOSED_NBYTES}"
+                )
 
     def tensors(self, prefix: str, geometry: Geometry) -> LayerTensors:
         e, h, i = geometry.experts, geometry.hidden, padded_intermediate(geometry)
@@ -294,13 +426,25 @@ def _gather_move(
         for expert in range(layer.geometry.experts)
         for projection in projections
     )
-    return Move(spec.name, 0, 4 * len(values), values, None)
+    sources = tuple(dict.fromkeys(values))
+    arrangement = None
+    if len(sources) < len(values):
+        place = {source: n for n, source in enumerate(sources)}
+        arrangement = SharedValues(tuple(place[value] for value in values))
+    return Move(spec.name, 0, 4 * len(values), sources, arrangement)
 
 
 def _matrix_moves(
     spec: TensorSpec, expert: int, sources: tuple[Matrix, ...], whole: ShuffledRows
 ) -> Iterator[Move]:
-    """One expert's slice of a stacked tensor, cut between tiles where it is too large."""
+    """One expert's slice of a stacked tensor, cut between tiles where it is too large. What is
+    transposed is not cut: a row of the output has a byte of each row of the source."""
+    places = tuple(source.beside[0] for source in sources if source.beside is not None)
+    if places:
+        nbytes = len(sources) * whole.nbytes
+        arrangement = TransposedRows(whole, places)
+        yield Move(spec.name, expert * nbytes, nbytes, (sources[0].span_of_all(),), arrangement)
+        return
     unit = TILE_ROWS // len(sources)
     units = whole.rows // unit
     nbytes = len(sources) * whole.nbytes
@@ -308,11 +452,7 @@ def _matrix_moves(
     cuts = [unit * (units * piece // pieces) for piece in range(pieces + 1)]
     offset = expert * nbytes
     for first, last in pairwise(cuts):
-        part = dataclasses.replace(
-            whole,
-            rows=last - first,
-            source_rows=min(last, whole.source_rows) - min(first, whole.source_rows),
-        )
+        part = whole.cut(first, last)
         start = min(first, whole.source_rows) * whole.source_row_nbytes
         stop = start + part.source_rows * whole.source_row_nbytes
         yield Move(

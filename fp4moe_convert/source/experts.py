@@ -20,6 +20,7 @@ from .families import (
     Leaf,
     Projection,
     Role,
+    leaf_name,
 )
 from .names import is_mtp_by_name, layer_number, stacked_layer
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
@@ -30,6 +31,9 @@ _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
 MAX_SIZE = 2**20
 """Of H and I. A move has at least 128 rows, which a worker holds in memory: 64 MiB at this limit,
 0.5 MiB for DeepSeek-V3."""
+
+MAX_EXPERTS = 2**16
+"""Of a tensor that holds all of a layer. The largest models have some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def _reason_to_pass(
         return f"layer {number} is not among the {layer_count} hidden layers (MTP)"
     dtypes: dict[str, set[str]] = {}
     for tensor in tensors:
-        dtypes.setdefault(tensor.part.rpartition(".")[2], set()).add(tensor.matrix.tensor.dtype)
+        dtypes.setdefault(leaf_name(tensor.part), set()).add(tensor.matrix.tensor.dtype)
     weights = dtypes.get("weight", set()) | dtypes.get(source.leaves["weight"], set())
     if "U8" not in weights:
         return f"its experts are {' and '.join(sorted(weights)) or 'without weights'}, not NVFP4"
@@ -200,7 +204,7 @@ def _check_layer(
     prefix: str,
     number: int,
     family: Family,
-    tensors: Iterable[_Named],
+    tensors: Sequence[_Named],
     expert_count: int | None,
     source: Nvfp4Source,
 ) -> MoeLayer:
@@ -263,7 +267,8 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
                 "experts of the layer stacked in one tensor; this release knows such tensors as "
-                "moe.gate_proj, moe.up_proj and moe.down_proj (as in Step-3.5); serve the original"
+                "moe.gate_proj, moe.up_proj and moe.down_proj (as in Step-3.5), or as "
+                "experts.gate_up_proj and experts.down_proj (as in Llama 4); serve the original"
             )
         if named and deep and tensor.dtype in ("BF16", "F16", "F32") and named[1] not in prefixes:
             prefixes.add(named[1])
@@ -300,8 +305,19 @@ def _check_counts(layers: Sequence[MoeLayer], others: Iterable[Matrix]) -> None:
             )
 
 
-def _roles(family: Family, tensors: Iterable[_Named], source: Nvfp4Source) -> dict[Role, Matrix]:
+def _roles(family: Family, tensors: Sequence[_Named], source: Nvfp4Source) -> dict[Role, Matrix]:
     matrices: dict[Role, Matrix] = {}
+    expert_count = 0
+    for _, number, _, matrix in tensors:
+        if number is not None or not matrix.shape:
+            continue
+        if matrix.shape[0] > MAX_EXPERTS:
+            raise CheckpointError(
+                f"{matrix.shard.name}: {matrix.tensor.name!r} is {_form(matrix)}, and more than "
+                f"{MAX_EXPERTS} experts are not taken for true"
+            )
+        if len(matrix.shape) > 2:
+            expert_count = max(expert_count, matrix.shape[0])
     for pattern, expert, part, whole in tensors:
         name, shard = whole.tensor.name, whole.shard.name
         if part.endswith(".pre_quant_scale"):
@@ -315,7 +331,7 @@ def _roles(family: Family, tensors: Iterable[_Named], source: Nvfp4Source) -> di
                 f"({', '.join(family.part_names)} with {', '.join(source.leaves.values())})"
             )
         try:
-            roles = list(family.roles(part, expert, whole))
+            roles = list(family.roles(part, expert, whole, expert_count))
         except ValueError as error:
             raise CheckpointError(f"{shard}: {name!r}: {error}") from None
         for role, matrix in roles:
@@ -338,6 +354,8 @@ def _check_complete(
                 if (expert, projection, leaf) not in matrices:
                     home = next(m.shard.name for (e, _, _), m in matrices.items() if e == expert)
                     name = family.tensor_name(prefix, (expert, projection, leaf))
+                    if any(matrix.tensor.name == name for matrix in matrices.values()):
+                        raise CheckpointError(f"{home}: {name!r} has no expert {expert}")
                     raise CheckpointError(f"{home}: {name!r} is missing from every shard")
 
 
@@ -345,9 +363,7 @@ def _geometry(first: Matrix, experts: int, *, gated: bool) -> Geometry:
     """Sizes by the first expert's gate, or by its up projection where it has no gate."""
     name = f"{first.shard.name}: {first.tensor.name!r}"
     if first.tensor.dtype != "U8" or len(first.shape) != 2:
-        raise CheckpointError(
-            f"{name} is {first.tensor.dtype} {list(first.shape)}, expected U8 [I, H/2]"
-        )
+        raise CheckpointError(f"{name} is {_form(first)}, expected U8 [I, H/2]")
     intermediate, hidden = first.shape[0], 2 * first.shape[1]
     for letter, size in (("hidden size H", hidden), ("intermediate size I", intermediate)):
         if size == 0 or size % GROUP_SIZE:
@@ -373,7 +389,11 @@ def _check_alike(matrices: Mapping[Role, Matrix], geometry: Geometry) -> None:
         dtype, shapes = expected[projection, leaf]
         if matrix.tensor.dtype != dtype or matrix.shape not in shapes:
             raise CheckpointError(
-                f"{matrix.shard.name}: {matrix.tensor.name!r} is {matrix.tensor.dtype} "
-                f"{list(matrix.shape)}, expected {dtype} {list(shapes[0])} "
-                f"(H = {h}, I = {i}, as in expert 0)"
+                f"{matrix.shard.name}: {matrix.tensor.name!r} is {_form(matrix)}, "
+                f"expected {dtype} {list(shapes[0])} (H = {h}, I = {i}, as in expert 0)"
             )
+
+
+def _form(matrix: Matrix) -> str:
+    transposed = "" if matrix.beside is None else ", transposed"
+    return f"{matrix.tensor.dtype} {list(matrix.shape)}{transposed}"

@@ -20,6 +20,10 @@ Leaf = Literal["weight", "weight_scale", "weight_scale_2", "input_scale"]
 
 Role: TypeAlias = tuple[int, Projection, Leaf]
 
+Part: TypeAlias = tuple[tuple[Projection, ...], Leaf]
+
+SCALARS: tuple[Leaf, ...] = ("weight_scale_2", "input_scale")
+
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 LEAVES: tuple[Leaf, ...] = get_args(Leaf)
 
@@ -45,26 +49,46 @@ class Family:
     ``expert``. Without that group the tensor's first axis counts experts. `names.original_layer`
     has to know such a name too. Rows whose patterns could match the same name must share one
     pattern, because a tensor goes to the first that matches it."""
-    parts: Mapping[str, tuple[tuple[Projection, ...], Leaf]]
+    parts: Mapping[str, Part]
     """What a ``part`` is: a leaf of one projection, or of several stacked along the rows."""
+    batched: bool = False
+    """Whether the experts are stored as one product of batches takes them: the matrix of each is
+    transposed, and all of them, gate and up alike, share the scalars."""
 
-    def roles(self, part: str, expert: int | None, matrix: Matrix) -> Iterator[tuple[Role, Matrix]]:
-        """The roles that a tensor plays, each with the rows that hold it.
+    def roles(
+        self, part: str, expert: int | None, matrix: Matrix, expert_count: int
+    ) -> Iterator[tuple[Role, Matrix]]:
+        """The roles that a tensor plays, each with the part that holds it.
+
+        Args:
+            part: by the tensor's name.
+            expert: the same; None where the tensor is of all experts.
+            matrix: the whole tensor.
+            expert_count: how many experts share a scalar, where they do.
 
         Raises:
             KeyError: no such ``part`` in this family.
-            ValueError: the tensor's rows do not divide among its roles.
+            ValueError: the tensor does not divide among its roles.
         """
         projections, leaf = self.parts[part]
+        count = len(projections)
+        shared = self.batched and leaf in SCALARS
         if expert is not None:
             experts = [(expert, matrix)]
+        elif shared:
+            experts = [(number, matrix) for number in range(expert_count)]
         else:
             slices = matrix.split(matrix.shape[0] if matrix.shape else 0)
             experts = [(n, s._replace(shape=s.shape[1:])) for n, s in enumerate(slices)]
         for number, own in experts:
-            halves = own.split(len(projections)) if len(projections) > 1 else [own]
-            for projection, half in zip(projections, halves, strict=True):
-                yield (number, projection, leaf), half
+            if shared:
+                parts = [own] * count
+            elif self.batched:
+                parts = own.transposed(count)
+            else:
+                parts = own.split(count) if count > 1 else [own]
+            for projection, each in zip(projections, parts, strict=True):
+                yield (number, projection, leaf), each
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -75,12 +99,13 @@ class Family:
     @property
     def part_names(self) -> list[str]:
         """The parts without their leaves, such as ``gate_proj``."""
-        return list(dict.fromkeys(part.rpartition(".")[0] for part in self.parts))
+        weights = (part for part, (_, leaf) in self.parts.items() if leaf == "weight")
+        return [part.partition(".")[0] for part in weights]
 
     def spelled(self, leaves: Mapping[Leaf, str]) -> Family:
         """The same row in a checkpoint that has other names for the leaves."""
         parts = {
-            part.removesuffix(leaf) + leaves[leaf]: (projections, leaf)
+            re.sub(f"{leaf}$", leaves[leaf], part): (projections, leaf)
             for part, (projections, leaf) in self.parts.items()
         }
         return replace(self, parts=parts)
@@ -97,13 +122,28 @@ class Family:
         return f"{prefix}.{expert}.{part}" if numbered else f"{prefix}.{part}"
 
 
-def per_expert(**projections: Projection) -> dict[str, tuple[tuple[Projection, ...], Leaf]]:
+def per_expert(**projections: Projection) -> dict[str, Part]:
     """Parts like ``gate_proj.weight``, given the names of the projections."""
     return {
         f"{name}.{leaf}": ((projection,), leaf)
         for name, projection in projections.items()
         for leaf in LEAVES
     }
+
+
+def batched(**projections: tuple[Projection, ...]) -> dict[str, Part]:
+    """Parts like ``down_proj`` and ``down_proj_weight_scale``, given the names of parameters."""
+    return {
+        name if leaf == "weight" else f"{name}_{leaf}": (own, leaf)
+        for name, own in projections.items()
+        for leaf in LEAVES
+    }
+
+
+def leaf_name(part: str) -> str:
+    """What a part calls its leaf: ``weight`` where it is ``gate_proj.weight``, or ``down_proj``."""
+    module, _, leaf = part.rpartition(".")
+    return leaf if module else part.partition("_proj")[2].lstrip("_") or "weight"
 
 
 NUMBERED_EXPERTS = re.compile(
@@ -134,5 +174,15 @@ FAMILIES: tuple[Family, ...] = (
         name="moe.{gate,up,down}_proj",
         tensors=re.compile(r"(?P<prefix>.*\.moe)\.(?P<part>(?:gate|up|down)_proj\..+)", re.DOTALL),
         parts=per_expert(gate_proj="gate", up_proj="up", down_proj="down"),
+    ),
+    # Llama 4 as ModelOpt exports it. gpt-oss has these names too, and biases.
+    Family(
+        name="experts.{gate_up,down}_proj",
+        tensors=re.compile(
+            r"(?P<prefix>.*\.experts)\.(?P<part>(?:gate_up|down)_proj(?:_(?!blocks|scales).+)?)",
+            re.DOTALL,
+        ),
+        parts=batched(gate_up_proj=("gate", "up"), down_proj=("down",)),
+        batched=True,
     ),
 )

@@ -15,6 +15,12 @@ _STACKED = frozenset(
 
 _ALL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """What stacked tensors of Step-3.5 are called in ``moe``, beside its router ``gate``."""
+_BATCHED = frozenset(
+    f"{matrices}{leaf}"
+    for matrices in ("gate_up_proj", "down_proj")
+    for leaf in ("", "_weight_scale", "_weight_scale_2", "_input_scale")
+)
+"""What those of Llama 4 are called in ``experts``."""
 
 
 def layer_number(name: str) -> int | None:
@@ -41,7 +47,7 @@ def original_layer(name: str) -> str | None:
     the rows of `families.FAMILIES` have it. Engines ask of every tensor of every model, so it takes
     no regular expression."""
     layer, found, rest = name.rpartition(".experts.")
-    if found and rest.partition(".")[0].isdecimal():
+    if found and (rest.partition(".")[0].isdecimal() or rest in _BATCHED):
         return f"{layer}.experts"
     layer, found, rest = name.rpartition(".moe.")
     return f"{layer}.moe" if found and rest.partition(".")[0] in _ALL_EXPERTS else None

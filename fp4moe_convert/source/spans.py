@@ -60,13 +60,16 @@ class Span(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A tensor, or contiguous rows of one: what one role of an expert layer is made of."""
+    """A tensor, or a part of one: what one role of an expert layer is made of."""
 
     shard: Shard
     tensor: TensorInfo
     start: int
     """From the first byte of the tensor."""
     shape: tuple[int, ...]
+    beside: tuple[int, int] | None = None
+    """None: its rows lie one after the other. (n, count): it is stored transposed, the n-th of
+    ``count`` such that lie side by side, [cols, count * rows] from ``start``."""
 
     @classmethod
     def whole(cls, shard: Shard, tensor: TensorInfo) -> Matrix:
@@ -91,7 +94,24 @@ class Matrix(NamedTuple):
             for n in range(count)
         ]
 
+    def transposed(self, count: int) -> list[Matrix]:
+        """The ``count`` matrices whose transposes lie side by side in this one.
+
+        Raises:
+            ValueError: the columns do not divide.
+        """
+        if len(self.shape) != 2 or self.shape[1] % count:
+            raise ValueError(f"{list(self.shape)} does not split into {count} side by side")
+        cols, rows = self.shape[0], self.shape[1] // count
+        return [self._replace(shape=(rows, cols), beside=(n, count)) for n in range(count)]
+
     def span(self, start: int, stop: int) -> Span:
         """Its bytes [start, stop)."""
+        assert self.beside is None, "its bytes lie among those of others"
         offset = self.shard.header.nbytes + self.tensor.start + self.start
         return Span(self.shard.name, self.tensor.name, offset + start, stop - start)
+
+    def span_of_all(self) -> Span:
+        """The bytes of all that it lies among, its own included."""
+        count = 1 if self.beside is None else self.beside[1]
+        return self._replace(beside=None).span(0, count * self.nbytes)

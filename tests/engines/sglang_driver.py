@@ -16,6 +16,7 @@ communicate).
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import pkgutil
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -584,6 +586,7 @@ CASES = (
     "loading again into the same model",
     "an untested SGLang warns",
     "a hook without its target",
+    "a model that is dropped is freed",
     "registering again",
 )
 
@@ -715,6 +718,11 @@ class Run:
             self.refused(
                 case, folder, Setup(), "ServingError: fp4moe: this SGLang has no .*get_config"
             )
+
+        case = "a model that is dropped is freed"
+        dropped = weakref.ref(load(self.folder("qwen3", "converted", case), Setup()))
+        gc.collect()
+        self.record(case, dropped() is None, "it stays" if dropped() else "it is gone")
 
         register()
         hooks = [

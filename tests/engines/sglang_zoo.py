@@ -60,7 +60,7 @@ DRAFTS = (
 
 UNLOADABLE = {
     "modelopt-gpt_oss": "Expected 2D tensors",
-    "modelopt-llama4": "expand(CPUFloat8_e4m3fnType{[8, 8, 256]}, size=[256, 8])",
+    **dict.fromkeys(originals.BATCHED, "expand(CPUFloat8_e4m3fnType{[8, 8, 256]}, size=[256, 8])"),
     "llmcompressor-minimax_m2": "not set: ['model.layers.0.block_sparse_moe.experts.",
     # It gives these layers other names than their list of ignored ones.
     "llmcompressor-glm4_moe": "'MergedColumnParallelLinear' object has no attribute 'weight'",
@@ -70,6 +70,11 @@ UNLOADABLE = {
     "modelopt-qwen3_next": "Shape mismatch: param torch.Size([4]) vs loaded torch.Size([])",
 }
 """Originals that SGLang does not load here, and what it says."""
+
+UNLOADABLE_EACH = {"modelopt-llama4": "shape '[2, 32, 2, 256]' is invalid for input of size 16384"}
+"""The same of those with tensors of each expert. It permutes the rows of this attention's keys and
+queries, which are NVFP4, as if they were not packed (`permute_qk_weight_for_rotary`,
+models/mllama4.py:606 in 0.5.23)."""
 
 UNSET = {"hunyuan_v1_moe": r"^lm_head\."}
 """What SGLang leaves unset of an original: Hunyuan v1 hands no names to the quantization, so that
@@ -112,7 +117,7 @@ class Case:
     """A folder, and how it is loaded."""
 
     family: str
-    folder: Literal["original", "mistake", "converted", "differing"]
+    folder: Literal["original", "each", "mistake", "converted", "differing"]
     setup: Setup = field(default_factory=Setup)
     plugin: bool = False
     model_impl: str = "auto"
@@ -133,6 +138,13 @@ CASES = {
         for label, setup in SETUPS.items()
     },
     **{f"{name}: original": Case(name, "original") for name in UNLOADABLE},
+    **{
+        f"{name}: each expert by itself, {label}": Case(name, "each", setup)
+        for name in originals.BATCHED
+        if name not in UNLOADABLE_EACH
+        for label, setup in SETUPS.items()
+    },
+    **{f"{name}: each expert by itself": Case(name, "each") for name in UNLOADABLE_EACH},
     **{f"{name}: original's draft": Case(name, "original", Setup(draft=True)) for name in DRAFTS},
     "deepseek_v3-ct: original, fused shared expert": Case(
         "deepseek_v3-ct", "original", Setup(server=FUSED)
@@ -152,7 +164,7 @@ CASES = {
     **{
         f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
         for name in originals.CONVERTED
-        if name not in UNLOADABLE
+        if name not in UNLOADABLE or (name in originals.BATCHED and name not in UNLOADABLE_EACH)
         for label, setup in SETUPS.items()
     },
     "deepseek_v3-ct: converted, fused shared expert": Case(
@@ -242,14 +254,17 @@ class Run:
                 self.record(name, case)
 
     def make(self, family: str) -> None:
-        """Write the original, the converted one, and that under the original's config.json."""
+        """Write the original, in both forms if it has two, the converted one, and that under the
+        original's config.json."""
         from fp4moe_convert.conversion import convert
 
         original, converted, mistake = (
             self.work / family / folder for folder in ("original", "converted", "mistake")
         )
         originals.make(original, family)
-        if family in UNLOADABLE or family in originals.REFUSED:
+        if family in originals.BATCHED:
+            originals.make_each_by_itself(self.work / family / "each", family)
+        elif family in UNLOADABLE or family in originals.REFUSED:
             return
         convert(original, converted, direct_io=False)
         shutil.copytree(converted, mistake)
@@ -259,6 +274,7 @@ class Run:
     def record(self, name: str, case: Case) -> None:
         check = {
             "original": self.loads,
+            "each": self.loads,
             "mistake": self.stops,
             "converted": self.serves,
             "differing": self.refuses,
@@ -279,7 +295,8 @@ class Run:
     def loads(self, name: str, case: Case) -> Outcome:
         """Every rank loads, and all that it holds is set; or SGLang says what is known."""
         expected = SHARED if case.setup.draft else UNSET.get(case.family, r"$^")
-        refusal = UNLOADABLE.get(case.family)
+        refusals = UNLOADABLE_EACH if case.folder == "each" else UNLOADABLE
+        refusal = refusals.get(case.family)
         stock = self.stock[key(case)] = []
         for load_model in self.ranks(name, case):
             try:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -660,6 +662,15 @@ def made_up_weights(bench: Bench) -> str:
     return "loaded"
 
 
+def dropped(bench: Bench) -> str:
+    """Nobody keeps a model that its owner has let go."""
+    model = weakref.ref(load(bench.converted("qwen"), Setup("qwen"))[0])
+    gc.collect()
+    if model() is not None:
+        raise AssertionError("it stays")
+    return "freed"
+
+
 def while_building_elsewhere(bench: Bench) -> str:
     """vLLM builds a model with its GPU as the default device; here any other than the CPU does."""
     import torch
@@ -680,6 +691,7 @@ OTHERS: dict[str, tuple[Callable[[Bench], str], str | None]] = {
     "weights shared by another process": (shared_weights, None),
     "weights loaded twice": (loaded_twice, None),
     "made-up weights": (made_up_weights, None),
+    "a model that is dropped": (dropped, None),
 }
 UNCHANGED = ("deepseek: tp 2", "qwen: ep 2, redundant experts")
 

@@ -103,6 +103,8 @@ class Family:
     """Patterns of the tensors that have other shapes."""
     stacked: str = r"$^"
     """Pattern of the tensors of one expert that stand for those of all, in one tensor."""
+    batched: str = r"$^"
+    """The same, where it is transposed and, of gate, that of gate and up."""
     quantized: str = r"$^"
     """Pattern of the bf16 weights that are NVFP4 here."""
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -472,6 +474,80 @@ STEP_3_5 = Family(
     stacked=r"\.experts\.0\.",
     rename={r"\.experts\.0\b": "", r"\.([12])\.mlp\b": r".\1.moe"},
     ignore=("model.layers.{1,2}.share_expert*",),
+)
+
+# As Maverick, it has experts in every other layer.
+LLAMA4 = Family(
+    replace(QWEN, layers=3, dense_layers=1),
+    {
+        "architectures": None,
+        "model_type": "llama4_text",
+        "attention_chunk_size": 64,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+        "decoder_sparse_step": None,
+        "floor_scale": 8192,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size": I,
+        "intermediate_size_mlp": QWEN.dense_intermediate,
+        "moe_intermediate_size": None,
+        "moe_layers": [1, 3],
+        "no_rope_layers": [1] * 4,
+        "num_experts": None,
+        "num_experts_per_tok": 1,
+        "num_local_experts": E,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+        "use_qk_norm": True,
+    },
+    top={
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "tie_word_embeddings": False,
+        "boi_token_index": 60,
+        "eoi_token_index": 61,
+        "image_token_index": 62,
+        "vision_config": {
+            "hidden_act": "gelu",
+            "hidden_size": 64,
+            "image_size": 28,
+            "intermediate_size": 256,
+            "model_type": "llama4_vision_model",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "patch_size": 14,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        },
+    },
+    extra=(
+        *shared_expert("model.layers.{1,3}.mlp.shared_expert"),
+        *gated_mlp(QWEN, "model.layers.2.mlp", QWEN.dense_intermediate, True),
+        *linears(
+            {
+                "vision_model.model.layers.0.mlp.fc1": (256, 64),
+                "vision_model.model.layers.0.mlp.fc2": (64, 256),
+                "vision_model.model.layers.0.self_attn.{q,k,v,o}_proj": (64, 64),
+            }
+        ),
+        *many("vision_model.model.layers.0.{input,post_attention}_layernorm.{weight,bias}", 64),
+        *many("vision_model.{layernorm_pre,layernorm_post}.{weight,bias}", 64),
+        *many("vision_model.class_embedding", 64),
+        *many("vision_model.patch_embedding.linear.weight", 64, 588),
+        *many("vision_model.positional_embedding_vlm", 5, 64),
+        *many("vision_model.vision_adapter.mlp.fc1.weight", 64, 256),
+        *many("vision_model.vision_adapter.mlp.fc2.weight", 64, 64),
+        *many("multi_modal_projector.linear_1.weight", H, 64),
+    ),
+    without=r"\.experts\.([1-9]|0\.up_proj)|^model\.layers\.2\.mlp\.(experts|gate)\b|\.[qk]_norm\.",
+    batched=r"\.experts\.0\.",
+    rename={
+        r"^(model\.layers\.\d+)\.mlp\.gate\b": r"\1.feed_forward.router",
+        r"^(model\.layers\.\d+)\.mlp\b": r"\1.feed_forward",
+        r"^(?=model|lm_head)": "language_model.",
+    },
+    ignore=("vision_model*", "multi_modal_projector*"),
 )
 
 STEP_3_7 = replace(
@@ -939,6 +1015,7 @@ FAMILIES: dict[str, Family] = {
         config=STEP_3_5.config | {"swiglu_limits": [0.0] * 3, "swiglu_limits_shared": [0.0] * 3},
     ),
     "step3p7": STEP_3_7,
+    "llama4": LLAMA4,
     "nemotron_h": NEMOTRON_H,
     # As Nemotron-3 Ultra says it, whose experts are narrower than the model.
     "nemotron_h-latent": replace(
@@ -973,8 +1050,10 @@ FAMILIES["nemotron_h-latent-mixed"] = replace(
     in_file=True,
 )
 
-STACKED = tuple(name for name in FAMILIES if name.startswith("step"))
-"""Families that have a tensor for all experts of a layer."""
+BATCHED = tuple(name for name in FAMILIES if name.startswith("llama4"))
+"""Families that have a tensor for all experts of a layer, transposed."""
+STACKED = (*(name for name in FAMILIES if name.startswith("step")), *BATCHED)
+"""Families that have one at all."""
 UNGATED = tuple(name for name in FAMILIES if name.startswith("nemotron_h"))
 """Families whose experts have no gate."""
 OTHER_SECTIONS = tuple(name for name, family in FAMILIES.items() if family.section != "modelopt")
@@ -1033,6 +1112,8 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
                 tensor = tensor._replace(shape=shape)
         if re.search(family.stacked, tensor.name):
             tensor = tensor._replace(shape=(family.spec.experts, *tensor.shape))
+        elif re.search(family.batched, tensor.name):
+            tensor = batched(tensor, family.spec.experts)
         parts: Iterator[Tensor] = iter((tensor,))
         if len(tensor.shape) == 2 and tensor.dtype == "BF16":
             if re.search(family.quantized, tensor.name):
@@ -1045,6 +1126,17 @@ def tensors_of_family(family: Family) -> Iterator[Tensor]:
             if family.section == "compressed-tensors":
                 part = as_compressed_tensors(part)
             yield part._replace(name=renamed(family, part.name))
+
+
+def batched(tensor: Tensor, experts: int) -> Tensor:
+    """What ModelOpt makes of a tensor of gate or down where one product multiplies all experts."""
+    module, _, leaf = tensor.name.rpartition(".")
+    module = re.sub(r"\.0\.(gate(?=_))?", lambda gate: ".gate_up" if gate[1] else ".", module)
+    shape = tensor.shape
+    if shape:
+        rows, cols = shape
+        shape = (experts, cols, rows * (1 + module.endswith(".gate_up_proj")))
+    return tensor._replace(name=module if leaf == "weight" else f"{module}_{leaf}", shape=shape)
 
 
 def fp8(weight: Tensor) -> Iterator[Tensor]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...format.contract import GROUP_SIZE, is_compressed_tensors, is_fp8_hybrid
+from ...format.contract import (
+    GROUP_SIZE,
+    is_compressed_tensors,
+    is_fp8_hybrid,
+    settings_of,
+)
 from ..engine import Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
@@ -21,6 +26,9 @@ def _why_not(model: Model) -> str | None:
     is_modelopt = not is_compressed_tensors(model.section)
     if is_modelopt and "MixtralForCausalLM" in model.architectures:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
+    # models/mllama4.py:616 in 0.5.23 permutes the rows of q and k as if they were not packed.
+    if "Llama4ForConditionalGeneration" in model.architectures and _has_nvfp4_attention(model):
+        return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
     if not is_modelopt and not model.gated:
         return NO_UNGATED
     # configs/model_config.py:788 in 0.5.23.
@@ -31,6 +39,13 @@ def _why_not(model: Model) -> str | None:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
     return None
+
+
+def _has_nvfp4_attention(model: Model) -> bool:
+    """Whether ModelOpt's NVFP4 leaves out no attention."""
+    settings = settings_of(model.section)
+    left_out = settings.get("ignore") or settings.get("exclude_modules")
+    return settings.get("quant_algo") == "NVFP4" and "attn" not in str(left_out)
 
 
 # SGLang rounds I/T up to a multiple of 64, or of 128 without a gate, cuts there and fills with

@@ -57,16 +57,15 @@ NEMOTRON_H = Export(
     },
 )
 QWEN3_NEXT = Export(config={"full_attention_interval": 2})
-STACKED = Export(refusal="all experts of the layer stacked in one tensor")
 WEIGHT_ONLY = Export(refusal="whose experts are weight-only (W4A16)")
-BIASED = Export(refusal="bias' is not a tensor of a compressed-tensors NVFP4 expert")
+BIASED = Export(refusal="bias' is not a tensor of a ")
 
 EXPORTS: dict[str, Export] = {
     "modelopt-deepseek_v3": DEEPSEEK_V3,
     "modelopt-deepseek_v3-NVFP4_EXPERTS_ONLY": DEEPSEEK_V3,
     "modelopt-glm4_moe": Export(),
-    "modelopt-gpt_oss": STACKED,
-    "modelopt-llama4": STACKED,
+    "modelopt-gpt_oss": BIASED,
+    "modelopt-llama4": Export(row="experts.{gate_up,down}_proj"),
     "modelopt-minimax_m2": MINIMAX_M2,
     "modelopt-mixtral": Export(row="experts.N.{w1,w3,w2}"),
     "modelopt-nemotron_h": NEMOTRON_H,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import permutations
@@ -53,11 +54,14 @@ ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
 class Model(torch.nn.Module):
     """Takes note of what it is given."""
 
-    def __init__(self, converted: ConvertedSection | None, layer: str = LAYER) -> None:
+    def __init__(
+        self, converted: ConvertedSection | None, layer: str = LAYER, *, in_order: bool = True
+    ) -> None:
         super().__init__()
         self.given: list[str] = []
         self.delivered: list[str] = []
-        guard(self, Gate(converted, {layer: self._deliver} if converted else {}))
+        layers = {layer: self._deliver} if converted else {}
+        guard(self, Gate(converted, layers, in_order=in_order))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         for name, _ in weights:
@@ -255,6 +259,47 @@ def test_a_marker_may_have_a_prefix() -> None:
     model = Model(CONVERTED)
     model.load_weights([(f"language_model.{name}", tensor), STACKED])
     assert model.delivered == ["w13_weight"]
+
+
+def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
+    model = Model(CONVERTED, in_order=False)
+    handed_out: list[weakref.ref[torch.Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in [*CONVERTED_WEIGHTS, *CONVERTED_WEIGHTS, marker()]:
+            # Three loops, the gate's and the model's, still name what they have seen last.
+            assert sum(each() is not None for each in handed_out) <= 3
+            own = tensor.clone()
+            handed_out.append(weakref.ref(own))
+            yield name, own
+            del own
+
+    model.load_weights(stream())
+    assert model.given == 2 * [EMBED[0], HEAD[0]]
+    assert model.delivered == 2 * ["w13_weight"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([EMBED, STACKED, marker(row_order="xxh3_128:00")], "row order xxh3_128:00"),
+        ([EMBED, STACKED, HEAD], "w13_weight' comes without fp4moe.layout"),
+        ([EMBED, SINGLE], "these weights are not converted"),
+    ],
+)
+def test_the_first_load_out_of_order_is_refused_in_the_end(weights: Weights, message: str) -> None:
+    with pytest.raises(ServingError, match=message):
+        Model(CONVERTED, in_order=False).load_weights(as_iterator(weights))
+
+
+def test_a_later_load_out_of_order_is_refused_before_anything_changes() -> None:
+    model = Model(CONVERTED, in_order=False)
+    model.load_weights(as_iterator([*CONVERTED_WEIGHTS, marker()]))
+    model.given.clear()
+    model.delivered.clear()
+    with pytest.raises(ServingError, match="row order"):
+        model.load_weights(as_iterator([*CONVERTED_WEIGHTS, marker(row_order="xxh3_128:00")]))
+    assert model.untouched
 
 
 def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:

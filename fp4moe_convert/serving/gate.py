@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +30,34 @@ Deliver = Callable[[str, "torch.Tensor"], str]
 """Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
 the model."""
 
+OUT_OF_ORDER = ("runai_streamer",)
+"""Load formats of both engines' that hand out a checkpoint's tensors as they come."""
+
 
 class Gate:
     """Stands before one model's ``load_weights``."""
 
-    def __init__(self, converted: ConvertedSection | None, layers: Mapping[str, Deliver]) -> None:
+    def __init__(
+        self,
+        converted: ConvertedSection | None,
+        layers: Mapping[str, Deliver],
+        *,
+        in_order: bool = True,
+    ) -> None:
         """
         Args:
             converted: the section of the checkpoint that the model was built for; None if that is
                 not a converted one.
             layers: its converted layers that this model has, by their prefix in the checkpoint.
                 Tensors of the others are passed over: they are another process's.
+            in_order: whether the engine's loader hands out a checkpoint in the order of its files,
+                and so the marker first.
         """
         self.converted = converted
         self.layers = layers
+        self.in_order = in_order
 
-    def judge(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Judged:
+    def judge(self, weights: Iterable[tuple[str, torch.Tensor]], *, hold: bool = True) -> Judged:
         """Make sure that tensors are for this model.
 
         Nothing comes out before the marker has been checked, so that a refusal leaves a running
@@ -55,6 +66,8 @@ class Gate:
         Args:
             weights: names and tensors. All names of a list are judged before this returns; of an
                 iterator as many as it takes to hand out the first tensor.
+            hold: let tensors wait for the marker. If not, they come out at once, and a refusal may
+                come last.
 
         Raises:
             ServingError: they are not. From an iterator, when the tensor comes that tells.
@@ -64,7 +77,7 @@ class Gate:
         if self.converted is None:
             judged = _unless_marked(weights)
         else:
-            judged = _once_marked(weights, self.converted)
+            judged = _once_marked(weights, self.converted, hold=hold)
         return Judged(iter(list(judged)) if isinstance(weights, (list, tuple)) else judged)
 
     def check_folder(self, folder: str) -> None:
@@ -107,11 +120,11 @@ class Judged(Iterator[tuple[str, "torch.Tensor"]]):
     """Tensors that a gate lets through. The first has been judged."""
 
     def __init__(self, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
-        first = [tensor for tensor in [next(stream, None)] if tensor is not None]
-        self._stream = chain(first, stream)
+        self._first = [tensor for tensor in [next(stream, None)] if tensor is not None]
+        self._stream = stream
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._stream)
+        return self._first.pop() if self._first else next(self._stream)
 
 
 class GuardedLoader:
@@ -123,12 +136,17 @@ class GuardedLoader:
         self.gate = gate
         self.stock = stock
         self.filled = filled
+        self.called = False
         # SGLang asks the function behind the method what it supports.
         self.__func__ = getattr(stock, "__func__", stock)
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kw: Any) -> Any:
         delivered: set[str] = set()
-        ours = self.gate.distribute(self.gate.judge(weights), delivered)
+        # The first load of a model has nothing to leave as it was. Out of order, nearly all of a
+        # checkpoint would wait for the marker in the host's memory.
+        hold = self.gate.in_order or self.called
+        self.called = True
+        ours = self.gate.distribute(self.gate.judge(weights, hold=hold), delivered)
         try:
             with _unlisted(self.filled):
                 loaded = self.stock(ours, *args, **kw)
@@ -201,11 +219,12 @@ def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
 
 
 def _once_marked(
-    weights: Iterable[tuple[str, Any]], converted: ConvertedSection
+    weights: Iterable[tuple[str, Any]], converted: ConvertedSection, *, hold: bool
 ) -> Iterator[tuple[str, Any]]:
     """For a converted model."""
     waiting: list[tuple[str, Any]] = []
     marked = False
+    unmarked: str | None = None  # a stacked tensor that came before the marker
     for name, tensor in weights:
         match _kind(name, tensor):
             case _Kind.MARKER, _:
@@ -231,16 +250,18 @@ def _once_marked(
                     "checkpoint that is",
                     "convert them first with fp4moe-convert",
                 )
-            case _ if marked:
-                yield name, tensor
-            case _:
-                waiting.append((name, tensor))
-    for name, tensor in waiting:
-        if _kind(name, tensor)[0] is _Kind.STACKED:
-            raise refusal(
-                f"{name!r} comes without {MARKER_NAME}, which tells how it is laid out",
-                "load all of a converted folder in one call",
-            )
+            case kind, _:
+                if kind is _Kind.STACKED and not marked:
+                    unmarked = unmarked or name
+                if marked or not hold:
+                    yield name, tensor
+                else:
+                    waiting.append((name, tensor))
+    if unmarked and not marked:
+        raise refusal(
+            f"{unmarked!r} comes without {MARKER_NAME}, which tells how it is laid out",
+            "load all of a converted folder in one call",
+        )
     yield from waiting
 
 

@@ -268,6 +268,24 @@ def load(folder: Path, setup: Setup, tp_rank: int = 0, ep_rank: int = 0) -> Any:
         )
 
 
+def build_for(folder: Path, load_format: str) -> bool:
+    """Build a model and load nothing; whether its gate expects tensors in order."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader import loader
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    from fp4moe_convert.serving.gate import gate_of
+
+    config = ModelConfig(str(folder))
+    load_config = LoadConfig(load_format=load_format)
+    with set_default_torch_dtype(config.dtype):
+        model = loader._initialize_model(
+            config, load_config, loader._get_quantization_config(config, load_config)
+        )
+    return gate_of(model).in_order
+
+
 def expert_map(config: Any, setup: Setup, ep_rank: int) -> Any:
     """SGLang's expert map; with redundant experts, a scattered one."""
     import torch
@@ -587,6 +605,7 @@ CASES = (
     "an untested SGLang warns",
     "a hook without its target",
     "a model that is dropped is freed",
+    "tensors in any order",
     "registering again",
 )
 
@@ -723,6 +742,13 @@ class Run:
         dropped = weakref.ref(load(self.folder("qwen3", "converted", case), Setup()))
         gc.collect()
         self.record(case, dropped() is None, "it stays" if dropped() else "it is gone")
+
+        # Run:ai's loader hands them out as they come. It is not installed: the model is built for
+        # it, and loaded by nobody.
+        case = "tensors in any order"
+        folder = self.folder("qwen3", "converted", case)
+        found = [build_for(folder, each) for each in ("auto", "runai_streamer")]
+        self.record(case, found == [True, False], str(found))
 
         register()
         hooks = [

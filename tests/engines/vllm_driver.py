@@ -671,6 +671,24 @@ def dropped(bench: Bench) -> str:
     return "freed"
 
 
+def out_of_order(bench: Bench) -> str:
+    """Run:ai's loader hands out tensors as they come. It is not installed: the model is built for
+    it, and loaded by nobody."""
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from fp4moe_convert.serving.gate import gate_of
+
+    found = []
+    for load_format in ("auto", "runai_streamer"):
+        config = engine_config(bench.converted("qwen"), Setup("qwen"), load_format=load_format)
+        with as_rank(config, 1, 0), set_default_torch_dtype(config.model_config.dtype):
+            found.append(gate_of(initialize_model(config)).in_order)
+    if found != [True, False]:
+        raise AssertionError(found)
+    return "known"
+
+
 def while_building_elsewhere(bench: Bench) -> str:
     """vLLM builds a model with its GPU as the default device; here any other than the CPU does."""
     import torch
@@ -692,6 +710,7 @@ OTHERS: dict[str, tuple[Callable[[Bench], str], str | None]] = {
     "weights loaded twice": (loaded_twice, None),
     "made-up weights": (made_up_weights, None),
     "a model that is dropped": (dropped, None),
+    "tensors in any order": (out_of_order, None),
 }
 UNCHANGED = ("deepseek: tp 2", "qwen: ep 2, redundant experts")
 

@@ -49,7 +49,7 @@ from ..checks import (
     refusal,
     warn_if_untested,
 )
-from ..gate import Gate, gate_of, guard
+from ..gate import OUT_OF_ORDER, Gate, gate_of, guard
 from . import NO_UNGATED, SGLANG
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _with_converted_layers(
     return type(f"Converted{stock.__name__}", (stock,), {"get_quant_method": get_quant_method})
 
 
-def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
+def _put_gate(model: Any, model_config: Any, load_config: Any, *_args: Any, **_kwargs: Any) -> None:
     """After ``_initialize_model``, of any model."""
     converted = _converted(model_config)
     if converted is None:
@@ -219,7 +219,8 @@ def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Non
     if layers:
         log_good_start(logger, converted, len(layers), engine="SGLang")
     modules = [each.layer for each in loaders.values() if not each.layer.num_fused_shared_experts]
-    guard(model, Gate(converted, layers), filled=modules)
+    in_order = load_config.load_format not in OUT_OF_ORDER
+    guard(model, Gate(converted, layers, in_order=in_order), filled=modules)
 
 
 def _deliver(name: str, loader: ExpertLoader, leaf: str, tensor: torch.Tensor) -> str:

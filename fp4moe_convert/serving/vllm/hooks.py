@@ -81,7 +81,7 @@ from ..converted_layer import (
     check_taken_over,
     converted_layer_of,
 )
-from ..gate import Deliver, Gate, gate_of, guard
+from ..gate import OUT_OF_ORDER, Deliver, Gate, gate_of, guard
 from . import VLLM
 
 TESTED = ("0.33.*",)
@@ -155,7 +155,8 @@ def _gate_for(
         )
     if layers:
         log_good_start(logger, converted, len(layers), engine="vLLM")
-    return Gate(converted, layers)
+    in_order = vllm_config.load_config.load_format not in OUT_OF_ORDER
+    return Gate(converted, layers, in_order=in_order)
 
 
 def _delivery(name: str, layer: RoutedExperts) -> Deliver:

@@ -233,6 +233,7 @@ class Bench:
     model: Path
     scratch: Path
     converted: Path | None = None  # what the model is converted to, where that is restored
+    cold: bool = True  # evict the source before each run
     pages: int = 0  # of the model
     evictions: int = 0  # times that none of them was left in the page cache
 
@@ -240,13 +241,14 @@ class Bench:
         return self.scratch / f"out-{program}"
 
     def run(self, program: str, number: int) -> Run:
-        """Run a program once, the model cold and the libraries warm. Its output stays."""
+        """Run a program once, the libraries warm. Its output stays."""
         source = self.model
         if program == "restore":
             assert self.converted is not None
             source = self.converted
-        self.pages = start_cold(source)
-        self.evictions += 1
+        if self.cold:
+            self.pages = start_cold(source)
+            self.evictions += 1
         out = self.out(program)
         usage, parts = PROGRAMS[program](source, out)
         left = sync_folder(out).wall_s

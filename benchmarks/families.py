@@ -1,13 +1,14 @@
 """Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
 
     python -m benchmarks.families                 # models of 3 GB, by turns: ten minutes
-    python -m benchmarks.families --rounds 3 --json families.json
+    python -m benchmarks.families --warm --work-dir /dev/shm --hidden 4096 --gb 1.3    # no disk
 
 A kind is a way of its own through the program: names, scales, experts without a gate, what stands
 beside the experts. The models are those of `tests/support/model_zoo.py`, all of one width, with as
 many experts as it takes to make them equally large, because every run has a start and a last sync.
-They take turns, so that a disk that is slow for a while is slow for all of them; files are evicted
-from the page cache before each run, and synced by the program, as in `benchmarks.convert`.
+They take turns, and turns at being the first, so that a disk that is slow for a while is slow for
+all of them; files are evicted from the page cache before each run, and synced by the program, as in
+`benchmarks.convert`. In memory there is no disk, and what is left is the program's own time.
 """
 
 from __future__ import annotations
@@ -88,13 +89,15 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Measured]:
     for kind in KINDS:
         say(f"making {kind}")
         (scratch / kind).mkdir()
-        bench = Bench(scratch / kind / "model", scratch / kind)
+        bench = Bench(scratch / kind / "model", scratch / kind, cold=not arguments.warm)
         make_model(bench.model, kind, arguments)
         bench.converted = bench.out("ours")
         benches[kind] = bench
     runs = []
     for number in range(1, arguments.rounds + 1):
-        for kind, bench in benches.items():
+        first = number % len(KINDS)
+        for kind in [*list(KINDS)[first:], *list(KINDS)[:first]]:
+            bench = benches[kind]
             nbytes = sum(path.stat().st_size for path in model_files(bench.model))
             for program in ("ours", "restore"):
                 run = bench.run(program, number)
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--intermediate", type=int, default=4096)
     parser.add_argument("--gb", type=float, default=3, help="size of a model")
+    parser.add_argument("--warm", action="store_true", help="leave files in the page cache")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()

@@ -72,6 +72,13 @@ def little_room() -> Iterator[None]:
         yield
 
 
+def down_after(hub: Hub, fraction: float) -> Fault:
+    """Down once so much of the model has been sent: a small one may all be on its way before the
+    first of it is written."""
+    nbytes = sum(file.nbytes for file in hub.repositories[ID].files.values())
+    return Fault(SIGNED, float("inf"), after=fraction * nbytes, status=503)
+
+
 # --- through the library --------------------------------------------------------------------------
 
 FAULTS = {
@@ -137,16 +144,12 @@ def test_after_the_last_try_what_is_finished_is_kept(
     hub: Hub, source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.add(ID, source)
-
-    def on_progress(progress: Progress) -> None:
-        if progress.done > progress.total / 2 and not hub.faults:
-            hub.faults.append(Fault(SIGNED, float("inf"), status=503))
-
+    hub.faults.append(down_after(hub, 0.5))
     with (
         little_room(),
         pytest.raises(UnreachableError, match=r"503 .*, 8 times in a row") as failure,
     ):
-        convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES, on_progress=on_progress)
+        convert(ID, tmp_path / "out", max_shard_nbytes=SMALL_SHARD_NBYTES)
     assert "\n" not in str(failure.value)
     kept = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert kept
@@ -161,14 +164,11 @@ def test_after_the_last_try_what_is_finished_is_kept(
 def run_until(
     hub: Hub, out: Path, fraction: float, max_shard_nbytes: int = 10**9
 ) -> dict[str, bytes]:
-    """Convert until that much is written, and then the Hub is down; what the folder has then."""
-
-    def on_progress(progress: Progress) -> None:
-        if progress.done > progress.total * fraction and not hub.faults:
-            hub.faults.append(Fault(SIGNED, float("inf"), status=503))
-
+    """Convert until that much has been sent, in all runs, and then the Hub is down; what the folder
+    has then."""
+    hub.faults.append(down_after(hub, fraction))
     with little_room(), pytest.raises(UnreachableError):
-        convert(ID, out, max_shard_nbytes=max_shard_nbytes, on_progress=on_progress)
+        convert(ID, out, max_shard_nbytes=max_shard_nbytes)
     hub.faults.clear()
     return every_file(out)
 
@@ -184,7 +184,7 @@ def test_a_shard_goes_on_where_it_stopped(
     hub: Hub, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.add(ID, source)
-    for fraction in (0.3, 0.6, 0.8):
+    for fraction in (0.3, 0.6, 0.85):
         [partial] = [n for n in run_until(hub, tmp_path / "out", fraction) if "partial" in n]
         assert partial == "model-00001-of-00001.safetensors.partial"
     before = hub.sent_nbytes
@@ -195,9 +195,10 @@ def test_a_shard_goes_on_where_it_stopped(
         "model-00001-of-00001.safetensors: resuming: what an earlier run has fetched for it is kept"
     ]
     every_byte = sum(path.stat().st_size for path in source.iterdir())
-    assert hub.sent_nbytes - before < 0.2 * every_byte
-    # What was fetched and not written yet, and in each run the headers.
-    assert hub.sent_nbytes < 1.3 * every_byte
+    # What each run had fetched and not written yet, a tensor or two, comes again, and so do the
+    # headers. Without what is kept the last run alone would fetch all.
+    assert hub.sent_nbytes - before < 0.5 * every_byte
+    assert hub.sent_nbytes < 1.5 * every_byte
 
 
 def test_bytes_that_a_crash_has_lost_are_fetched_again(

@@ -674,7 +674,7 @@ def dropped(bench: Bench) -> str:
 def out_of_order(bench: Bench) -> str:
     """Run:ai's loader hands out tensors as they come. It is not installed: the model is built for
     it, and loaded by nobody."""
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.model_loader import base_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from fp4moe_convert.serving.gate import gate_of
@@ -683,7 +683,7 @@ def out_of_order(bench: Bench) -> str:
     for load_format in ("auto", "runai_streamer"):
         config = engine_config(bench.converted("qwen"), Setup("qwen"), load_format=load_format)
         with as_rank(config, 1, 0), set_default_torch_dtype(config.model_config.dtype):
-            found.append(gate_of(initialize_model(config)).in_order)
+            found.append(gate_of(base_loader.initialize_model(config)).in_order)
     if found != [True, False]:
         raise AssertionError(found)
     return "known"

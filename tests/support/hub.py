@@ -97,6 +97,8 @@ class Fault:
     """A pattern that is searched for in the request's path."""
     times: float
     """How many requests."""
+    after: float = 0
+    """Bytes that files have been sent of before."""
     status: int | None = None
     """Answered instead."""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -208,7 +210,8 @@ class Hub:
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
-                if fault.times > 0 and re.search(fault.path, request):
+                due = fault.times > 0 and self._sent_nbytes >= fault.after
+                if due and re.search(fault.path, request):
                     fault.times -= 1
                     return fault
         return None

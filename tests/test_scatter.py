@@ -39,6 +39,24 @@ def test_every_job_is_done_once_and_each_thread_has_a_worker_of_its_own(size: in
 
 
 @SIZES
+def test_threads_have_let_go_of_their_workers(size: int) -> None:
+    """A file that a worker has open takes room after it has been deleted."""
+    closed = []
+
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.05)
+            closed.append(self)
+
+    def make_worker() -> Callable[[int], None]:
+        own = Slow()
+        return lambda _job, _own=own: None  # type: ignore[misc]
+
+    Crew(size).run(iter(range(100)), make_worker)
+    assert len(closed) == size
+
+
+@SIZES
 def test_no_job_is_no_work(size: int) -> None:
     def fail(_: object) -> None:
         pytest.fail("there is no job")

@@ -68,10 +68,12 @@ class Crew:
         # Events rather than Thread.join: before Python 3.13 a join that Ctrl-C interrupts marks
         # its thread as ended.
         ends: list[threading.Event] = []
+        threads: list[threading.Thread] = []
         try:
             for n in range(self._size):
                 ended = threading.Event()
-                threading.Thread(target=loop, args=(ended,), name=f"crew-{n}").start()
+                threads.append(threading.Thread(target=loop, args=(ended,), name=f"crew-{n}"))
+                threads[-1].start()
                 ends.append(ended)
             for ended in ends:
                 ended.wait()
@@ -80,6 +82,9 @@ class Crew:
                 self._stop()
                 for ended in ends:
                     ended.wait()
+        for thread in threads:
+            # It may still hold what its jobs have opened.
+            thread.join()
         if failures:
             raise failures[0]
 

@@ -131,8 +131,8 @@ def side_by_side(matrices: list[Bytes]) -> Bytes:
 @given(
     count=st.sampled_from([1, 2]),
     tiles=st.booleans(),
-    blocks=st.integers(1, 4),
-    width=st.integers(1, 40),
+    blocks=st.integers(1, 9),
+    width=st.one_of(st.integers(1, 40), st.sampled_from([128, 129, 300])),
     missing_blocks=st.integers(0, 3),
     missing_bytes=st.integers(0, 3),
     phase=st.integers(0, 7),

@@ -34,8 +34,11 @@ HIDDEN_MULTIPLE = 128
 """The kernels' tiles leave no remainder in H; other sizes are refused."""
 TILE_ROWS = 128
 """Rows of one tile of block scales. Moves are cut between tiles."""
-STRIP_ROWS = 128
-"""Rows that are transposed at a time, whole tiles: what stays in the cache of a core."""
+STRIP_ROWS = 4 * TILE_ROWS
+"""Rows that are transposed at a time, whole tiles."""
+BLOCK = 512
+"""Rows and columns of what is transposed in the cache of a core. Rows of it are long enough to be
+fetched fast."""
 MAX_TRANSPOSED_NBYTES = 128 * 2**20
 """Of one expert's matrices that lie side by side, which are read at once; Llama 4 has 40 MiB."""
 
@@ -183,12 +186,13 @@ class TransposedRows:
     def arrange(self, sources: Sequence[Bytes], out: Bytes) -> None:
         (source,) = sources
         matrices = self._side_by_side(source)
-        rows, spare = self._rooms(len(self.order)), self._rooms(2)
+        room_of_rows = (len(self.order), STRIP_ROWS, self.rows.source_row_nbytes)
+        rows = np.empty(room_of_rows, np.uint8)
         for strip, start, place in self._strips(out):
             parts = []
             for n, room in zip(self.order, rows, strict=True):
                 part = room[: strip.source_rows]
-                _transpose(matrices[:, n, start : start + strip.source_rows], part, spare)
+                _transpose(matrices[:, n, start : start + strip.source_rows], part)
                 parts.append(part)
             try:
                 strip.arrange(parts, place)
@@ -198,19 +202,14 @@ class TransposedRows:
     def undo(self, data: Bytes, scratch: Bytes) -> list[Bytes]:
         nbytes = len(self.order) * self.rows.source_rows * self.rows.source_row_nbytes
         matrices = self._side_by_side(scratch[:nbytes])
-        strip_nbytes = len(self.order) * self.rows.cut(0, STRIP_ROWS).nbytes
-        rows, spare = np.empty(strip_nbytes, np.uint8), self._rooms(2)
+        rows = np.empty(len(self.order) * self.rows.cut(0, STRIP_ROWS).nbytes, np.uint8)
         for strip, start, place in self._strips(data):
             for n, part in zip(self.order, strip.undo(place, rows), strict=True):
-                _transpose_back(part, matrices[:, n, start : start + strip.source_rows], spare)
+                _transpose(part, matrices[:, n, start : start + strip.source_rows])
         return [matrices]
 
     def _side_by_side(self, source: Bytes) -> Bytes:
         return source.reshape(self.rows.source_row_nbytes, len(self.order), self.rows.source_rows)
-
-    def _rooms(self, count: int) -> Bytes:
-        """Memory for the rows of ``count`` sources of a strip."""
-        return np.empty((count, STRIP_ROWS, self.rows.source_row_nbytes), np.uint8)
 
     def _strips(self, out: Bytes) -> Iterator[tuple[ShuffledRows, int, Bytes]]:
         """A few rows at a time: how they lie, the first of them, and where they go in ``out``."""
@@ -222,41 +221,34 @@ class TransposedRows:
             position += nbytes
 
 
-# A byte at a time, torn from rows that are whole pages apart, a transposition ran at 0.09 GB/s.
-# These bring a strip into the cache, transpose words of eight, and then the bytes within them: 1.5
-# GB/s in memory that is used again, and 0.8 in fresh memory for each strip.
+def _transpose(matrix: Bytes, out: Bytes) -> None:
+    """[rows, cols] to [cols, rows], uint8; either may be part of a larger one.
 
-
-def _transpose(matrix: Bytes, out: Bytes, spare: Bytes) -> None:
-    """[cols, rows] to [rows, cols].
-
-    Args:
-        matrix: 8 divides its rows, here and below.
-        out: contiguous.
-        spare: [2, ...], each with room for the matrix; overwritten.
+    A byte at a time, torn from rows that are whole pages apart, this ran at 0.09 GB/s. So a block
+    is brought into the cache, words of four bytes are transposed there, and split by shifts and
+    casts, which work on many at once: 1.7 GB/s.
     """
-    strip, words = _as_words(matrix.shape, spare)
-    strip[...] = matrix
-    words[...] = strip.view(np.uint64).T
-    in_words = words.view(np.uint8).reshape(*words.shape, 8)
-    out.reshape(-1, 8, words.shape[1])[...] = in_words.transpose(0, 2, 1)
+    memory = np.empty((2, BLOCK * BLOCK), np.uint8)
+    rows, cols = matrix.shape
+    for top in range(0, rows, BLOCK):
+        for left in range(0, cols, BLOCK):
+            down, across = slice(top, top + BLOCK), slice(left, left + BLOCK)
+            _transpose_block(matrix[down, across], out[across, down], memory)
 
 
-def _transpose_back(matrix: Bytes, out: Bytes, spare: Bytes) -> None:
-    """[rows, cols] to [cols, rows]; ``out`` may be columns of a larger one."""
-    strip, words = _as_words(out.shape, spare)
-    in_words = words.view(np.uint8).reshape(*words.shape, 8)
-    for n, rows in enumerate(matrix.reshape(-1, 8, words.shape[1]).transpose(1, 0, 2)):
-        in_words[:, :, n] = rows
-    strip.view(np.uint64)[...] = words.T
-    out[...] = strip
-
-
-def _as_words(shape: tuple[int, ...], spare: Bytes) -> tuple[Bytes, npt.NDArray[np.uint64]]:
-    """Room for [cols, rows], and for its words of eight rows each, [rows/8, cols]."""
-    cols, rows = shape
-    first, second = (each.reshape(-1)[: cols * rows] for each in spare)
-    return first.reshape(cols, rows), second.view(np.uint64).reshape(rows // 8, cols)
+def _transpose_block(matrix: Bytes, out: Bytes, memory: Bytes) -> None:
+    """``memory``: [2, ...], each with room for the block; overwritten."""
+    rows, cols = matrix.shape
+    in_words = -(-cols // 4)
+    first, second = memory[:, : 4 * in_words * rows]
+    block = first.reshape(rows, 4 * in_words)
+    block[:, :cols] = matrix
+    words = second.view("<u4").reshape(in_words, rows)
+    words[...] = block.view("<u4").T
+    for byte in range(4):
+        lines = out[byte::4]
+        np.copyto(lines, words[: len(lines)], casting="unsafe")  # takes the lowest byte
+        words >>= 8
 
 
 @dataclass(frozen=True, slots=True)

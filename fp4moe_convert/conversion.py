@@ -227,15 +227,16 @@ def write_here(
         for number, move in enumerate(shard.moves)
         if number not in filled.get(shard.name, {})
     )
-    with open_ahead(work.store, source_ranges(moves), direct=direct_io) as open_source:
+    with open_ahead(work.store, source_ranges(moves), direct=direct_io) as sources:
         scatter(
             shards,
             out_dir,
-            open_source=open_source,
+            open_source=sources.open,
             direct=direct_io,
             threads=threads,
             on_bytes=on_bytes,
             on_filled=on_filled,
+            on_stop=sources.stop,
             # What lies on a disk is read again sooner than it is compared.
             on_move=on_move if isinstance(work.store, RemoteStore) else None,
             filled=filled,

@@ -147,6 +147,7 @@ def scatter(
     on_bytes: OnBytes,
     on_filled: OnFilled,
     on_move: OnMove | None = None,
+    on_stop: Callable[[], None] | None = None,
     filled: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """Write shards into ``out_dir``.
@@ -160,6 +161,7 @@ def scatter(
         on_bytes: told of progress, by output tensor.
         on_filled: called for each shard, from any thread.
         on_move: called for each move, from any thread.
+        on_stop: as for `Crew`.
         filled: XXH3-64 of moves that an earlier run has written into files that are there, by
             number, by shard. They are not carried out again, unless the file has other bytes.
 
@@ -168,7 +170,7 @@ def scatter(
         OutputError: a shard cannot be written.
     """
     room = scratch_nbytes(move for shard in shards for move in shard.moves)
-    crew = Crew(crew_size(threads, sum(room)))
+    crew = Crew(crew_size(threads, sum(room)), on_stop)
     checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
 
     def jobs() -> Iterator[tuple[_OpenShard, int, Move]]:

@@ -353,7 +353,7 @@ def test_a_folder_with_a_malformed_index_is_refused(
 
 def test_a_folder_whose_index_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").mkdir()
-    with pytest.raises(ServingError, match=r"^fp4moe: model\.safetensors\.index\.json: .*directory"):
+    with pytest.raises(ServingError, match=r"^fp4moe: model\.safetensors\.index\.json: .*direct"):
         gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
 
 

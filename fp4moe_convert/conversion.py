@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from . import defaults, layouts
 from .errors import CheckpointError, OutputError, VerifyError
 from .execution.dropping import Dropping, Forecast, forecast, growth, remaining, steps
 from .execution.output_folder import Opened, OutputFolder, Planned, Writing
-from .execution.scatter import OnFilled, OnMove, scatter
+from .execution.scatter import OnFilled, WriteRequest, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
@@ -24,7 +24,7 @@ from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .format.manifest import ShardRecord
 from .layouts.base import Move, RowOrder, source_ranges
 from .plan import Part, Plan, PlannedShard, make_plan
-from .progress import OnBytes, OnNote, OnProgress, tell, track
+from .progress import OnNote, OnProgress, RunOptions, tell, track
 from .prospects import Prospects, prospects
 from .readback import open_converted
 from .report import RunReport, peak_rss
@@ -188,58 +188,25 @@ def preview(
     return Preview(work, outlook, warnings, dropping=dropping)
 
 
-class WriteShards(Protocol):
-    """Fills shards' temporary files."""
-
-    def __call__(
-        self,
-        work: Conversion,
-        shards: Sequence[PlannedShard],
-        out_dir: Path,
-        *,
-        direct_io: bool,
-        threads: int,
-        on_bytes: OnBytes,
-        on_filled: OnFilled,
-        on_move: OnMove,
-        filled: Mapping[str, Mapping[int, str]],
-    ) -> None:
-        """Arguments and errors are those of `scatter`. Moves need not be told of."""
+WriteShards: TypeAlias = Callable[[Conversion, WriteRequest, RunOptions], None]
+"""Fills the temporary files of a conversion's shards; errors are those of `scatter`. Moves need not
+be told of."""
 
 
-def write_here(
-    work: Conversion,
-    shards: Sequence[PlannedShard],
-    out_dir: Path,
-    *,
-    direct_io: bool,
-    threads: int,
-    on_bytes: OnBytes,
-    on_filled: OnFilled,
-    on_move: OnMove | None = None,
-    filled: Mapping[str, Mapping[int, str]] | None = None,
-) -> None:
+def write_here(work: Conversion, request: WriteRequest, options: RunOptions) -> None:
     """`WriteShards` in this process."""
-    filled = filled or {}
     moves = (
         move
-        for shard in shards
+        for shard in request.shards
         for number, move in enumerate(shard.moves)
-        if number not in filled.get(shard.name, {})
+        if number not in request.filled.get(shard.name, {})
     )
-    with open_ahead(work.store, source_ranges(moves), direct=direct_io) as open_source:
-        scatter(
-            shards,
-            out_dir,
-            open_source=open_source,
-            direct=direct_io,
-            threads=threads,
-            on_bytes=on_bytes,
-            on_filled=on_filled,
-            # What lies on a disk is read again sooner than it is compared.
-            on_move=on_move if isinstance(work.store, RemoteStore) else None,
-            filled=filled,
-        )
+    if not isinstance(work.store, RemoteStore):
+        # Reading a local source again is faster than comparing checksums.
+        request = replace(request, on_move=None)
+    direct = options.direct_io
+    with open_ahead(work.store, source_ranges(moves), direct=direct) as open_source:
+        scatter(request, open_source=open_source, direct=direct, threads=options.threads)
 
 
 def convert(
@@ -252,7 +219,6 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     drop_source: bool = False,
-    write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> ConversionReport:
@@ -274,8 +240,6 @@ def convert(
         drop_source: delete each shard of the source, without asking, once all that was converted
             from it has been read back. With ``verify`` it is compared with the source before that.
             From then on ``out_dir`` has the only copy; `restoration.restore` is the way back.
-        write_shards: does it, on this machine or on others; None where runs of parts have done it,
-            and it is an error if one is missing.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is written again.
 
@@ -284,6 +248,37 @@ def convert(
         OutputError: ``out_dir`` cannot be used, or writing failed.
         RowOrderError: the installed FlashInfer orders rows differently.
         VerifyError: ``verify`` found a difference.
+    """
+    return convert_with(
+        RunOptions(direct_io=direct_io, threads=threads, on_progress=on_progress, on_note=on_note),
+        model_dir,
+        out_dir,
+        max_shard_nbytes=max_shard_nbytes,
+        verify=verify,
+        overwrite=overwrite,
+        drop_source=drop_source,
+    )
+
+
+def convert_with(
+    options: RunOptions,
+    model_dir: str | Path | Store,
+    out_dir: str | Path,
+    *,
+    max_shard_nbytes: int,
+    verify: bool,
+    overwrite: bool = False,
+    drop_source: bool = False,
+    write_shards: WriteShards = write_here,
+    must_be_complete: bool = False,
+) -> ConversionReport:
+    """`convert`, by any means.
+
+    Args:
+        write_shards: does it, on this machine or on others.
+        must_be_complete: all shards must be there; it is an error if one would have to be written.
+
+    The other arguments, and the errors, are those of `convert`.
     """
     started = time.perf_counter()
     out_dir = Path(out_dir)
@@ -295,14 +290,12 @@ def convert(
         written = fill(
             opened,
             work,
-            direct_io=direct_io,
-            threads=threads,
+            options,
             verify=verify,
             overwrite=overwrite,
             dropping=dropping,
             write_shards=write_shards,
-            on_progress=on_progress,
-            on_note=on_note,
+            must_be_complete=must_be_complete,
         )
         row_order = written.row_order
         # What has gone meanwhile is read from the record.
@@ -328,9 +321,9 @@ def convert(
                     verify_seconds = verify_folder(
                         out_dir,
                         None if work.gone else store,
-                        direct_io=direct_io,
-                        threads=threads,
-                        on_progress=on_progress,
+                        direct_io=options.direct_io,
+                        threads=options.threads,
+                        on_progress=options.on_progress,
                     ).seconds
             except VerifyError:
                 with suppress(OutputError):  # the difference is what has to be reported
@@ -381,24 +374,23 @@ class Written:
 def fill(
     opened: Opened,
     work: Conversion,
+    options: RunOptions,
     *,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
     verify: bool,
     overwrite: bool = False,
     dropping: Dropping | None = None,
-    write_shards: WriteShards | None = write_here,
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
+    write_shards: WriteShards = write_here,
+    must_be_complete: bool = False,
 ) -> Written:
-    """Write the shards of a plan that are not there yet. Arguments and errors are `convert`'s."""
+    """Write the shards of a plan that are not there yet. Arguments and errors are those of
+    `convert_with`."""
     out_dir, plan = opened.folder.path, work.plan
     # What earlier runs left, and whether it may stay.
     planned = opened.plan(work, overwrite=overwrite)
 
     def open_source() -> Opener:
         # Anew each time: a file that is still open when it is deleted makes no room.
-        return keep_open(partial(work.store.open, direct=direct_io))
+        return keep_open(partial(work.store.open, direct=options.direct_io))
 
     if verify or dropping:
         planned.redo(
@@ -407,12 +399,10 @@ def fill(
                 planned.records if verify or not dropping else dropping.concerned(planned.records),
                 moves=dropping.comparable if dropping and verify else {},
                 open_source=open_source(),
-                direct_io=direct_io,
-                threads=threads,
-                on_progress=on_progress,
+                options=options,
             )
         )
-    if write_shards is None:
+    if must_be_complete:
         planned.require_all()
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
@@ -421,28 +411,20 @@ def fill(
     if dropping and dropping.frees_room_for(out_dir):
         needed = growth(plan, dropping.on_disk, planned.kept)
     writing = planned.start(needed=needed)
-    tell(planned.remarks(), on_note)
+    tell(planned.remarks(), options.on_note)
     to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
     nbytes = sum(shard.nbytes for shard in to_write)
     moved = nbytes - sum(len(shard.header) for shard in to_write)
-    tell_progress = track("converting", moved + (nbytes if dropping else 0), on_progress)
+    tell_progress = track("converting", moved + (nbytes if dropping else 0), options.on_progress)
 
     def on_bytes(item: str, nbytes: int) -> None:
         tell_progress(plan.layer_of.get(item, item), nbytes)
 
     def write(shards: Sequence[PlannedShard], on_filled: OnFilled) -> None:
-        assert write_shards is not None
-        write_shards(
-            work,
-            shards,
-            out_dir,
-            direct_io=direct_io,
-            threads=threads,
-            on_bytes=on_bytes,
-            on_filled=on_filled,
-            on_move=writing.note_move,
-            filled=planned.filled,
+        request = WriteRequest(
+            shards, out_dir, on_bytes, on_filled, writing.note_move, planned.filled
         )
+        write_shards(work, request, options)
 
     def check(path: Path, record: ShardRecord, moves: Sequence[Move]) -> None:
         check_data(
@@ -450,14 +432,13 @@ def fill(
             record,
             moves=moves,
             open_source=open_source() if verify else None,
-            direct_io=direct_io,
-            threads=threads,
+            options=options,
             on_bytes=on_bytes,
         )
 
     check_seconds = 0.0
     if dropping:
-        tell([str(forecast(work, planned.kept))], on_note)
+        tell([str(forecast(work, planned.kept))], options.on_note)
         check_seconds = _write_and_drop(work, planned, writing, dropping, write, check)
     elif to_write:
         write(to_write, writing.finish_shard)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import defaults
-from .conversion import ConversionReport, convert, fill, preview
+from .conversion import ConversionReport, convert_with, fill, preview
 from .errors import InUseError, OutputError, VerifyError
 from .execution.journal import Division, check_same, divisions_in
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
 from .plan import Part
-from .progress import Running
+from .progress import Running, RunOptions
 from .report import peak_rss
 from .storage.opening import address
 from .storage.reader import Store
@@ -91,6 +91,7 @@ def convert_part(
     """
     started = time.perf_counter()
     out_dir = Path(out_dir)
+    options = RunOptions(**running)
     whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
     work = whole.only(part).work
     provenance = work.store.provenance()
@@ -106,7 +107,7 @@ def convert_part(
         missing = []
         if not opened.folder.has_index:
             opened.join(division)
-            written = fill(opened, work, verify=verify, **running)
+            written = fill(opened, work, options, verify=verify)
             nbytes, kept = written.nbytes, written.kept
             missing = opened.folder.missing(whole.work)
     seconds = time.perf_counter() - started
@@ -114,13 +115,13 @@ def convert_part(
     if not missing:
         # Two parts that end at once both come here. The later one to let go of its part finishes.
         with suppress(InUseError):
-            report = convert(
+            report = convert_with(
+                options,
                 work.store,
                 out_dir,
                 max_shard_nbytes=max_shard_nbytes,
                 verify=verify,
-                write_shards=None,
-                **running,
+                must_be_complete=True,
             )
     return PartReport(
         out_dir=out_dir,
@@ -165,13 +166,13 @@ def finish(
     """
     out_dir = Path(out_dir)
     recorded, max_shard_nbytes = _recorded(out_dir)
-    return convert(
+    return convert_with(
+        RunOptions(**running),
         recorded if source is None else source,
         out_dir,
         max_shard_nbytes=max_shard_nbytes,
         verify=verify,
-        write_shards=None,
-        **running,
+        must_be_complete=True,
     )
 
 

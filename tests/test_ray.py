@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,8 @@ from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.tensors import range_of
+from test_dropping import StopError, as_without, run_half
+from test_network import little_room
 
 from fp4moe_convert import (
     CheckpointError,
@@ -29,6 +33,8 @@ from fp4moe_convert import (
     convert_on_ray,
 )
 from fp4moe_convert.conversion import prepare
+from fp4moe_convert.storage.buffers import Bytes
+from fp4moe_convert.storage.urls import UrlStore
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
@@ -151,6 +157,7 @@ def task(model: Path, out: Path, **changes: Any) -> Any:
         "name": shard.name,
         "fingerprint": shard.fingerprint,
         "sources": {name: identities[name] for name in shard.source_files},
+        "filled": {},
     }
     return cluster._write_shard(**{**arguments, **changes})
 
@@ -216,3 +223,67 @@ def test_a_failure_that_may_pass_still_may_on_the_driver(
         raise failure from cause
     assert caught.value.try_again
     assert not CheckpointError("x").try_again
+
+
+@pytest.fixture
+def inline_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Ray: one task after the other, in this process."""
+
+    def remote(function: Callable[..., object]) -> SimpleNamespace:
+        task = SimpleNamespace(remote=partial(partial, function))
+        return SimpleNamespace(options=lambda **_: task)
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
+        remote=remote,
+        wait=lambda tasks, **_: (tasks[:1], tasks[1:]),
+        get=lambda task: task(),
+        exceptions=SimpleNamespace(RayTaskError=StopError, RayError=StopError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+
+def test_no_task_drops_a_source(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'drop_source'"):
+        convert_on_ray(source, tmp_path / "out", drop_source=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_a_source_that_is_half_gone(
+    source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """One machine began with --drop-source, the cluster does the rest."""
+    out = run_half(source, tmp_path / "out")
+    convert_on_ray(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    assert as_without(out) == expected
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_what_one_machine_has_fetched_is_not_fetched_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, request, notes, asked = f"file://{source}", UrlStore.request, [], [0]
+
+    def failing(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        if offset > 500_000:
+            raise CheckpointError("is gone")
+        return request(store, name, offset, into)
+
+    def counted(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        asked[0] += into.size
+        return request(store, name, offset, into)
+
+    with little_room(), monkeypatch.context() as patch:
+        patch.setattr(UrlStore, "request", failing)
+        with pytest.raises(CheckpointError, match="is gone"):
+            convert(url, tmp_path / "out")
+        patch.setattr(UrlStore, "request", counted)
+        convert_on_ray(url, tmp_path / "afresh")
+        afresh, asked[0] = asked[0], 0
+        convert_on_ray(url, tmp_path / "out", on_note=notes.append)
+    assert notes == [
+        "model-00001-of-00001.safetensors: resuming: what an earlier run has fetched for it is kept"
+    ]
+    assert asked[0] < afresh - 200_000
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "afresh")

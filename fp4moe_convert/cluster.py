@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import defaults
-from .conversion import ConversionReport, convert_with, preview, write_here
+from .conversion import ConversionReport, convert_with, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError
 from .execution.scatter import WriteRequest
 from .execution.stock import Conversion
 from .format.manifest import Identity
 from .plan import PlannedShard
+from .preparation import preview
 from .progress import Running, RunOptions
 from .storage.durable import WriteFile, partial_path
 from .storage.opening import address, open_store

@@ -12,33 +12,27 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import defaults, layouts
-from .errors import CheckpointError, OutputError, VerifyError
-from .execution.dropping import Dropping, Forecast, forecast, growth, remaining, steps
-from .execution.output_folder import Opened, OutputFolder, Planned, Writing
+from . import defaults
+from .errors import OutputError, VerifyError
+from .execution.dropping import Dropping, remaining
+from .execution.forecast import forecast, growth
+from .execution.output_folder import Opened, OutputFolder, Writing
 from .execution.scatter import OnFilled, WriteRequest, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
-from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .format.manifest import ShardRecord
 from .layouts.base import Move, RowOrder, source_ranges
-from .plan import Part, Plan, PlannedShard, make_plan
+from .plan import Plan, PlannedShard
+from .preparation import preview
 from .progress import OnNote, OnProgress, RunOptions, tell, track
-from .prospects import Prospects, prospects
+from .prospects import Prospects
 from .readback import open_converted
 from .report import RunReport, peak_rss
-from .restoration import check_whole
-from .source.checkpoint import Checkpoint, open_checkpoint
-from .source.completeness import remarks
-from .source.experts import require_layers
-from .source.quantization import require_nvfp4
 from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
-from .storage.durable import WriteFile
 from .storage.header import spec_nbytes
 from .storage.local import LocalReader
-from .storage.opening import open_store
 from .storage.reader import Opener, Store, keep_open, read_bytes
 from .storage.remote import Fetched, RemoteStore, fetched_from
 from .verification import check_data, damaged_shards
@@ -91,101 +85,6 @@ class ConversionReport(RunReport):
             "verified_with": self.verified_with,
             "fetched": None if self.fetched is None else self.fetched.as_json(),
         }
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a conversion will do, from headers and config.json. Nothing has been written."""
-
-    work: Conversion
-    prospects: Prospects
-    warnings: list[str]
-    """Those that need no tensor."""
-    part: Part | None = None
-    """The shards are those of this part only."""
-    dropping: Forecast | None = None
-    """What becomes of the source, if it is deleted and has not been."""
-
-    def only(self, part: Part) -> Preview:
-        """As much of it as one part does."""
-        plan = self.work.plan.only(part)
-        return replace(self, work=replace(self.work, plan=plan), part=part)
-
-    @property
-    def fetched(self) -> Fetched | None:
-        """What the preview has taken, where the source is on the network."""
-        return fetched_from(self.work.store)
-
-    @property
-    def to_fetch_nbytes(self) -> int:
-        """What a conversion has to read of the source."""
-        weights = sum(
-            s.nbytes for shard in self.work.plan.shards for m in shard.moves for s in m.sources
-        )
-        return weights + sum(self.work.copied.values())
-
-    def as_json(self, out_dir: Path) -> dict[str, Any]:
-        """The plan and what else there is to say, if the result lies in ``out_dir``."""
-        part = {"part": self.part.number, "parts": self.part.count} if self.part else {}
-        return {
-            "source": dict(self.work.store.provenance()),
-            **part,
-            **self.work.plan.as_json(),
-            "to_fetch_bytes": self.to_fetch_nbytes,
-            "fetched": None if self.fetched is None else self.fetched.as_json(),
-            "other_files": len(self.work.copied),
-            "other_bytes": sum(self.work.copied.values()),
-            **self.prospects.as_json(),
-            "serve": self.prospects.commands(str(out_dir)),
-            "drop_source": None if self.dropping is None else self.dropping.as_json(),
-            "warnings": self.warnings,
-        }
-
-
-def prepare(
-    model_dir: str | Path | Store, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
-) -> tuple[Checkpoint, Plan]:
-    """Open a checkpoint and plan its conversion; reads headers, writes nothing.
-
-    Raises:
-        CheckpointError: it cannot be converted, and why.
-    """
-    work = preview(model_dir, max_shard_nbytes=max_shard_nbytes).work
-    return work.checkpoint, work.plan
-
-
-def preview(
-    model_dir: str | Path | Store,
-    out_dir: str | Path | None = None,
-    *,
-    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
-    drop_source: bool = False,
-) -> Preview:
-    """As `prepare`, with all that a conversion would say beforehand.
-
-    Args:
-        model_dir: as for `convert`.
-        out_dir: where an earlier run may have put on record what it has deleted of the source.
-        max_shard_nbytes: as for `convert`.
-        drop_source: as for `convert`.
-
-    Raises:
-        CheckpointError: it cannot be converted, or not be deleted, and why.
-    """
-    store = open_store(model_dir)
-    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, Path(out_dir)))
-    require_nvfp4(checkpoint)
-    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
-    _check_folders(checkpoint, plan)
-    require_layers(checkpoint, plan.layers, plan.passed)
-    warnings = remarks(checkpoint, plan.geometries)
-    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
-    outlook.require_one(checkpoint.location)
-    work, dropping = Conversion(checkpoint, plan), None
-    if drop_source and work.is_there:
-        prepare_dropping(work)
-        dropping = forecast(work)
-    return Preview(work, outlook, warnings, dropping=dropping)
 
 
 WriteShards: TypeAlias = Callable[[Conversion, WriteRequest, RunOptions], None]
@@ -285,7 +184,7 @@ def convert_with(
 
     foreseen = preview(model_dir, out_dir, max_shard_nbytes=max_shard_nbytes)
     work, plan, store = foreseen.work, foreseen.work.plan, foreseen.work.store
-    dropping = prepare_dropping(work) if drop_source and work.is_there else None
+    dropping = Dropping(work) if drop_source and work.is_there else None
     with OutputFolder(out_dir, source=store.local_path) as opened:
         written = fill(
             opened,
@@ -439,64 +338,10 @@ def fill(
     check_seconds = 0.0
     if dropping:
         tell([str(forecast(work, planned.kept))], options.on_note)
-        check_seconds = _write_and_drop(work, planned, writing, dropping, write, check)
+        check_seconds = dropping.write_and_drop(planned, writing, write, check)
     elif to_write:
         write(to_write, writing.finish_shard)
     return Written(writing, row_order, nbytes, len(planned.kept), check_seconds)
-
-
-def _write_and_drop(
-    work: Conversion,
-    planned: Planned,
-    writing: Writing,
-    dropping: Dropping,
-    write: Callable[[Sequence[PlannedShard], OnFilled], None],
-    check: Callable[[Path, ShardRecord, Sequence[Move]], None],
-) -> float:
-    """Write shards one after the other, read each back before it gets its name, and delete the
-    sources that none after it needs.
-
-    Returns:
-        Wall time of the reading back.
-    """
-    seconds = 0.0
-    writing.allow_dropping(partial(dropping.write_record, planned.folder.path))
-    dropping.rehearse(planned.folder.path)
-    for shard, done_with in steps(work.plan):
-        if shard.name not in planned.kept:
-            filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
-            write([shard], lambda *done, filled=filled: filled.append(done))
-            [(_, file, checksums)] = filled
-            file.sync()
-            file.leave_cache()
-            started = time.perf_counter()
-            check(file.path, ShardRecord.of(shard.header, shard.nbytes, checksums), shard.moves)
-            seconds += time.perf_counter() - started
-            writing.finish_shard(shard, file, checksums)
-        for name in done_with:
-            dropping.drop(name)
-    return seconds
-
-
-def prepare_dropping(work: Conversion) -> Dropping:
-    """Make sure that a source may be deleted while it is converted.
-
-    Raises:
-        CheckpointError: it cannot be, or that would make no room.
-        VerifyError: it could not be restored.
-    """
-    check_whole(work.checkpoint, [move for shard in work.plan.shards for move in shard.moves])
-    return Dropping(work)
-
-
-def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
-    """A file of the output and a folder of the source may want the same name."""
-    files = {shard.name for shard in plan.shards}
-    files |= {*GENERATED, JOURNAL_NAME, *checkpoint.other_files}
-    for name in checkpoint.other_files:
-        folder = Path(name).parts[0]
-        if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
-            raise CheckpointError(f"{name}: its folder has the name of a file of the output")
 
 
 def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:

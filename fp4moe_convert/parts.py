@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import defaults
-from .conversion import ConversionReport, convert_with, fill, preview
+from .conversion import ConversionReport, convert_with, fill
 from .errors import InUseError, OutputError, VerifyError
 from .execution.journal import Division, check_same, divisions_in
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
 from .plan import Part
+from .preparation import preview
 from .progress import Running, RunOptions
 from .report import peak_rss
 from .storage.opening import address

@@ -31,8 +31,8 @@ from fp4moe_convert import (
     cluster,
     convert,
     convert_on_ray,
+    preview,
 )
-from fp4moe_convert.conversion import prepare
 from fp4moe_convert.storage.buffers import Bytes
 from fp4moe_convert.storage.urls import UrlStore
 
@@ -143,7 +143,8 @@ def test_a_cluster_that_is_not_there(
 
 def task(model: Path, out: Path, **changes: Any) -> Any:
     """What a task does about the first shard, in this process."""
-    checkpoint, plan = prepare(model, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    work = preview(model, max_shard_nbytes=SMALL_SHARD_NBYTES).work
+    checkpoint, plan = work.checkpoint, work.plan
     shard = plan.shards[0]
     identities = {each.name: each.identity for each in checkpoint.shards}
     arguments = {

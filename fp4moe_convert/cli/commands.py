@@ -229,7 +229,7 @@ def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
 
 
 def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> None:
-    from ..conversion import preview
+    from ..preparation import preview
 
     foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_nbytes, drop_source=True)
     if foreseen.dropping is None:  # an earlier run has deleted it
@@ -318,7 +318,7 @@ def convert_command(
     _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     if dry_run:
-        from ..conversion import preview
+        from ..preparation import preview
         from .display import preview_tables
 
         foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_size, drop_source=drop_source)

@@ -24,11 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..ci import JobReport, report_path
-from ..conversion import ConversionReport, Preview
+from ..conversion import ConversionReport
 from ..errors import printable
 from ..format.contract import Geometry
 from ..inspection import Inspection
 from ..parts import PartReport
+from ..preparation import Preview
 from ..progress import OnProgress, Progress
 from ..prospects import Prospects
 from ..report import RunReport

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.environments import environments
 from support.folders import INDEX, every_file, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
@@ -30,8 +31,7 @@ from fp4moe_convert import (
 )
 from fp4moe_convert.conversion import prepare
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
+RAY = environments("ray")
 SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
 MAX_SHARD_NBYTES = 300_000
 """So many shards that both nodes are at work before one could have done them all."""

@@ -31,7 +31,6 @@ from .options import (
     parse_part,
 )
 from .output import fails_plainly, print_result, print_with_push, running, say, warn
-from .process import when_interrupted
 
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
@@ -169,7 +168,6 @@ def convert_command(
     from ..parts import PartReport
     from .display import conversion_tables
 
-    when_interrupted(advice="; run the same command again to resume")
     pushed = None
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = _convert(
@@ -249,7 +247,6 @@ def finish_command(
         connections=connections,
     )
 
-    when_interrupted(advice="; run the same command again to resume")
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
     warn(report.warnings)
@@ -278,7 +275,6 @@ def ci_command(
     from .display import job_table
     from .summary import done_summary, failed_summary
 
-    when_interrupted(advice="; run the same command again to resume")
     pushed = None
     try:
         _check_repository(push_to_hub, private=private)
@@ -371,7 +367,6 @@ def restore_command(
     from ..restoration import restore
     from .display import restored_table
 
-    when_interrupted(advice="; run the same command again to resume")
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = restore(converted_dir, out_dir, verify=verify, overwrite=overwrite, **options)
     warn(report.warnings)
@@ -422,7 +417,6 @@ def push_command(
     from ..publication import push
     from .display import pushed_table
 
-    when_interrupted(advice="; run the same command again to resume")
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = push(out_dir, repo_id, private=private, **options)
     warn(report.warnings)

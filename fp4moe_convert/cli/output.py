@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from ..errors import ConvertError, printable
+from .process import when_interrupted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,9 +90,10 @@ def print_result(result: dict[str, Any] | Iterable[RenderableType]) -> None:
 
 @contextmanager
 def running(*, quiet: bool, direct_io: bool, threads: int) -> Iterator[Running]:
-    """How to run, with what is shown on stderr meanwhile."""
+    """How to run what a second run resumes, with what is shown on stderr meanwhile."""
     from .display import progress_on
 
+    when_interrupted(advice="; run the same command again to resume")
     with progress_on(sys.stderr, quiet=quiet) as on_progress:
         yield {
             "direct_io": direct_io,

@@ -257,7 +257,7 @@ def convert_with(
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class Filled:
     """The shards of a plan are there."""
 
     writing: Writing
@@ -280,7 +280,7 @@ def fill(
     dropping: Dropping | None = None,
     write_shards: WriteShards = write_here,
     must_be_complete: bool = False,
-) -> Written:
+) -> Filled:
     """Write the shards of a plan that are not there yet. Arguments and errors are those of
     `convert_with`."""
     out_dir, plan = opened.folder.path, work.plan
@@ -341,7 +341,7 @@ def fill(
         check_seconds = dropping.write_and_drop(planned, writing, write, check)
     elif to_write:
         write(to_write, writing.finish_shard)
-    return Written(writing, row_order, nbytes, len(planned.kept), check_seconds)
+    return Filled(writing, row_order, nbytes, len(planned.kept), check_seconds)
 
 
 def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ from .execution.surroundings import read_manifest
 from .plan import Part
 from .preparation import preview
 from .progress import Running, RunOptions
-from .report import peak_rss
+from .report import Written, peak_rss
 from .storage.opening import address
 from .storage.reader import Store
 
@@ -30,43 +30,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartReport:
+class PartReport(Written):
     """What the run of a part did."""
 
-    out_dir: Path
     part: Part
-    shards: int
-    """Of this part."""
-    shards_kept: int
-    """Of these: finished by an earlier run."""
-    bytes_out: int
-    """Size of the part's shards, headers included."""
-    bytes_written: int
-    """Of these: what was not there from an earlier run."""
-    seconds: float
-    peak_rss: int
-    """Bytes; of the whole process so far."""
     shards_missing: int
     """Shards that other parts have still to write."""
     whole: ConversionReport | None
     """How the folder was finished, if this run did it."""
 
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes_written / self.seconds
-
     def as_json(self) -> dict[str, Any]:
         return {
-            "out_dir": str(self.out_dir),
+            **Written.as_json(self),
             "part": self.part.number,
             "parts": self.part.count,
-            "shards": self.shards,
-            "shards_kept": self.shards_kept,
-            "bytes_out": self.bytes_out,
-            "bytes_written": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-            "bytes_per_second": round(self.bytes_per_second),
-            "peak_rss_bytes": self.peak_rss,
             "shards_missing": self.shards_missing,
             "whole": None if self.whole is None else self.whole.as_json(),
         }

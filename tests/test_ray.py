@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.environments import environments
 from support.folders import INDEX, every_file, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
@@ -36,8 +37,7 @@ from fp4moe_convert import (
 from fp4moe_convert.storage.buffers import Bytes
 from fp4moe_convert.storage.urls import UrlStore
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
+RAY = environments("ray")
 SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
 MAX_SHARD_NBYTES = 300_000
 """So many shards that both nodes are at work before one could have done them all."""

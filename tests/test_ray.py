@@ -24,6 +24,7 @@ from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.tensors import range_of
 from test_dropping import StopError, as_without, run_half
 from test_network import little_room
+from typer.testing import CliRunner
 
 from fp4moe_convert import (
     CheckpointError,
@@ -34,6 +35,7 @@ from fp4moe_convert import (
     convert_on_ray,
     preview,
 )
+from fp4moe_convert.cli.commands import convert_app
 from fp4moe_convert.storage.buffers import Bytes
 from fp4moe_convert.storage.urls import UrlStore
 
@@ -288,3 +290,22 @@ def test_what_one_machine_has_fetched_is_not_fetched_again(
     ]
     assert asked[0] < afresh - 200_000
     assert every_file(tmp_path / "out") == every_file(tmp_path / "afresh")
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_what_ray_prints_is_not_in_the_result(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells of a node that has died, for one, at any time."""
+    get = sys.modules["ray"].get
+
+    def get_and_tell(task: Callable[[], object]) -> object:
+        print("(raylet) The node has been marked dead")
+        return get(task)
+
+    monkeypatch.setattr(sys.modules["ray"], "get", get_and_tell)
+    arguments = [str(source), str(tmp_path / "out"), "--ray", "auto", "--json", "--quiet"]
+    result = CliRunner().invoke(convert_app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["layers"] == 2
+    assert "marked dead" in result.stderr

@@ -6,6 +6,7 @@ usage, 75 a failure that may pass (EX_TEMPFAIL of sysexits.h), 130 Ctrl-C, 143 S
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -205,7 +206,9 @@ def _convert(
     if ray:
         from ..cluster import convert_on_ray
 
-        return convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
+        # Ray prints what befalls its nodes, and not on stderr.
+        with contextlib.redirect_stdout(sys.stderr):
+            return convert_on_ray(store, out_dir, ray, overwrite=overwrite, **options)
     from ..conversion import convert
 
     return convert(store, out_dir, overwrite=overwrite, drop_source=drop_source, **options)

@@ -1,6 +1,6 @@
 """Compare kinds of checkpoints: the time for a byte to convert and restore them, and the memory.
 
-    python -m benchmarks.families                 # models of 3 GB, by turns: ten minutes
+    python -m benchmarks.families                 # models of 3 GB, by turns: a quarter of an hour
     python -m benchmarks.families --warm --work-dir /dev/shm --hidden 4096 --gb 1.3    # no disk
 
 A kind is a way of its own through the program: names, scales, experts without a gate, what stands

@@ -25,10 +25,11 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .cluster import convert_on_ray
-    from .conversion import ConversionReport, convert, prepare
+    from .conversion import ConversionReport, convert
     from .inspection import Inspection, inspect
     from .parts import PartReport, convert_part, finish
     from .plan import Part
+    from .preparation import Preview, preview
     from .progress import OnProgress, Progress
     from .publication import PushReport, push
     from .report import RunReport
@@ -51,6 +52,7 @@ __all__ = [
     "OutputError",
     "Part",
     "PartReport",
+    "Preview",
     "Progress",
     "PushError",
     "PushReport",
@@ -67,7 +69,7 @@ __all__ = [
     "finish",
     "inspect",
     "open_store",
-    "prepare",
+    "preview",
     "push",
     "restore",
     "verify",
@@ -82,10 +84,11 @@ _HOME = {
     "inspect": "inspection",
     "Part": "plan",
     "PartReport": "parts",
+    "Preview": "preparation",
     "convert_on_ray": "cluster",
     "convert_part": "parts",
     "finish": "parts",
-    "prepare": "conversion",
+    "preview": "preparation",
     "PushReport": "publication",
     "push": "publication",
     "RunReport": "report",

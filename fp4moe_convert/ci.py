@@ -14,7 +14,7 @@ from .format.manifest import to_json
 from .format.untrusted import decode_object
 from .progress import Running
 from .storage.copying import record_of
-from .storage.durable import make_folder, write_file
+from .storage.durable import make_folder, partial_path, write_file
 from .storage.local import LocalReader
 from .storage.reader import Store, read_all
 
@@ -87,6 +87,8 @@ def run_job(
     )
     with naming(report, OutputError):
         make_folder(report.parent)
+        # A job that was killed while it wrote its report has left this.
+        partial_path(report).unlink(missing_ok=True)
     write_file(report, to_json(job.as_json()))
     return job
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .conversion import ConversionReport, convert, preview, write_here
+from . import defaults
+from .conversion import ConversionReport, convert_with, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError
-from .execution.scatter import OnFilled, OnMove
+from .execution.scatter import WriteRequest
 from .execution.stock import Conversion
 from .format.manifest import Identity
 from .plan import PlannedShard
-from .progress import OnBytes
+from .preparation import preview
+from .progress import Running, RunOptions
 from .storage.durable import WriteFile, partial_path
 from .storage.opening import address, open_store
 from .storage.reader import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RETRIES = 5
 """Of a task whose node or process has died."""
@@ -32,7 +37,14 @@ STOPPING_SECONDS = 10
 
 
 def convert_on_ray(
-    model_dir: str | Path | Store, out_dir: str | Path, cluster: str = "auto", **options: Any
+    model_dir: str | Path | Store,
+    out_dir: str | Path,
+    cluster: str = "auto",
+    *,
+    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
+    verify: bool = False,
+    overwrite: bool = False,
+    **running: Unpack[Running],
 ) -> ConversionReport:
     """Convert with the nodes of a Ray cluster.
 
@@ -47,6 +59,7 @@ def convert_on_ray(
         ClusterError: the cluster cannot be reached, or nodes have died too often.
         ConvertError: Ray is not installed.
     """
+    options = RunOptions(**running)
     try:
         import ray
     except ImportError:
@@ -60,21 +73,18 @@ def convert_on_ray(
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ClusterError(f"Ray at {cluster!r}: {str(error).splitlines()[0]}") from error
             stack.callback(ray.shutdown)
-        return convert(model_dir, out_dir, write_shards=_write_on_ray, **options)
+        return convert_with(
+            options,
+            model_dir,
+            out_dir,
+            max_shard_nbytes=max_shard_nbytes,
+            verify=verify,
+            overwrite=overwrite,
+            write_shards=_write_on_ray,
+        )
 
 
-def _write_on_ray(
-    work: Conversion,
-    shards: Sequence[PlannedShard],
-    out_dir: Path,
-    *,
-    direct_io: bool,
-    threads: int,
-    on_bytes: OnBytes,
-    on_filled: OnFilled,
-    on_move: OnMove,  # noqa: ARG001 (tasks begin afresh)
-    filled: Mapping[str, Mapping[int, str]],  # noqa: ARG001 (the same)
-) -> None:
+def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) -> None:
     """`conversion.WriteShards` by tasks of a cluster."""
     import ray
 
@@ -84,7 +94,9 @@ def _write_on_ray(
     provenance = work.store.provenance()
     task = (
         ray.remote(_write_shard)
-        .options(num_cpus=min(threads, cpus), max_retries=RETRIES, scheduling_strategy="SPREAD")
+        .options(
+            num_cpus=min(options.threads, cpus), max_retries=RETRIES, scheduling_strategy="SPREAD"
+        )
         .remote
     )
     write = partial(
@@ -92,9 +104,9 @@ def _write_on_ray(
         source=address(provenance["path"], provenance.get("revision")),
         connections=work.store.connections,
         max_shard_nbytes=work.plan.max_shard_nbytes,
-        out_dir=out_dir.absolute(),
-        direct_io=direct_io,
-        threads=threads,
+        out_dir=request.out_dir.absolute(),
+        direct_io=options.direct_io,
+        threads=options.threads,
         run=uuid.uuid4().hex,
     )
     tasks = {
@@ -102,8 +114,9 @@ def _write_on_ray(
             name=shard.name,
             fingerprint=shard.fingerprint,
             sources={name: work.identities[name] for name in shard.source_files},
+            filled=request.filled.get(shard.name, {}),
         ): shard
-        for shard in shards
+        for shard in request.shards
     }
     try:
         while tasks:
@@ -119,13 +132,13 @@ def _write_on_ray(
                 raise failure from cause
             del tasks[task_done]
             try:
-                file = WriteFile(partial_path(out_dir / shard.name), None, direct=False)
+                file = WriteFile(partial_path(request.out_dir / shard.name), None, direct=False)
             except OutputError as error:
                 raise OutputError(
-                    f"{error}, though {node} has written it: all nodes must share {out_dir}"
+                    f"{error}, though {node} has written it: all nodes must share {request.out_dir}"
                 ) from error
-            on_filled(shard, file, checksums)
-            on_bytes(shard.name, shard.nbytes - len(shard.header))
+            request.on_filled(shard, file, checksums)
+            request.on_bytes(shard.name, shard.nbytes - len(shard.header))
     finally:
         if tasks:
             # They end before the folder is tidied up. Not by force: Ray 2.60 then aborts the driver
@@ -147,6 +160,7 @@ def _write_shard(
     name: str,
     fingerprint: str,
     sources: Mapping[str, Identity],
+    filled: Mapping[int, str],
 ) -> tuple[str, dict[str, str] | None, ConvertError | None, BaseException | None]:
     """A task: fill one shard's temporary file.
 
@@ -162,24 +176,21 @@ def _write_shard(
         checksums.update(digests)
 
     try:
-        work = _prepared(source, connections, max_shard_nbytes, run)
+        work = _prepared(source, connections, out_dir, max_shard_nbytes, run)
         shard = next((shard for shard in work.plan.shards if shard.name == name), None)
         for file, identity in sources.items():
             if work.identities.get(file) != identity:
                 raise CheckpointError(f"{file}: is not the same file as on the driver's machine")
         if shard is None or shard.fingerprint != fingerprint:
             raise CheckpointError(f"{name}: is planned otherwise by the release that is installed")
-        # What a task that has died may have left. One that only seems dead goes on writing the same
-        # bytes into a file that has no name.
-        partial_path(out_dir / name).unlink(missing_ok=True)
+        if not filled:
+            # What a task that has died may have left. One that only seems dead goes on writing the
+            # same bytes into a file that has no name.
+            partial_path(out_dir / name).unlink(missing_ok=True)
         write_here(
             work,
-            [shard],
-            out_dir,
-            direct_io=direct_io,
-            threads=threads,
-            on_bytes=lambda *_: None,
-            on_filled=keep,
+            WriteRequest([shard], out_dir, lambda *_: None, keep, filled={name: filled}),
+            RunOptions(direct_io=direct_io, threads=threads),
         )
         work.check_unchanged(sources)
     except ConvertError as error:
@@ -188,7 +199,13 @@ def _write_shard(
 
 
 @lru_cache(maxsize=1)
-def _prepared(source: str, connections: int, max_shard_nbytes: int, run: str) -> Conversion:  # noqa: ARG001
+def _prepared(
+    source: str,
+    connections: int,
+    out_dir: Path,
+    max_shard_nbytes: int,
+    run: str,  # noqa: ARG001
+) -> Conversion:
     """The whole plan, made once a ``run`` in each process that works at its tasks."""
     store = open_store(source, connections=connections)
-    return preview(store, max_shard_nbytes=max_shard_nbytes).work
+    return preview(store, out_dir, max_shard_nbytes=max_shard_nbytes).work

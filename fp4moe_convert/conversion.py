@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import defaults, layouts
-from .errors import CheckpointError, OutputError, VerifyError
-from .execution.dropping import Dropping, Forecast, forecast, growth, remaining, steps
-from .execution.output_folder import Opened, OutputFolder, Planned, Writing
-from .execution.scatter import OnFilled, OnMove, scatter
+from . import defaults
+from .errors import OutputError, VerifyError
+from .execution.dropping import Dropping, remaining
+from .execution.forecast import forecast, growth
+from .execution.output_folder import Opened, OutputFolder, Writing
+from .execution.scatter import OnFilled, WriteRequest, scatter
 from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
 from .format.contract import TensorSpec
-from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .format.manifest import ShardRecord
 from .layouts.base import Move, RowOrder, source_ranges
-from .plan import Part, Plan, PlannedShard, make_plan
-from .progress import OnBytes, OnNote, OnProgress, tell, track
-from .prospects import Prospects, prospects
+from .plan import Plan, PlannedShard
+from .preparation import preview
+from .progress import OnNote, OnProgress, RunOptions, tell, track
+from .prospects import Prospects
 from .readback import open_converted
 from .report import RunReport, peak_rss
-from .restoration import check_whole
-from .source.checkpoint import Checkpoint, open_checkpoint
-from .source.completeness import remarks
-from .source.experts import require_layers
-from .source.quantization import require_nvfp4
 from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
-from .storage.durable import WriteFile
 from .storage.header import spec_nbytes
 from .storage.local import LocalReader
-from .storage.opening import open_store
 from .storage.reader import Opener, Store, keep_open, read_bytes
 from .storage.remote import Fetched, RemoteStore, fetched_from
 from .verification import check_data, damaged_shards
@@ -93,153 +87,30 @@ class ConversionReport(RunReport):
         }
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What a conversion will do, from headers and config.json. Nothing has been written."""
-
-    work: Conversion
-    prospects: Prospects
-    warnings: list[str]
-    """Those that need no tensor."""
-    part: Part | None = None
-    """The shards are those of this part only."""
-    dropping: Forecast | None = None
-    """What becomes of the source, if it is deleted and has not been."""
-
-    def only(self, part: Part) -> Preview:
-        """As much of it as one part does."""
-        plan = self.work.plan.only(part)
-        return replace(self, work=replace(self.work, plan=plan), part=part)
-
-    @property
-    def fetched(self) -> Fetched | None:
-        """What the preview has taken, where the source is on the network."""
-        return fetched_from(self.work.store)
-
-    @property
-    def to_fetch_nbytes(self) -> int:
-        """What a conversion has to read of the source."""
-        weights = sum(
-            s.nbytes for shard in self.work.plan.shards for m in shard.moves for s in m.sources
-        )
-        return weights + sum(self.work.copied.values())
-
-    def as_json(self, out_dir: Path) -> dict[str, Any]:
-        """The plan and what else there is to say, if the result lies in ``out_dir``."""
-        part = {"part": self.part.number, "parts": self.part.count} if self.part else {}
-        return {
-            "source": dict(self.work.store.provenance()),
-            **part,
-            **self.work.plan.as_json(),
-            "to_fetch_bytes": self.to_fetch_nbytes,
-            "fetched": None if self.fetched is None else self.fetched.as_json(),
-            "other_files": len(self.work.copied),
-            "other_bytes": sum(self.work.copied.values()),
-            **self.prospects.as_json(),
-            "serve": self.prospects.commands(str(out_dir)),
-            "drop_source": None if self.dropping is None else self.dropping.as_json(),
-            "warnings": self.warnings,
-        }
+WriteShards: TypeAlias = Callable[[Conversion, WriteRequest, RunOptions], None]
+"""Fills the temporary files of a conversion's shards; errors are those of `scatter`. Moves need not
+be told of."""
 
 
-def prepare(
-    model_dir: str | Path | Store, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES
-) -> tuple[Checkpoint, Plan]:
-    """Open a checkpoint and plan its conversion; reads headers, writes nothing.
-
-    Raises:
-        CheckpointError: it cannot be converted, and why.
-    """
-    work = preview(model_dir, max_shard_nbytes=max_shard_nbytes).work
-    return work.checkpoint, work.plan
-
-
-def preview(
-    model_dir: str | Path | Store,
-    out_dir: str | Path | None = None,
-    *,
-    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
-    drop_source: bool = False,
-) -> Preview:
-    """As `prepare`, with all that a conversion would say beforehand.
-
-    Args:
-        model_dir: as for `convert`.
-        out_dir: where an earlier run may have put on record what it has deleted of the source.
-        max_shard_nbytes: as for `convert`.
-        drop_source: as for `convert`.
-
-    Raises:
-        CheckpointError: it cannot be converted, or not be deleted, and why.
-    """
-    store = open_store(model_dir)
-    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, Path(out_dir)))
-    require_nvfp4(checkpoint)
-    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
-    _check_folders(checkpoint, plan)
-    require_layers(checkpoint, plan.layers, plan.passed)
-    warnings = remarks(checkpoint, plan.geometries)
-    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
-    outlook.require_one(checkpoint.location)
-    work, dropping = Conversion(checkpoint, plan), None
-    if drop_source and work.is_there:
-        prepare_dropping(work)
-        dropping = forecast(work)
-    return Preview(work, outlook, warnings, dropping=dropping)
-
-
-class WriteShards(Protocol):
-    """Fills shards' temporary files."""
-
-    def __call__(
-        self,
-        work: Conversion,
-        shards: Sequence[PlannedShard],
-        out_dir: Path,
-        *,
-        direct_io: bool,
-        threads: int,
-        on_bytes: OnBytes,
-        on_filled: OnFilled,
-        on_move: OnMove,
-        filled: Mapping[str, Mapping[int, str]],
-    ) -> None:
-        """Arguments and errors are those of `scatter`. Moves need not be told of."""
-
-
-def write_here(
-    work: Conversion,
-    shards: Sequence[PlannedShard],
-    out_dir: Path,
-    *,
-    direct_io: bool,
-    threads: int,
-    on_bytes: OnBytes,
-    on_filled: OnFilled,
-    on_move: OnMove | None = None,
-    filled: Mapping[str, Mapping[int, str]] | None = None,
-) -> None:
+def write_here(work: Conversion, request: WriteRequest, options: RunOptions) -> None:
     """`WriteShards` in this process."""
-    filled = filled or {}
     moves = (
         move
-        for shard in shards
+        for shard in request.shards
         for number, move in enumerate(shard.moves)
-        if number not in filled.get(shard.name, {})
+        if number not in request.filled.get(shard.name, {})
     )
-    with open_ahead(work.store, source_ranges(moves), direct=direct_io) as sources:
+    if not isinstance(work.store, RemoteStore):
+        # Reading a local source again is faster than comparing checksums.
+        request = replace(request, on_move=None)
+    direct = options.direct_io
+    with open_ahead(work.store, source_ranges(moves), direct=direct) as sources:
         scatter(
-            shards,
-            out_dir,
+            request,
             open_source=sources.open,
-            direct=direct_io,
-            threads=threads,
-            on_bytes=on_bytes,
-            on_filled=on_filled,
+            direct=direct,
+            threads=options.threads,
             on_stop=sources.stop,
-            # What lies on a disk is read again sooner than it is compared.
-            on_move=on_move if isinstance(work.store, RemoteStore) else None,
-            filled=filled,
         )
 
 
@@ -253,7 +124,6 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     drop_source: bool = False,
-    write_shards: WriteShards | None = write_here,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> ConversionReport:
@@ -275,8 +145,6 @@ def convert(
         drop_source: delete each shard of the source, without asking, once all that was converted
             from it has been read back. With ``verify`` it is compared with the source before that.
             From then on ``out_dir`` has the only copy; `restoration.restore` is the way back.
-        write_shards: does it, on this machine or on others; None where runs of parts have done it,
-            and it is an error if one is missing.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is written again.
 
@@ -286,24 +154,53 @@ def convert(
         RowOrderError: the installed FlashInfer orders rows differently.
         VerifyError: ``verify`` found a difference.
     """
+    return convert_with(
+        RunOptions(direct_io=direct_io, threads=threads, on_progress=on_progress, on_note=on_note),
+        model_dir,
+        out_dir,
+        max_shard_nbytes=max_shard_nbytes,
+        verify=verify,
+        overwrite=overwrite,
+        drop_source=drop_source,
+    )
+
+
+def convert_with(
+    options: RunOptions,
+    model_dir: str | Path | Store,
+    out_dir: str | Path,
+    *,
+    max_shard_nbytes: int,
+    verify: bool,
+    overwrite: bool = False,
+    drop_source: bool = False,
+    write_shards: WriteShards = write_here,
+    must_be_complete: bool = False,
+) -> ConversionReport:
+    """`convert`, by any means.
+
+    Args:
+        write_shards: does it, on this machine or on others.
+        must_be_complete: all shards must be there; it is an error if one would have to be written.
+
+    The other arguments, and the errors, are those of `convert`.
+    """
     started = time.perf_counter()
     out_dir = Path(out_dir)
 
     foreseen = preview(model_dir, out_dir, max_shard_nbytes=max_shard_nbytes)
     work, plan, store = foreseen.work, foreseen.work.plan, foreseen.work.store
-    dropping = prepare_dropping(work) if drop_source and work.is_there else None
+    dropping = Dropping(work) if drop_source and work.is_there else None
     with OutputFolder(out_dir, source=store.local_path) as opened:
         written = fill(
             opened,
             work,
-            direct_io=direct_io,
-            threads=threads,
+            options,
             verify=verify,
             overwrite=overwrite,
             dropping=dropping,
             write_shards=write_shards,
-            on_progress=on_progress,
-            on_note=on_note,
+            must_be_complete=must_be_complete,
         )
         row_order = written.row_order
         # What has gone meanwhile is read from the record.
@@ -329,9 +226,9 @@ def convert(
                     verify_seconds = verify_folder(
                         out_dir,
                         None if work.gone else store,
-                        direct_io=direct_io,
-                        threads=threads,
-                        on_progress=on_progress,
+                        direct_io=options.direct_io,
+                        threads=options.threads,
+                        on_progress=options.on_progress,
                     ).seconds
             except VerifyError:
                 with suppress(OutputError):  # the difference is what has to be reported
@@ -366,7 +263,7 @@ def convert(
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class Filled:
     """The shards of a plan are there."""
 
     writing: Writing
@@ -382,24 +279,23 @@ class Written:
 def fill(
     opened: Opened,
     work: Conversion,
+    options: RunOptions,
     *,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
     verify: bool,
     overwrite: bool = False,
     dropping: Dropping | None = None,
-    write_shards: WriteShards | None = write_here,
-    on_progress: OnProgress | None = None,
-    on_note: OnNote | None = None,
-) -> Written:
-    """Write the shards of a plan that are not there yet. Arguments and errors are `convert`'s."""
+    write_shards: WriteShards = write_here,
+    must_be_complete: bool = False,
+) -> Filled:
+    """Write the shards of a plan that are not there yet. Arguments and errors are those of
+    `convert_with`."""
     out_dir, plan = opened.folder.path, work.plan
     # What earlier runs left, and whether it may stay.
     planned = opened.plan(work, overwrite=overwrite)
 
     def open_source() -> Opener:
         # Anew each time: a file that is still open when it is deleted makes no room.
-        return keep_open(partial(work.store.open, direct=direct_io))
+        return keep_open(partial(work.store.open, direct=options.direct_io))
 
     if verify or dropping:
         planned.redo(
@@ -408,12 +304,10 @@ def fill(
                 planned.records if verify or not dropping else dropping.concerned(planned.records),
                 moves=dropping.comparable if dropping and verify else {},
                 open_source=open_source(),
-                direct_io=direct_io,
-                threads=threads,
-                on_progress=on_progress,
+                options=options,
             )
         )
-    if write_shards is None:
+    if must_be_complete:
         planned.require_all()
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
@@ -422,28 +316,20 @@ def fill(
     if dropping and dropping.frees_room_for(out_dir):
         needed = growth(plan, dropping.on_disk, planned.kept)
     writing = planned.start(needed=needed)
-    tell(planned.remarks(), on_note)
+    tell(planned.remarks(), options.on_note)
     to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
     nbytes = sum(shard.nbytes for shard in to_write)
     moved = nbytes - sum(len(shard.header) for shard in to_write)
-    tell_progress = track("converting", moved + (nbytes if dropping else 0), on_progress)
+    tell_progress = track("converting", moved + (nbytes if dropping else 0), options.on_progress)
 
     def on_bytes(item: str, nbytes: int) -> None:
         tell_progress(plan.layer_of.get(item, item), nbytes)
 
     def write(shards: Sequence[PlannedShard], on_filled: OnFilled) -> None:
-        assert write_shards is not None
-        write_shards(
-            work,
-            shards,
-            out_dir,
-            direct_io=direct_io,
-            threads=threads,
-            on_bytes=on_bytes,
-            on_filled=on_filled,
-            on_move=writing.note_move,
-            filled=planned.filled,
+        request = WriteRequest(
+            shards, out_dir, on_bytes, on_filled, writing.note_move, planned.filled
         )
+        write_shards(work, request, options)
 
     def check(path: Path, record: ShardRecord, moves: Sequence[Move]) -> None:
         check_data(
@@ -451,72 +337,17 @@ def fill(
             record,
             moves=moves,
             open_source=open_source() if verify else None,
-            direct_io=direct_io,
-            threads=threads,
+            options=options,
             on_bytes=on_bytes,
         )
 
     check_seconds = 0.0
     if dropping:
-        tell([str(forecast(work, planned.kept))], on_note)
-        check_seconds = _write_and_drop(work, planned, writing, dropping, write, check)
+        tell([str(forecast(work, planned.kept))], options.on_note)
+        check_seconds = dropping.write_and_drop(planned, writing, write, check)
     elif to_write:
         write(to_write, writing.finish_shard)
-    return Written(writing, row_order, nbytes, len(planned.kept), check_seconds)
-
-
-def _write_and_drop(
-    work: Conversion,
-    planned: Planned,
-    writing: Writing,
-    dropping: Dropping,
-    write: Callable[[Sequence[PlannedShard], OnFilled], None],
-    check: Callable[[Path, ShardRecord, Sequence[Move]], None],
-) -> float:
-    """Write shards one after the other, read each back before it gets its name, and delete the
-    sources that none after it needs.
-
-    Returns:
-        Wall time of the reading back.
-    """
-    seconds = 0.0
-    writing.allow_dropping(partial(dropping.write_record, planned.folder.path))
-    dropping.rehearse(planned.folder.path)
-    for shard, done_with in steps(work.plan):
-        if shard.name not in planned.kept:
-            filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
-            write([shard], lambda *done, filled=filled: filled.append(done))
-            [(_, file, checksums)] = filled
-            file.sync()
-            file.leave_cache()
-            started = time.perf_counter()
-            check(file.path, ShardRecord.of(shard.header, shard.nbytes, checksums), shard.moves)
-            seconds += time.perf_counter() - started
-            writing.finish_shard(shard, file, checksums)
-        for name in done_with:
-            dropping.drop(name)
-    return seconds
-
-
-def prepare_dropping(work: Conversion) -> Dropping:
-    """Make sure that a source may be deleted while it is converted.
-
-    Raises:
-        CheckpointError: it cannot be, or that would make no room.
-        VerifyError: it could not be restored.
-    """
-    check_whole(work.checkpoint, [move for shard in work.plan.shards for move in shard.moves])
-    return Dropping(work)
-
-
-def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
-    """A file of the output and a folder of the source may want the same name."""
-    files = {shard.name for shard in plan.shards}
-    files |= {*GENERATED, JOURNAL_NAME, *checkpoint.other_files}
-    for name in checkpoint.other_files:
-        folder = Path(name).parts[0]
-        if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
-            raise CheckpointError(f"{name}: its folder has the name of a file of the output")
+    return Filled(writing, row_order, nbytes, len(planned.kept), check_seconds)
 
 
 def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:

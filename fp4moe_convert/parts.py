@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import defaults
-from .conversion import ConversionReport, convert, fill, preview
+from .conversion import ConversionReport, convert_with, fill
 from .errors import InUseError, OutputError, VerifyError
 from .execution.journal import Division, check_same, divisions_in
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
 from .plan import Part
-from .progress import Running
-from .report import peak_rss
+from .preparation import preview
+from .progress import Running, RunOptions
+from .report import Written, peak_rss
 from .storage.opening import address
 from .storage.reader import Store
 
@@ -29,43 +30,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartReport:
+class PartReport(Written):
     """What the run of a part did."""
 
-    out_dir: Path
     part: Part
-    shards: int
-    """Of this part."""
-    shards_kept: int
-    """Of these: finished by an earlier run."""
-    bytes_out: int
-    """Size of the part's shards, headers included."""
-    bytes_written: int
-    """Of these: what was not there from an earlier run."""
-    seconds: float
-    peak_rss: int
-    """Bytes; of the whole process so far."""
     shards_missing: int
     """Shards that other parts have still to write."""
     whole: ConversionReport | None
     """How the folder was finished, if this run did it."""
 
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes_written / self.seconds
-
     def as_json(self) -> dict[str, Any]:
         return {
-            "out_dir": str(self.out_dir),
+            **Written.as_json(self),
             "part": self.part.number,
             "parts": self.part.count,
-            "shards": self.shards,
-            "shards_kept": self.shards_kept,
-            "bytes_out": self.bytes_out,
-            "bytes_written": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-            "bytes_per_second": round(self.bytes_per_second),
-            "peak_rss_bytes": self.peak_rss,
             "shards_missing": self.shards_missing,
             "whole": None if self.whole is None else self.whole.as_json(),
         }
@@ -91,6 +69,7 @@ def convert_part(
     """
     started = time.perf_counter()
     out_dir = Path(out_dir)
+    options = RunOptions(**running)
     whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
     work = whole.only(part).work
     provenance = work.store.provenance()
@@ -106,7 +85,7 @@ def convert_part(
         missing = []
         if not opened.folder.has_index:
             opened.join(division)
-            written = fill(opened, work, verify=verify, **running)
+            written = fill(opened, work, options, verify=verify)
             nbytes, kept = written.nbytes, written.kept
             missing = opened.folder.missing(whole.work)
     seconds = time.perf_counter() - started
@@ -114,13 +93,13 @@ def convert_part(
     if not missing:
         # Two parts that end at once both come here. The later one to let go of its part finishes.
         with suppress(InUseError):
-            report = convert(
+            report = convert_with(
+                options,
                 work.store,
                 out_dir,
                 max_shard_nbytes=max_shard_nbytes,
                 verify=verify,
-                write_shards=None,
-                **running,
+                must_be_complete=True,
             )
     return PartReport(
         out_dir=out_dir,
@@ -165,13 +144,13 @@ def finish(
     """
     out_dir = Path(out_dir)
     recorded, max_shard_nbytes = _recorded(out_dir)
-    return convert(
+    return convert_with(
+        RunOptions(**running),
         recorded if source is None else source,
         out_dir,
         max_shard_nbytes=max_shard_nbytes,
         verify=verify,
-        write_shards=None,
-        **running,
+        must_be_complete=True,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from . import defaults
-from .errors import CheckpointError
+from .errors import CheckpointError, VerifyError
 from .format.contract import FORMAT_VERSION, MARKER_NAME, Geometry, Marker, TensorSpec
 from .format.files import shard_name
 from .layouts.base import MOVE_NBYTES, Layout, Move
@@ -252,6 +252,28 @@ def source_moves(checkpoint: Checkpoint, layout: Layout) -> tuple[Move, ...]:
     """
     layers, _ = layers_to_convert(checkpoint, layout)
     return tuple(move for group in _groups(checkpoint, layers, layout) for move in group.moves)
+
+
+def check_moves_cover(checkpoint: Checkpoint, moves: Sequence[Move]) -> None:
+    """Make sure that the moves of a conversion take each byte of a checkpoint once.
+
+    Raises:
+        VerifyError: one is missing, or comes twice.
+    """
+    spans: dict[str, list[tuple[int, int, str]]] = {shard.name: [] for shard in checkpoint.shards}
+    for move in moves:
+        for source in move.sources:
+            spans[source.file].append((source.offset, source.nbytes, source.tensor))
+    for shard in checkpoint.shards:
+        position = shard.header.nbytes
+        end = (shard.header.file_nbytes, 0, "its end")
+        for offset, nbytes, tensor in (*sorted(spans[shard.name]), end):
+            if offset != position:
+                raise VerifyError(
+                    f"{shard.name}: the converted tensors hold its data up to byte {position}, but "
+                    f"{tensor!r} is at {offset}"
+                )
+            position += nbytes
 
 
 def _groups(checkpoint: Checkpoint, layers: Sequence[MoeLayer], layout: Layout) -> Iterator[_Group]:

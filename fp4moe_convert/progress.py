@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
+from . import defaults
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -34,12 +36,22 @@ OnNote = Callable[[str], None]
 
 
 class Running(TypedDict, total=False):
-    """The options of `conversion.convert` that functions around it hand on to it."""
+    """The keywords of `conversion.convert` that the functions around it take as well."""
 
     direct_io: bool
     threads: int
     on_progress: OnProgress | None
     on_note: OnNote | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The same, as the package hands them on."""
+
+    direct_io: bool = True
+    threads: int = defaults.THREADS
+    on_progress: OnProgress | None = None
+    on_note: OnNote | None = None
 
 
 def tell(notes: Iterable[str], on_note: OnNote | None) -> None:

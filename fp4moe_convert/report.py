@@ -1,4 +1,4 @@
-"""What a run that writes a folder did, in either direction."""
+"""What a run that writes shards did, in either direction."""
 
 from __future__ import annotations
 
@@ -11,32 +11,22 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunReport:
-    """What a run did."""
+class Written:
+    """What a run wrote, and what that took."""
 
     out_dir: Path
-    layers: int
-    """Expert layers that were converted, or restored."""
-    tensors_in: int
-    tensors_out: int
-    bytes_in: int
-    bytes_out: int
-    bytes_written: int
-    """Of ``bytes_out``: the shards that were not there from an earlier run."""
     shards: int
+    """Of the whole, or of the part that the run was asked for."""
     shards_kept: int
     """Of ``shards``: finished by an earlier run."""
-    other_files: int
-    """Copied as they are: tokenizer, code, whatever lies in sub-folders."""
-    other_bytes: int
-    """Of these."""
+    bytes_out: int
+    """Size of these shards, headers included."""
+    bytes_written: int
+    """Of ``bytes_out``: the shards that were not there from an earlier run."""
     seconds: float
     """Wall time of the run, from the first header to the last file."""
     peak_rss: int
     """Bytes; of the whole process so far."""
-    warnings: list[str]
-    verify_seconds: float | None
-    """Wall time of reading the result back; None if that was not asked for."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -45,19 +35,42 @@ class RunReport:
     def as_json(self) -> dict[str, Any]:
         return {
             "out_dir": str(self.out_dir),
+            "shards": self.shards,
+            "shards_kept": self.shards_kept,
+            "bytes_out": self.bytes_out,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "bytes_per_second": round(self.bytes_per_second),
+            "peak_rss_bytes": self.peak_rss,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport(Written):
+    """What a run did that wrote a whole folder."""
+
+    layers: int
+    """Expert layers that were converted, or restored."""
+    tensors_in: int
+    tensors_out: int
+    bytes_in: int
+    other_files: int
+    """Copied as they are: tokenizer, code, whatever lies in sub-folders."""
+    other_bytes: int
+    """Of these."""
+    warnings: list[str]
+    verify_seconds: float | None
+    """Wall time of reading the result back; None if that was not asked for."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **Written.as_json(self),
             "layers": self.layers,
             "tensors_in": self.tensors_in,
             "tensors_out": self.tensors_out,
             "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "bytes_written": self.bytes_written,
-            "shards": self.shards,
-            "shards_kept": self.shards_kept,
             "other_files": self.other_files,
             "other_bytes": self.other_bytes,
-            "seconds": round(self.seconds, 3),
-            "bytes_per_second": round(self.bytes_per_second),
-            "peak_rss_bytes": self.peak_rss,
             "warnings": self.warnings,
             "verify_seconds": None
             if self.verify_seconds is None

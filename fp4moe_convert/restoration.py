@@ -24,6 +24,7 @@ from .format.files import (
 )
 from .format.manifest import FileRecord, Manifest
 from .layouts.base import Move
+from .plan import check_moves_cover
 from .progress import OnNote, OnProgress, tell, track
 from .readback import Converted, open_converted, open_shards, read_back
 from .report import RunReport, peak_rss
@@ -144,30 +145,8 @@ def prepare_restoration(converted_dir: Path) -> Restoration:
             f"{converted_dir}: has the row order {found}, this release of fp4moe-convert knows "
             f"{known}; restore it with the release that converted it"
         )
-    check_whole(original, moves)
+    check_moves_cover(original, moves)
     return Restoration(converted, sources, original, moves)
-
-
-def check_whole(original: Checkpoint, moves: Sequence[Move]) -> None:
-    """Make sure that moves give back each byte of the original once.
-
-    Raises:
-        VerifyError: one is missing, or comes twice.
-    """
-    spans: dict[str, list[tuple[int, int, str]]] = {shard.name: [] for shard in original.shards}
-    for move in moves:
-        for source in move.sources:
-            spans[source.file].append((source.offset, source.nbytes, source.tensor))
-    for shard in original.shards:
-        position = shard.header.nbytes
-        end = (shard.header.file_nbytes, 0, "its end")
-        for offset, nbytes, tensor in (*sorted(spans[shard.name]), end):
-            if offset != position:
-                raise VerifyError(
-                    f"{shard.name}: the converted tensors hold its data up to byte {position}, but "
-                    f"{tensor!r} is at {offset}"
-                )
-            position += nbytes
 
 
 def restore(

@@ -23,7 +23,7 @@ from .errors import ConvertError, VerifyError
 from .execution.dropping import remaining
 from .format.manifest import ShardRecord
 from .layouts.base import Move, source_ranges
-from .progress import OnBytes, OnProgress, track
+from .progress import OnBytes, OnProgress, RunOptions, track
 from .readback import Take, check_shard, open_converted, open_shards, read_back, whole_tensors
 from .source.checkpoint import open_checkpoint
 from .source.recorded import DroppedSource
@@ -148,11 +148,9 @@ def damaged_shards(
     out_dir: Path,
     records: Mapping[str, ShardRecord],
     *,
-    moves: Mapping[str, Sequence[Move]] | None = None,
-    open_source: Opener | None = None,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
-    on_progress: OnProgress | None = None,
+    moves: Mapping[str, Sequence[Move]],
+    open_source: Opener,
+    options: RunOptions,
 ) -> dict[str, str]:
     """Read every byte of some shards and compare it with their records.
 
@@ -161,25 +159,23 @@ def damaged_shards(
         records: of these shards.
         moves: those that filled shards which are to be compared with their sources as well.
         open_source: opens one of these by name.
-        direct_io: bypass the page cache where the file systems allow.
-        threads: number of readers.
-        on_progress: as for `verify`.
+        options: of the run.
 
     Returns:
         What is wrong, by shard; shards that are as they should be are absent.
     """
     damaged: dict[str, str] = {}
-    on_bytes = track("checking", sum(record.nbytes for record in records.values()), on_progress)
+    total = sum(record.nbytes for record in records.values())
+    on_bytes = track("checking", total, options.on_progress)
     for name, record in records.items():
-        own = (moves or {}).get(name)
+        own = moves.get(name, ())
         try:
             check_data(
                 out_dir / name,
                 record,
                 moves=own,
                 open_source=open_source if own else None,
-                direct_io=direct_io,
-                threads=threads,
+                options=options,
                 on_bytes=on_bytes,
             )
         except ConvertError as error:
@@ -191,10 +187,9 @@ def check_data(
     path: Path,
     record: ShardRecord,
     *,
-    moves: Sequence[Move] | None = None,
-    open_source: Opener | None = None,
-    direct_io: bool = True,
-    threads: int = defaults.THREADS,
+    moves: Sequence[Move],
+    open_source: Opener | None,
+    options: RunOptions,
     on_bytes: OnBytes,
 ) -> None:
     """Read every byte of a shard and compare it with its record.
@@ -202,10 +197,9 @@ def check_data(
     Args:
         path: of the shard.
         record: what it should be.
-        moves: those that filled it, to compare it with its sources as well.
+        moves: those that filled it, if it is to be compared with its sources as well.
         open_source: opens one by name; None to leave them alone.
-        direct_io: bypass the page cache where the file systems allow.
-        threads: number of readers.
+        options: of the run.
         on_bytes: told of all bytes of the file.
 
     Raises:
@@ -218,8 +212,8 @@ def check_data(
         [shard],
         moves or whole_tensors([shard]),
         {shard.name: record},
-        open_shards(path.parent, direct=direct_io),
+        open_shards(path.parent, direct=options.direct_io),
         make_take=None if open_source is None else partial(_comparison, [shard], open_source),
-        threads=threads,
+        threads=options.threads,
         on_bytes=on_bytes,
     )

@@ -1,5 +1,12 @@
 # shellcheck shell=bash
-# Sourced by setup_engines.sh and setup_exporters.sh, in the project's folder.
+# Sourced by the other scripts, in the project's folder.
+
+# Where the environments of tests are. Inside quotes, bash leaves a tilde as it is.
+caches=${XDG_CACHE_HOME:-~/.cache}
+export FP4MOE_ENGINES=${FP4MOE_ENGINES:-$caches/fp4moe-engines}
+export FP4MOE_EXPORTERS=${FP4MOE_EXPORTERS:-$caches/fp4moe-exporters}
+export FP4MOE_RAY=${FP4MOE_RAY:-$caches/fp4moe-ray}
+export FP4MOE_LINTERS=${FP4MOE_LINTERS:-$caches/fp4moe-linters}
 
 # set_up FOLDER LISTS NAME [project]: create the environment FOLDER/NAME, or bring it up to date. It
 # gets the packages of LISTS/NAME.txt, which pip resolves; those of LISTS/NAME-no-deps.txt, whose own

@@ -8,7 +8,8 @@
 # FP4MOE_LINTERS   where the linters go; ${XDG_CACHE_HOME:-~/.cache}/fp4moe-linters, 90 MB
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${FP4MOE_LINTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-linters}
+. scripts/environment.sh
+venv=$FP4MOE_LINTERS
 if ! [ "$venv/ready" -nt scripts/linters.txt ]; then
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/python" -m pip --disable-pip-version-check -qq install --require-hashes -r scripts/linters.txt
@@ -17,7 +18,7 @@ fi
 
 PATH=$venv/bin:$PATH
 actionlint .github/workflows/*.yml # it runs shellcheck on what steps run
-shellcheck scripts/*.sh .ci/run
+shellcheck -x scripts/*.sh .ci/run
 hadolint Dockerfile
 if docker info >/dev/null 2>&1; then
     docker build -q -t fp4moe-ci . >/dev/null

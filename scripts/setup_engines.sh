@@ -14,6 +14,5 @@ cd "$(dirname "$0")/.."
 
 [ $# -gt 0 ] || set -- sglang vllm
 for engine; do
-    set_up "${FP4MOE_ENGINES:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-engines}" scripts/engines "$engine" \
-        with-project
+    set_up "$FP4MOE_ENGINES" scripts/engines "$engine" with-project
 done

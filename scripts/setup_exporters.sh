@@ -14,6 +14,5 @@ cd "$(dirname "$0")/.."
 
 [ $# -gt 0 ] || set -- modelopt llmcompressor
 for exporter; do
-    set_up "${FP4MOE_EXPORTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-exporters}" scripts/exporters \
-        "$exporter"
+    set_up "$FP4MOE_EXPORTERS" scripts/exporters "$exporter"
 done

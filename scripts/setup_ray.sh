@@ -8,7 +8,8 @@
 # FP4MOE_RAY   where it goes; ${XDG_CACHE_HOME:-~/.cache}/fp4moe-ray
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${FP4MOE_RAY:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-ray}
+. scripts/environment.sh
+venv=$FP4MOE_RAY
 # It names the checkout, because the project is installed where it lies.
 ready=$venv/ready
 if [ -f "$ready" ] && [ "$(cat "$ready")" = "$PWD" ] && [ "$ready" -nt requirements.txt ] &&

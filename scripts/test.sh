@@ -10,9 +10,7 @@ venv=$(cd "${FP4MOE_VENV:-.venv}" && pwd)
 
 # FlashInfer, torch and transformers keep caches in HOME, and fail where they cannot. Engines,
 # exporters and Ray are looked for where their scripts put them, whatever HOME becomes.
-export FP4MOE_ENGINES=${FP4MOE_ENGINES:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-engines}
-export FP4MOE_EXPORTERS=${FP4MOE_EXPORTERS:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-exporters}
-export FP4MOE_RAY=${FP4MOE_RAY:-${XDG_CACHE_HOME:-~/.cache}/fp4moe-ray}
+. scripts/environment.sh
 [ -w "${HOME:-}" ] || export HOME=$venv
 
 [ $# -gt 0 ] || set -- -n auto --maxprocesses 8 --dist worksteal

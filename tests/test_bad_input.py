@@ -42,7 +42,7 @@ from support.tensors import (
 )
 from typer.testing import CliRunner
 
-from fp4moe_convert import conversion
+from fp4moe_convert import conversion, preview
 from fp4moe_convert.cli.commands import app, convert_app
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
@@ -957,7 +957,7 @@ def test_refuses_too_little_free_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     assert found, message
     needed = int(found[1].replace(",", ""))
-    assert needed == pytest.approx(conversion.prepare(model_dir)[1].bytes_out, 0.01)
+    assert needed == pytest.approx(preview(model_dir).work.plan.bytes_out, 0.01)
     assert needed > 1.58e9
     assert not (tmp_path / "out").exists()
 
@@ -965,7 +965,7 @@ def test_refuses_too_little_free_disk(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_needs_no_more_than_it_says(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = conversion.prepare(tiny)[1]
+    plan = preview(tiny).work.plan
     needed = plan.bytes_out + sum(
         path.stat().st_size
         for path in tiny.iterdir()

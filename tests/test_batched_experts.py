@@ -21,7 +21,7 @@ from support.batched import rewrite_each_by_itself
 from support.folders import edit_json
 from support.tensors import StoredTensor, read_header, read_tensors, write_tensors
 
-from fp4moe_convert import CheckpointError, VerifyError, convert, inspect, prepare, restore, verify
+from fp4moe_convert import CheckpointError, VerifyError, convert, inspect, preview, restore, verify
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.source.checkpoint import open_checkpoint
 from fp4moe_convert.source.experts import find_layers
@@ -196,7 +196,7 @@ def test_what_is_otherwise_is_refused(case: str, folders: Path, tmp_path: Path) 
     edit, message = REFUSED[case]
     folder = edited(folders, tmp_path / "source", edit)
     with pytest.raises(CheckpointError, match=f"^model.safetensors: {re.escape(message)}$"):
-        prepare(folder)
+        preview(folder)
 
 
 def test_more_experts_than_config_says_are_refused(folders: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_more_experts_than_config_says_are_refused(folders: Path, tmp_path: Path
     text = config["text_config"] | {"num_local_experts": E - 1}
     edit_json(tmp_path / "source" / "config.json", text_config=text)
     with pytest.raises(CheckpointError, match=f"is of expert {E - 1}, config.json allows {E - 1}"):
-        prepare(tmp_path / "source")
+        preview(tmp_path / "source")
 
 
 def test_those_of_other_precision_pass(folders: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_those_of_other_precision_pass(folders: Path, tmp_path: Path) -> None:
             if name.endswith("_proj"):
                 tensors[name] = StoredTensor("BF16", (E, 16, 16), bytes(2 * E * 256))
 
-    _, plan = prepare(edited(folders, tmp_path / "source", as_bf16))
+    plan = preview(edited(folders, tmp_path / "source", as_bf16)).work.plan
     assert plan.passed_reasons == {PREFIX: "its experts are BF16, not NVFP4"}
     assert len(plan.layers) == 1
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.folders import INDEX, contents, flip_bit
+from support.folders import contents, flip_bit
 from support.hub import Hub
+from support.processes import kill_at_rename
 from support.specs import SMALL_SHARD_NBYTES
 from typer.testing import CliRunner, Result
 
@@ -187,11 +188,29 @@ def test_another_conversion_is_in_the_way(source: Path, tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is said, and changes nothing: neither a job that is done nor why one has failed."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "page.md"))
-    result = job(source, tmp_path / "out")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.endswith("page.md: No such file or directory\n")
-    assert (tmp_path / "out" / INDEX).exists()
+    warning = f"warning: {tmp_path}/no/page.md: No such file or directory\n"
+    result = job(source, tmp_path / "out", "--json")
+    assert (result.exit_code, result.stderr) == (0, warning)
+    assert json.loads(result.stdout)["unchanged"] is False
+    with OutputFolder(tmp_path / "out", source=source):
+        result = job(source, tmp_path / "out")
+    assert result.exit_code == os.EX_TEMPFAIL
+    assert result.stderr.startswith(warning + "error: ")
+
+
+def test_a_job_that_was_killed_while_it_wrote_its_report(
+    source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / "out.report.json.partial"
+    call = f"fp4moe_convert.ci.run_job({str(source)!r}, {str(out)!r}, max_shard_nbytes="
+    kill_at_rename(f"import fp4moe_convert.ci\n{call}{SMALL_SHARD_NBYTES})", len(expected))
+    assert contents(out) == expected
+    assert unfinished.exists()
+    assert done(source, out)["conversion"]["bytes_written"] == 0
+    assert not unfinished.exists()
+    assert done(source, out)["unchanged"] is True
 
 
 def test_the_table(source: Path, tmp_path: Path) -> None:

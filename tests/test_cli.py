@@ -22,14 +22,18 @@ from typing import Any
 import pytest
 import typer
 from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.text import Text
 from support.folders import INDEX, MANIFEST, SOURCE, contents, flip_bit
-from support.specs import TINY
+from support.processes import kill_at_rename
+from support.specs import SMALL_SHARD_NBYTES, TINY
 from typer.testing import CliRunner, Result
 
 import fp4moe_convert
 from fp4moe_convert import ConversionReport, Progress, convert
-from fp4moe_convert.cli.commands import app, parse_size
-from fp4moe_convert.cli.display import LOG_INTERVAL, log_writer
+from fp4moe_convert.cli.commands import app
+from fp4moe_convert.cli.display import LOG_INTERVAL, bar_updater, log_writer
+from fp4moe_convert.cli.options import parse_size
 from fp4moe_convert.execution.output_folder import OutputFolder
 
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
@@ -485,6 +489,33 @@ def test_each_phase_of_a_log_has_a_first_and_a_last_line() -> None:
     ]
 
 
+def test_a_phase_may_come_back() -> None:
+    """A job that finds a shard damaged converts and verifies again."""
+    stream, now = io.StringIO(), 0.0
+    write = log_writer(Console(file=stream, width=200), clock=lambda: now)
+    phases = ("converting", "verifying", "verifying", "converting")
+    for phase in phases:
+        for done in (0, 1, 3):
+            now += 1
+            write(Progress(phase, "a layer", done * 10**9, 3 * 10**9))
+    assert stream.getvalue().splitlines() == [
+        line
+        for phase in phases
+        for line in (
+            f"{phase}   0%, 0.00 of 3.00 GB, a layer",
+            f"{phase} 100%, 3.00 of 3.00 GB, 1.50 GB/s, 2.0 s, a layer",
+        )
+    ]
+
+
+def test_a_log_of_nothing() -> None:
+    """An upload may lack nothing but empty files."""
+    stream = io.StringIO()
+    write = log_writer(Console(file=stream, width=200))
+    write(Progress("uploading", "__init__.py", 0, 0))
+    assert stream.getvalue() == "uploading 100%, 0.00 of 0.00 GB, __init__.py\n"
+
+
 def on_a_terminal(arguments: list[str], **env: str) -> bytes:
     """What a successful run writes to stderr when that is a terminal; stdout is a pipe."""
     ours, theirs = pty.openpty()
@@ -515,6 +546,28 @@ def test_progress_on_a_terminal_is_a_bar(tiny: Path, converted: Path) -> None:
     assert re.search(rb"\d\.\d/\d\.\d MB", written)
     hidden, shown = written.rfind(b"\x1b[?25l"), written.rfind(b"\x1b[?25h")
     assert hidden < shown  # the cursor is back
+
+
+def test_a_bar_for_each_phase(source: Path, tmp_path: Path) -> None:
+    """A run that resumes checks, converts and verifies; the bar may be too slow for the first."""
+    out = tmp_path / "out"
+    options = f"max_shard_nbytes={SMALL_SHARD_NBYTES}"
+    kill_at_rename(f"convert({str(source)!r}, {str(out)!r}, {options})", 3)
+    more = ("--verify", "--max-shard-size", SMALL_SHARD_NBYTES)
+    written = on_a_terminal(command("convert", source, out, *more)).decode()
+    assert "verifying" in written
+
+
+def test_a_bar_for_a_phase_that_comes_back() -> None:
+    line = Text()
+    bar = Bar(console=Console(file=io.StringIO()))
+    show = bar_updater(bar, line)
+    for phase, total in (("converting", 3), ("verifying", 5), ("verifying", 4), ("converting", 7)):
+        for done in (1, 2):
+            show(Progress(phase, f"layer {done}", done, total))
+            (task,) = bar.tasks
+            assert (task.description, task.completed, task.total) == (phase, done, total)
+            assert line.plain == f"layer {done}"
 
 
 def test_no_color_is_respected(converted: Path) -> None:

@@ -20,7 +20,7 @@ from support.model_zoo import FAMILIES, make
 from support.tensors import StoredTensor, read_tensors, write_tensors
 from typer.testing import CliRunner
 
-from fp4moe_convert import CheckpointError, inspect, prepare
+from fp4moe_convert import CheckpointError, inspect, preview
 from fp4moe_convert.cli.commands import app
 
 SPEC = Spec(layers=4, dense_layers=1, experts=2, hidden=256, intermediate=64, vocab_size=300)
@@ -57,7 +57,7 @@ def write(folder: Path, tensors: dict[str, StoredTensor], *, indexed: bool) -> N
 def refuses(folder: Path, message: str) -> None:
     """Converting and inspecting say the same."""
     with pytest.raises(CheckpointError, match=f"^{re.escape(f'{folder}: {message}')}$"):
-        prepare(folder)
+        preview(folder)
     found = inspect(folder)
     assert (found.state, found.reason) == ("unsupported", f"{folder}: {message}")
 
@@ -108,7 +108,7 @@ def test_of_many_layers_the_first_are_named(without: Callable[..., Path]) -> Non
 def test_a_huge_number_of_layers_is_refused_at_once(without: Callable[..., Path]) -> None:
     folder = without(r"^lm_head", num_hidden_layers=10**17)
     with pytest.raises(CheckpointError, match=r"layers\.5, 6, 7, 8, 9 and 9{16}0 more"):
-        prepare(folder)
+        preview(folder)
 
 
 def test_layers_of_experts_alone(without: Callable[..., Path]) -> None:

@@ -31,11 +31,12 @@ from fp4moe_convert import (
     VerifyError,
     conversion,
     convert,
+    preparation,
+    preview,
     restore,
     verify,
 )
 from fp4moe_convert.cli.commands import app
-from fp4moe_convert.conversion import prepare, preview
 from fp4moe_convert.execution import dropping, scatter
 from fp4moe_convert.execution.journal import Journal
 from fp4moe_convert.format.files import JOURNAL_NAME
@@ -162,7 +163,7 @@ def test_a_source_without_an_index(tmp_path: Path, layout: Literal["no-index", "
 def test_a_shard_goes_once_all_that_is_read_from_it_is_there_and_not_before(
     source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, plan = prepare(source, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    plan = preview(source, max_shard_nbytes=SMALL_SHARD_NBYTES).work.plan
     out, unlink = tmp_path / "out", os.unlink
     gone = []
 
@@ -207,7 +208,7 @@ def test_everything_is_on_the_disk_before_a_shard_goes(
 
     monkeypatch.setattr(os, "unlink", recorded)
     monkeypatch.setattr(os, "posix_fadvise", forgotten)
-    _, plan = prepare(source, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    plan = preview(source, max_shard_nbytes=SMALL_SHARD_NBYTES).work.plan
     run(source, tmp_path / "out")
     drops = [at for at, call in enumerate(disk_calls) if call[0] == "drop"]
     assert len(drops) == MANY_SHARDS.shards
@@ -571,7 +572,7 @@ def test_a_plan_that_does_not_take_every_byte_stops_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No plan is like that; if one were, the source could not be had back."""
-    make_plan = conversion.make_plan
+    make_plan = preparation.make_plan
 
     def forgetful(*args: Any, **options: Any) -> Any:
         plan = make_plan(*args, **options)
@@ -580,7 +581,7 @@ def test_a_plan_that_does_not_take_every_byte_stops_it(
         return dataclasses.replace(plan, shards=(first, *others))
 
     before = every_file(source)
-    monkeypatch.setattr(conversion, "make_plan", forgetful)
+    monkeypatch.setattr(preparation, "make_plan", forgetful)
     with pytest.raises(VerifyError, match="the converted tensors hold its data up to byte"):
         run(source, tmp_path / "out")
     assert every_file(source) == before

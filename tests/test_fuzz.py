@@ -25,8 +25,8 @@ from support import fuzz
 from support.strategies import json_values
 from typer.testing import CliRunner
 
+from fp4moe_convert import preview
 from fp4moe_convert.cli.commands import app
-from fp4moe_convert.conversion import prepare
 from fp4moe_convert.errors import CheckpointError, FormatError, HeaderError, VerifyError
 from fp4moe_convert.execution.surroundings import read_manifest
 from fp4moe_convert.format.untrusted import MAX_DEPTH, MAX_DIGITS, MAX_VALUES, decode
@@ -64,7 +64,7 @@ def test_the_fuzzer_starts_from_folders_that_are_valid(tmp_path: Path) -> None:
     for name in ("config", "hf"):
         (tmp_path / name).mkdir()
         folder = write_folder(tmp_path / name, fuzz.source_folder(name))
-        assert prepare(folder)[1].tensors_in == 27
+        assert preview(folder).work.plan.tensors_in == 27
         assert inspect(folder).state == "source"
     (tmp_path / "converted").mkdir()
     folder = write_folder(tmp_path / "converted", fuzz.converted_folder())
@@ -427,4 +427,4 @@ def test_experts_so_wide_that_a_row_fills_the_memory(tmp_path: Path) -> None:
     header["layers.0.mlp.experts.0.gate_proj.weight"]["shape"] = [16, 2**30]
     parts[SHARD] = fuzz.dump(header)
     with pytest.raises(CheckpointError, match=r"gives hidden size H = 2147483648, the limit is"):
-        prepare(write_folder(tmp_path, tuple(parts.values())))
+        preview(write_folder(tmp_path, tuple(parts.values())))

@@ -736,18 +736,23 @@ def test_a_failure_ends_a_read_that_was_not_planned() -> None:
 
 def test_ctrl_c_ends_those_that_wait_for_the_network(source: Path, tmp_path: Path) -> None:
     """In Python: a command ends whatever waits."""
-    code = "import sys; from fp4moe_convert import convert; convert(*sys.argv[1:])"
+    code = (
+        "import sys; from fp4moe_convert import convert\n"
+        "from fp4moe_convert.storage import ahead\n"
+        "ahead.REQUEST_NBYTES, ahead.BATCH_NBYTES = 5_000, 20_000\n"
+        "convert(*sys.argv[1:])"
+    )
     with running({ID: source}) as hub:
-        hub.faults.append(Fault(SIGNED, float("inf"), after=200_000, status=503))
-        hub.faults[0].headers = {"Retry-After": "600"}
+        fault = Fault(SIGNED, 1000, after=500_000, status=503, headers={"Retry-After": "600"})
+        hub.faults.append(fault)
         process = subprocess.Popen(
             [sys.executable, "-c", code, ID, tmp_path / "out"],
             env={**os.environ, **hub.environment(tmp_path / "home")},
             stderr=subprocess.PIPE,
             text=True,
         )
-        until(lambda: hub.sent_nbytes > 200_000)
-        time.sleep(1)
+        until(lambda: fault.times < 1000)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
     assert said.endswith("KeyboardInterrupt\n")

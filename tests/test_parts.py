@@ -23,6 +23,7 @@ from support.processes import FP4MOE_CONVERT, finding_support, kill_at_rename
 from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import (
+    CheckpointError,
     InUseError,
     OutputError,
     Part,
@@ -33,6 +34,7 @@ from fp4moe_convert import (
     convert,
     convert_part,
     finish,
+    preview,
     verify,
 )
 from fp4moe_convert.execution import output_folder
@@ -90,7 +92,7 @@ def test_parts_share_all_shards_in_order(plan: Plan, sizes: list[int], count: in
 
 @pytest.fixture(scope="module")
 def plan(tiny: Path) -> Plan:
-    return conversion.prepare(tiny)[1]
+    return preview(tiny).work.plan
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 4), (5, 4), (-1, 4), (1, 0)])
@@ -257,7 +259,7 @@ finish({str(out)!r})
         assert done.returncode == -9
         assert not (out / INDEX).exists()
     shutil.move(source, moved := source.with_name("moved"))
-    with pytest.raises(conversion.CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         finish(out)
     finish(out, moved)
     assert contents(out) == expected

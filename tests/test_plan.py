@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from support.make_checkpoint import Spec, make_checkpoint
 
-from fp4moe_convert import convert, prepare
+from fp4moe_convert import convert, preview
 from fp4moe_convert.layouts.base import MOVE_NBYTES, Move
 from fp4moe_convert.plan import Plan, PlannedShard
 from fp4moe_convert.storage.header import DTYPE_BITS
@@ -45,7 +45,7 @@ def spans(shard: PlannedShard) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("max_shard_nbytes", [10**6, 10**8, 5 * 10**9])
 def test_every_output_byte_is_written_once(wide: Path, max_shard_nbytes: int) -> None:
-    _, plan = prepare(wide, max_shard_nbytes=max_shard_nbytes)
+    plan = preview(wide, max_shard_nbytes=max_shard_nbytes).work.plan
     for shard in plan.shards:
         moves: dict[str, list[Move]] = defaultdict(list)
         for move in shard.moves:
@@ -56,7 +56,8 @@ def test_every_output_byte_is_written_once(wide: Path, max_shard_nbytes: int) ->
 
 
 def test_every_source_byte_is_read_once(wide: Path) -> None:
-    checkpoint, plan = prepare(wide)
+    work = preview(wide).work
+    checkpoint, plan = work.checkpoint, work.plan
     reads = defaultdict(list)
     for shard in plan.shards:
         for move in shard.moves:
@@ -70,7 +71,7 @@ def test_every_source_byte_is_read_once(wide: Path) -> None:
 
 def test_a_tensors_bytes_come_in_order(wide: Path) -> None:
     """A checksum waits for its turn; out of order it would wait for ever."""
-    _, plan = prepare(wide)
+    plan = preview(wide).work.plan
     for shard in plan.shards:
         position: dict[str, int] = defaultdict(int)
         for move in shard.moves:
@@ -79,7 +80,7 @@ def test_a_tensors_bytes_come_in_order(wide: Path) -> None:
 
 
 def test_moves_fit_scratch_whatever_the_model(wide: Path) -> None:
-    _, plan = prepare(wide)
+    plan = preview(wide).work.plan
     assert max(move.nbytes for shard in plan.shards for move in shard.moves) <= MOVE_NBYTES
 
 
@@ -89,7 +90,7 @@ def tensors_larger_than(plan: Plan, nbytes: int) -> set[str]:
 
 @pytest.mark.parametrize("max_shard_nbytes", [10**6, 30 * 10**6, 10**8, 2 * 10**8, 5 * 10**9])
 def test_shards_keep_to_the_limit_and_layers_together(wide: Path, max_shard_nbytes: int) -> None:
-    _, plan = prepare(wide, max_shard_nbytes=max_shard_nbytes)
+    plan = preview(wide, max_shard_nbytes=max_shard_nbytes).work.plan
     too_large = tensors_larger_than(plan, max_shard_nbytes - 2 * 4096)
     for shard in plan.shards:
         assert shard.nbytes <= max_shard_nbytes or (
@@ -111,7 +112,7 @@ def test_shards_keep_to_the_limit_and_layers_together(wide: Path, max_shard_nbyt
 
 def test_tensors_are_aligned_to_their_dtype(wide: Path) -> None:
     """Readers that map the file need it, and large ones start on a block for direct I/O."""
-    _, plan = prepare(wide)
+    plan = preview(wide).work.plan
     for shard in plan.shards:
         for tensor in shard.tensors.values():
             assert shard.offsets[tensor.name] % (DTYPE_BITS[tensor.dtype] // 8) == 0
@@ -120,7 +121,8 @@ def test_tensors_are_aligned_to_their_dtype(wide: Path) -> None:
 
 
 def test_other_tensors_keep_name_dtype_and_shape(wide: Path) -> None:
-    checkpoint, plan = prepare(wide)
+    work = preview(wide).work
+    checkpoint, plan = work.checkpoint, work.plan
     converted = ("fp4moe.layout", *(f"{layer.prefix}." for layer in plan.layers))
     expected = {
         tensor.name: (tensor.dtype, tensor.shape)
@@ -165,12 +167,12 @@ def test_planning_reads_no_data(tmp_path: Path) -> None:
         tmp_path / "sparse",
         Spec(**{**{f: getattr(spec, f) for f in spec.__slots__}, "sparse": True}),
     )
-    plans = [prepare(tmp_path / name)[1] for name in ("full", "sparse")]
+    plans = [preview(tmp_path / name).work.plan for name in ("full", "sparse")]
     assert plans[0].fingerprint == plans[1].fingerprint
 
 
 def test_the_fingerprint_tells_plans_apart(wide: Path) -> None:
-    plans = [prepare(wide, max_shard_nbytes=size)[1] for size in (10**8, 10**9)]
+    plans = [preview(wide, max_shard_nbytes=size).work.plan for size in (10**8, 10**9)]
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
@@ -184,8 +186,8 @@ def test_all_of_deepseek_v3_is_planned_in_little_memory(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from fp4moe_convert import prepare
-_, plan = prepare(Path({str(tmp_path / "v3")!r}))
+from fp4moe_convert import preview
+plan = preview(Path({str(tmp_path / "v3")!r})).work.plan
 assert len(plan.layers) == 58 and plan.tensors_in > 180_000
 converted = sum(len(s.tensors) for s in plan.shards) - (plan.tensors_in - 178_176)
 assert converted == 464 + 58 + 1, converted  # with the stops, and the marker
@@ -200,7 +202,7 @@ print(peak_rss())
 
 
 def test_the_safetensors_library_reads_the_planned_header(wide: Path, tmp_path: Path) -> None:
-    _, plan = prepare(wide, max_shard_nbytes=10**8)
+    plan = preview(wide, max_shard_nbytes=10**8).work.plan
     for shard in plan.shards:
         path = tmp_path / shard.name
         path.write_bytes(shard.header)

@@ -9,16 +9,22 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.environments import environments
 from support.folders import INDEX, every_file, write_byte
 from support.make_checkpoint import make_checkpoint
 from support.processes import finding_support
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.tensors import range_of
+from test_dropping import StopError, as_without, run_half
+from test_network import little_room
+from typer.testing import CliRunner
 
 from fp4moe_convert import (
     CheckpointError,
@@ -27,11 +33,13 @@ from fp4moe_convert import (
     cluster,
     convert,
     convert_on_ray,
+    preview,
 )
-from fp4moe_convert.conversion import prepare
+from fp4moe_convert.cli.commands import convert_app
+from fp4moe_convert.storage.buffers import Bytes
+from fp4moe_convert.storage.urls import UrlStore
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-RAY = Path(os.environ.get("FP4MOE_RAY") or CACHE / "fp4moe-ray")
+RAY = environments("ray")
 SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
 MAX_SHARD_NBYTES = 300_000
 """So many shards that both nodes are at work before one could have done them all."""
@@ -137,7 +145,8 @@ def test_a_cluster_that_is_not_there(
 
 def task(model: Path, out: Path, **changes: Any) -> Any:
     """What a task does about the first shard, in this process."""
-    checkpoint, plan = prepare(model, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    work = preview(model, max_shard_nbytes=SMALL_SHARD_NBYTES).work
+    checkpoint, plan = work.checkpoint, work.plan
     shard = plan.shards[0]
     identities = {each.name: each.identity for each in checkpoint.shards}
     arguments = {
@@ -151,6 +160,7 @@ def task(model: Path, out: Path, **changes: Any) -> Any:
         "name": shard.name,
         "fingerprint": shard.fingerprint,
         "sources": {name: identities[name] for name in shard.source_files},
+        "filled": {},
     }
     return cluster._write_shard(**{**arguments, **changes})
 
@@ -216,3 +226,86 @@ def test_a_failure_that_may_pass_still_may_on_the_driver(
         raise failure from cause
     assert caught.value.try_again
     assert not CheckpointError("x").try_again
+
+
+@pytest.fixture
+def inline_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Ray: one task after the other, in this process."""
+
+    def remote(function: Callable[..., object]) -> SimpleNamespace:
+        task = SimpleNamespace(remote=partial(partial, function))
+        return SimpleNamespace(options=lambda **_: task)
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
+        remote=remote,
+        wait=lambda tasks, **_: (tasks[:1], tasks[1:]),
+        get=lambda task: task(),
+        exceptions=SimpleNamespace(RayTaskError=StopError, RayError=StopError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+
+def test_no_task_drops_a_source(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'drop_source'"):
+        convert_on_ray(source, tmp_path / "out", drop_source=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_a_source_that_is_half_gone(
+    source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """One machine began with --drop-source, the cluster does the rest."""
+    out = run_half(source, tmp_path / "out")
+    convert_on_ray(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    assert as_without(out) == expected
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_what_one_machine_has_fetched_is_not_fetched_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, request, notes, asked = f"file://{source}", UrlStore.request, [], [0]
+
+    def failing(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        if offset > 500_000:
+            raise CheckpointError("is gone")
+        return request(store, name, offset, into)
+
+    def counted(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
+        asked[0] += into.size
+        return request(store, name, offset, into)
+
+    with little_room(), monkeypatch.context() as patch:
+        patch.setattr(UrlStore, "request", failing)
+        with pytest.raises(CheckpointError, match="is gone"):
+            convert(url, tmp_path / "out")
+        patch.setattr(UrlStore, "request", counted)
+        convert_on_ray(url, tmp_path / "afresh")
+        afresh, asked[0] = asked[0], 0
+        convert_on_ray(url, tmp_path / "out", on_note=notes.append)
+    assert notes == [
+        "model-00001-of-00001.safetensors: resuming: what an earlier run has fetched for it is kept"
+    ]
+    assert asked[0] < afresh - 200_000
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "afresh")
+
+
+@pytest.mark.usefixtures("inline_ray")
+def test_what_ray_prints_is_not_in_the_result(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells of a node that has died, for one, at any time."""
+    get = sys.modules["ray"].get
+
+    def get_and_tell(task: Callable[[], object]) -> object:
+        print("(raylet) The node has been marked dead")
+        return get(task)
+
+    monkeypatch.setattr(sys.modules["ray"], "get", get_and_tell)
+    arguments = [str(source), str(tmp_path / "out"), "--ray", "auto", "--json", "--quiet"]
+    result = CliRunner().invoke(convert_app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["layers"] == 2
+    assert "marked dead" in result.stderr

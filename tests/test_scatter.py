@@ -14,7 +14,7 @@ import xxhash
 from support.folders import contents
 from support.specs import SMALL_SHARD_NBYTES
 
-from fp4moe_convert import convert, prepare, readback, verify
+from fp4moe_convert import convert, preview, readback, verify
 from fp4moe_convert.execution import scatter
 from fp4moe_convert.execution.checksum import Checksum
 from fp4moe_convert.execution.crew import Crew, crew_size
@@ -140,7 +140,7 @@ def test_workers_are_as_many_as_what_they_hold_allows(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker holds a move's sources and its output, or, on the way back, its output twice."""
-    _, plan = prepare(source)
+    plan = preview(source).work.plan
     moves = [move for shard in plan.shards for move in shard.moves]
     asked: list[int] = []
     names: set[str] = set()

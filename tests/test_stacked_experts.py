@@ -23,7 +23,7 @@ from support.folders import edit_json
 from support.make_checkpoint import Spec, make_checkpoint
 from support.tensors import StoredTensor, read_tensors, write_tensors
 
-from fp4moe_convert import CheckpointError, convert, inspect, plan, prepare
+from fp4moe_convert import CheckpointError, convert, inspect, plan, preview
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4, ShuffledRows
 from fp4moe_convert.source.checkpoint import Checkpoint, open_checkpoint
@@ -229,7 +229,7 @@ def test_without_their_row_they_are_refused(usual: Path, tmp_path: Path) -> None
     """Converting would leave them as they are."""
     restructure(usual, tmp_path / "source", CASES["stacked gate_up"])
     with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
-        prepare(tmp_path / "source")
+        preview(tmp_path / "source")
     assert "stacked in one tensor" in str(inspect(tmp_path / "source").reason)
 
 
@@ -271,10 +271,10 @@ def test_their_router_tells_how_many_there_are(tmp_path: Path) -> None:
     router, rows = "model.layers.1.moe.gate.weight", model_zoo.E + 1
     larger = StoredTensor("BF16", (rows, model_zoo.H), bytes(2 * rows * model_zoo.H))
     folder = with_tensors(tmp_path / "source", lambda tensors: tensors | {router: larger})
-    prepare(folder)
+    preview(folder)
     edit_json(folder / "config.json", moe_num_experts=None)
     with pytest.raises(CheckpointError, match=f"has {rows - 1} experts, {router} has {rows}, "):
-        prepare(folder)
+        preview(folder)
 
 
 def test_shards_of_an_original_and_of_a_converted_one_are_refused(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_shards_of_an_original_and_of_a_converted_one_are_refused(tmp_path: Path
     converted = read_tensors(tmp_path / "out")
     folder = with_tensors(tmp_path / "source", lambda tensors: tensors | converted)
     with pytest.raises(CheckpointError, match="holds shards of an original and of a converted"):
-        prepare(folder)
+        preview(folder)
 
 
 def refuses(folder: Path, case: Case, message: str) -> None:

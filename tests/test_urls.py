@@ -22,9 +22,9 @@ from fp4moe_convert import (
     convert,
     inspect,
     open_store,
+    preview,
     verify,
 )
-from fp4moe_convert.conversion import preview
 from fp4moe_convert.storage import remote
 from fp4moe_convert.storage.buffers import Bytes
 from fp4moe_convert.storage.urls import UrlStore

@@ -24,14 +24,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ..ci import JobReport, report_path
-from ..conversion import ConversionReport, Preview
+from ..conversion import ConversionReport
 from ..errors import printable
 from ..format.contract import Geometry
 from ..inspection import Inspection
 from ..parts import PartReport
+from ..preparation import Preview
 from ..progress import OnProgress, Progress
 from ..prospects import Prospects
-from ..report import RunReport
+from ..report import RunReport, Written
 from ..storage.remote import Fetched
 from ..verification import Verified
 from .process import when_interrupted
@@ -64,44 +65,56 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[OnProgress | None]:
         live = Live(Group(bar, line), console=console, refresh_per_second=4, transient=True)
         with live:
             when_interrupted(clean_up=live.stop)
-            yield _bar_updater(bar, line)
+            yield bar_updater(bar, line)
     else:
         yield log_writer(console)
 
 
-def _bar_updater(bar: Bar, line: Text) -> OnProgress:
-    tasks: dict[str, TaskID] = {}
+def bar_updater(bar: Bar, line: Text) -> OnProgress:
+    """Shows one phase at a time. A phase may come back."""
+    task: TaskID | None = None
+    shown: Progress | None = None
 
     def on_progress(progress: Progress) -> None:
-        if progress.phase not in tasks:
-            for task in tasks.values():
+        nonlocal task, shown
+        if task is None or _begins(progress, after=shown):
+            if task is not None:
                 bar.remove_task(task)
-            tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
-        bar.update(tasks[progress.phase], completed=progress.done)
+            task = bar.add_task(progress.phase, total=progress.total)
+        bar.update(task, completed=progress.done)
         line.plain = printable(progress.item)
+        shown = progress
 
     return on_progress
 
 
+def _begins(progress: Progress, *, after: Progress | None) -> bool:
+    """Whether a phase begins: another one, or the same once more."""
+    return after is None or progress.phase != after.phase or progress.done < after.done
+
+
 def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) -> OnProgress:
     """Writes a line at the start and the end of each phase and every `LOG_INTERVAL` between."""
-    started: dict[str, float] = {}
-    last_line = 0.0
+    started = last_line = 0.0
+    last: Progress | None = None
 
     def on_progress(progress: Progress) -> None:
-        nonlocal last_line
+        nonlocal started, last_line, last
         now = clock()
-        first = progress.phase not in started
-        seconds = now - started.setdefault(progress.phase, now)
+        first, last = _begins(progress, after=last), progress
+        if first:
+            started = now
+        seconds = now - started
         left = progress.total - progress.done
         if not first and left and now - last_line < LOG_INTERVAL:
             return
         last_line = now
+        share = progress.done / progress.total if progress.total else 1  # files may all be empty
         words = [
-            f"{progress.phase} {progress.done / progress.total:4.0%}",
+            f"{progress.phase} {share:4.0%}",
             f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB",
         ]
-        if seconds > 0:
+        if seconds > 0 and progress.done:
             rate = progress.done / seconds
             words.append(f"{rate / 1e9:.2f} GB/s")
             words.append(f"{left / rate:.0f} s left" if left else f"{seconds:.1f} s")
@@ -109,6 +122,16 @@ def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) ->
         console.print(printable(", ".join(words)), markup=False, soft_wrap=True)
 
     return on_progress
+
+
+def conversion_tables(report: ConversionReport | PartReport) -> Iterator[Table]:
+    """What a conversion did, or the run of a part."""
+    if isinstance(report, PartReport):
+        yield _part_table(report)
+        if report.whole:
+            yield report_table(report.whole)
+    else:
+        yield report_table(report)
 
 
 def report_table(report: ConversionReport) -> Table:
@@ -137,24 +160,18 @@ def job_table(job: JobReport) -> Table:
     return table
 
 
-def part_tables(share: PartReport) -> Iterator[Table]:
+def _part_table(share: PartReport) -> Table:
     """What the run of a part did, and what it finished."""
-    rate = f", {share.bytes_per_second / 1e9:.2f} GB/s" if share.bytes_written else ""
-    waiting = f"for {share.shards_missing} shards of other parts" if share.shards_missing else ""
-    yield _table(
+    waits = "" if share.whole else "for another run, which finishes the folder"
+    if share.shards_missing:
+        waits = f"for {share.shards_missing} shards of other parts"
+    return _table(
         {
             "written": f"{share.part}: {share.shards:,} shards, {share.bytes_out:,} bytes",
-            "kept": f"{share.shards_kept} of them, finished by an earlier run"
-            if share.shards_kept
-            else "",
-            "time": f"{share.seconds:.1f} s{rate}",
-            "peak memory": f"{share.peak_rss / 1e6:.0f} MB",
-            "waits": waiting
-            or ("" if share.whole else "for another run, which finishes the folder"),
+            **_effort(share),
+            "waits": waits,
         }
     )
-    if share.whole:
-        yield report_table(share.whole)
 
 
 def restored_table(report: RunReport) -> Table:
@@ -164,19 +181,26 @@ def restored_table(report: RunReport) -> Table:
 
 
 def _written(report: RunReport, source: str) -> dict[str, str]:
-    rate = f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""
     return {
         "tensors": f"{report.tensors_in:,} -> {report.tensors_out:,}",
         "bytes": f"{report.bytes_in:,} -> {report.bytes_out:,}",
         "other files": _files(report.other_files, report.other_bytes),
+        **_effort(report),
+        "verified": ""
+        if report.verify_seconds is None
+        else f"every byte against the {source}, {report.verify_seconds:.1f} s",
+    }
+
+
+def _effort(report: Written) -> dict[str, str]:
+    """What was left to do, and what it took."""
+    rate = f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""
+    return {
         "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
         if report.shards_kept
         else "",
         "time": f"{report.seconds:.1f} s{rate}",
         "peak memory": f"{report.peak_rss / 1e6:.0f} MB",
-        "verified": ""
-        if report.verify_seconds is None
-        else f"every byte against the {source}, {report.verify_seconds:.1f} s",
     }
 
 

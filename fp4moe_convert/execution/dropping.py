@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,95 +27,21 @@ from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.files import SOURCE_NAME
 from ..format.manifest import ShardRecord, SourceRecord
 from ..layouts.base import Move
-from ..plan import Plan, PlannedShard
+from ..plan import PlannedShard, check_moves_cover
 from ..source.checkpoint import open_checkpoint
 from ..source.identity import describe_source
 from ..source.recorded import DroppedSource, RecordedSource, encode_record
 from ..source.spans import Shard
 from ..storage.copying import record_of
-from ..storage.durable import write_file
+from ..storage.durable import WriteFile, write_file
 from ..storage.local import LocalFolder
 from ..storage.reader import Store
+from .forecast import steps
 from .journal import dropped_source
+from .output_folder import Planned, Writing
+from .scatter import OnFilled
 from .stock import Conversion
 from .surroundings import copy_files, read_manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What dropping the source comes to."""
-
-    shards: int
-    """How many are deleted."""
-    nbytes: int
-    """Their size."""
-    peak_nbytes: int
-    """The most that source and result take together, at any moment."""
-    more_nbytes: int
-    """Of these: what is not taken at the start."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.shards:,} shards of the source, {self.nbytes:,} bytes, are deleted as they are "
-            f"converted; with the result they take {self.peak_nbytes:,} bytes at most, "
-            f"{self.more_nbytes:,} more than now"
-        )
-
-    def as_json(self) -> dict[str, int]:
-        return {
-            "shards": self.shards,
-            "bytes": self.nbytes,
-            "peak_bytes": self.peak_nbytes,
-            "more_bytes": self.more_nbytes,
-        }
-
-
-def forecast(work: Conversion, kept: Container[str] = ()) -> Forecast:
-    """Foresee a conversion.
-
-    Args:
-        work: what it does.
-        kept: names of output shards that are there already.
-    """
-    sizes = {
-        shard.name: shard.header.file_nbytes
-        for shard in work.sources
-        if shard.name not in work.gone
-    }
-    nbytes = sum(sizes.values())
-    beside = sum(work.copied.values())
-    # `SOURCE_NAME` holds these once more.
-    headers = sum(shard.header.nbytes for shard in work.sources)
-    configuration = sum(file.nbytes for file in work.checkpoint.config_files.values())
-    more = beside + headers + configuration + growth(work.plan, sizes, kept)
-    before = sum(shard.nbytes for shard in work.shards if shard.name in kept)
-    there = nbytes + beside + configuration + before
-    return Forecast(len(sizes), nbytes, peak_nbytes=there + more, more_nbytes=more)
-
-
-def steps(plan: Plan) -> Iterator[tuple[PlannedShard, list[str]]]:
-    """Output shards in order, each with the names of the source shards that nothing after it
-    reads."""
-    files = [shard.source_files for shard in plan.shards]
-    last = {name: number for number, names in enumerate(files) for name in names}
-    for number, shard in enumerate(plan.shards):
-        yield shard, [name for name in files[number] if last[name] == number]
-
-
-def growth(plan: Plan, sizes: Mapping[str, int], kept: Container[str] = ()) -> int:
-    """How many bytes more than at the start a run takes at most.
-
-    Args:
-        plan: what it writes.
-        sizes: bytes that become free with each source shard.
-        kept: names of output shards that are there already.
-    """
-    now = most = 0
-    for shard, done_with in steps(plan):
-        now += 0 if shard.name in kept else shard.nbytes
-        most = max(most, now)
-        now -= sum(sizes.get(name, 0) for name in done_with)
-    return most
 
 
 def remaining(store: Store, out_dir: Path) -> Store:
@@ -182,7 +109,9 @@ class Dropping:
 
         Raises:
             CheckpointError: why not.
+            VerifyError: they could not be restored.
         """
+        check_moves_cover(work.checkpoint, [m for shard in work.plan.shards for m in shard.moves])
         self._work = work
         self._shards = {s.name: s for s in work.sources if s.name not in work.gone}
         self.count = self.nbytes = 0
@@ -266,6 +195,49 @@ class Dropping:
                 f"{self._path}: what {out_dir} has on record of it is not the same, so nothing is "
                 "deleted"
             )
+
+    def write_and_drop(
+        self,
+        planned: Planned,
+        writing: Writing,
+        write: Callable[[Sequence[PlannedShard], OnFilled], None],
+        check: Callable[[Path, ShardRecord, Sequence[Move]], None],
+    ) -> float:
+        """Write output shards one after the other, read each back before it gets its name, and
+        delete the shards that none after it needs.
+
+        Args:
+            planned: which shards are there.
+            writing: takes the others.
+            write: writes shards.
+            check: reads one back, given its file, what it should be, and the moves that filled it.
+
+        Returns:
+            Wall time of the reading back, in seconds.
+
+        Raises:
+            CheckpointError: the source has changed, or a shard of it cannot be deleted.
+            OutputError: writing failed.
+            VerifyError: what has been read back is not what was written.
+        """
+        seconds = 0.0
+        out_dir = planned.folder.path
+        writing.allow_dropping(partial(self.write_record, out_dir))
+        self.rehearse(out_dir)
+        for shard, done_with in steps(self._work.plan):
+            if shard.name not in planned.kept:
+                filled: list[tuple[PlannedShard, WriteFile, dict[str, str]]] = []
+                write([shard], lambda *done, filled=filled: filled.append(done))
+                [(_, file, checksums)] = filled
+                file.sync()
+                file.leave_cache()
+                started = time.perf_counter()
+                check(file.path, ShardRecord.of(shard.header, shard.nbytes, checksums), shard.moves)
+                seconds += time.perf_counter() - started
+                writing.finish_shard(shard, file, checksums)
+            for name in done_with:
+                self.drop(name)
+        return seconds
 
     def drop(self, name: str) -> None:
         """Delete a shard, unless an earlier run has.

@@ -1,4 +1,4 @@
-"""Carries out a plan's moves: the only module that writes tensor bytes.
+"""Carries out a plan's moves.
 
 A shard is made at its final size under a temporary name and filled in any order by a crew of
 threads. A worker owns its scratch memory for the whole run, so memory does not depend on the
@@ -35,6 +35,25 @@ not synced, and the XXH3-128 of each of its tensors."""
 OnMove = Callable[[PlannedShard, WriteFile, int, Bytes], None]
 """Given a shard, its file, the number of one of its moves, and the move's bytes, which the file
 has."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteRequest:
+    """Shards that are to be written, and who is told of it."""
+
+    shards: Sequence[PlannedShard]
+    """In the order in which they are to be written."""
+    out_dir: Path
+    """An existing folder without files of the shards' names."""
+    on_bytes: OnBytes
+    """Told of progress, by output tensor."""
+    on_filled: OnFilled
+    """Called for each shard, from any thread."""
+    on_move: OnMove | None = None
+    """Called for each move, from any thread."""
+    filled: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """XXH3-64 of moves that an earlier run has written into files that are there, by number, by
+    shard. They are not carried out again, unless the file has other bytes."""
 
 
 class Scratch:
@@ -138,45 +157,35 @@ def create_shard(
 
 
 def scatter(
-    shards: Sequence[PlannedShard],
-    out_dir: Path,
+    request: WriteRequest,
     *,
     open_source: Opener,
     direct: bool,
     threads: int,
-    on_bytes: OnBytes,
-    on_filled: OnFilled,
-    on_move: OnMove | None = None,
     on_stop: Callable[[], None] | None = None,
-    filled: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
-    """Write shards into ``out_dir``.
+    """Write shards.
 
     Args:
-        shards: what to write, in this order.
-        out_dir: an existing folder without files of the plan's names.
+        request: which ones, and where.
         open_source: opens a source file by name.
         direct: bypass the page cache where the file system allows.
         threads: number of workers; each takes about 17 MB. Fewer work at moves that take more.
-        on_bytes: told of progress, by output tensor.
-        on_filled: called for each shard, from any thread.
-        on_move: called for each move, from any thread.
         on_stop: as for `Crew`.
-        filled: XXH3-64 of moves that an earlier run has written into files that are there, by
-            number, by shard. They are not carried out again, unless the file has other bytes.
 
     Raises:
         CheckpointError: a source cannot be read, or holds a value that no kernel can use.
         OutputError: a shard cannot be written.
     """
+    shards, on_move = request.shards, request.on_move
     room = scratch_nbytes(move for shard in shards for move in shard.moves)
     crew = Crew(crew_size(threads, sum(room)), on_stop)
     checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
 
     def jobs() -> Iterator[tuple[_OpenShard, int, Move]]:
         for planned in shards:
-            written = (filled or {}).get(planned.name, {})
-            file = create_shard(planned, out_dir, direct=direct, is_there=bool(written))
+            written = request.filled.get(planned.name, {})
+            file = create_shard(planned, request.out_dir, direct=direct, is_there=bool(written))
             reader = LocalReader(file.path, direct=direct) if written else None
             shard = _OpenShard(planned, file, len(planned.moves), written, reader)
             if not planned.moves:
@@ -186,7 +195,7 @@ def scatter(
 
     def finish(shard: _OpenShard) -> None:
         digests = {name: checksums[name].hexdigest() for name in shard.planned.tensors}
-        on_filled(shard.planned, shard.file, digests)
+        request.on_filled(shard.planned, shard.file, digests)
 
     def make_worker() -> Callable[[tuple[_OpenShard, int, Move]], None]:
         own = Scratch(*room)
@@ -205,7 +214,7 @@ def scatter(
             if on_move is not None:
                 on_move(shard.planned, shard.file, number, data)
             checksums[move.tensor].update(move.offset, data)
-            on_bytes(move.tensor, move.nbytes)
+            request.on_bytes(move.tensor, move.nbytes)
             with shard.lock:
                 shard.moves_left -= 1
                 last = shard.moves_left == 0

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.environments import environments
 from support.processes import finding_support
 
 Results = dict[str, dict[str, Any]]
@@ -30,9 +31,7 @@ def results_of(
         folder: For the results and the engine's own output; empty.
         shares: The driver's other arguments in each of several processes, side by side.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
-    python = engines / engine / "bin" / "python"
+    python = environments("engines") / engine / "bin" / "python"
     if not python.exists():
         pytest.fail(f"{python} does not exist: run scripts/setup_engines.sh")
     assert driver.__file__ is not None

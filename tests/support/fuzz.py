@@ -278,7 +278,7 @@ class Folder:
 
     def read(self) -> None:
         """Whatever reads a folder before it reads weights."""
-        from fp4moe_convert.conversion import prepare
+        from fp4moe_convert import preview
         from fp4moe_convert.errors import ConvertError
         from fp4moe_convert.execution.surroundings import read_manifest
         from fp4moe_convert.inspection import inspect
@@ -290,7 +290,7 @@ class Folder:
         with suppress(ConvertError):
             describe_source(open_checkpoint(store))
         with suppress(ConvertError):
-            _, plan = prepare(self.root, max_shard_nbytes=20_000)
+            plan = preview(self.root, max_shard_nbytes=20_000).work.plan
             dump(plan.as_json())
         with suppress(ConvertError):
             dump(inspect(self.root).as_json())

@@ -52,7 +52,7 @@ from fp4moe_convert import (
     VerifyError,
     convert,
     convert_part,
-    prepare,
+    preview,
     restore,
     verify,
 )
@@ -95,7 +95,8 @@ class Case:
         """Of each shard of a source that is deleted, the names of those that it goes into."""
         if self.pristine is None:
             return {}
-        checkpoint, plan = prepare(self.pristine, max_shard_nbytes=MAX_SHARD_NBYTES)
+        work = preview(self.pristine, max_shard_nbytes=MAX_SHARD_NBYTES).work
+        checkpoint, plan = work.checkpoint, work.plan
         names = [shard.name for shard in checkpoint.shards]
         return {n: [s.name for s in plan.shards if n in s.source_files] for n in names}
 

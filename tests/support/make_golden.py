@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import xxhash
 
 from .cpu_engines.jobs import Job
+from .environments import environments
 from .make_checkpoint import Spec, make_checkpoint
 from .processes import finding_support
 
@@ -150,13 +150,11 @@ def record(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    environments = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
     for engine in ENGINES:
         parser.add_argument(
             f"--{engine}",
             type=Path,
-            default=environments / engine / "bin" / "python",
+            default=environments("engines") / engine / "bin" / "python",
             help=f"Python that has {engine} (default: %(default)s)",
         )
     arguments = parser.parse_args()

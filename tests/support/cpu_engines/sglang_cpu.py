@@ -20,9 +20,9 @@ import sys
 import types
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from ..environments import environments
 from .jobs import interleave_block_scales
 
 CUDA_ONLY = ("torchvision", "sgl_kernel", "deep_gemm")
@@ -93,8 +93,7 @@ def bootstrap() -> None:
 @cache
 def make_importable() -> None:
     """Put inert packages in the place of those of `CUDA_ONLY` that are not installed."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
+    engines = environments("engines")
     os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(engines / "flashinfer"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(engines / "triton"))
     warnings.filterwarnings("ignore", category=UserWarning)

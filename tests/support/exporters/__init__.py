@@ -20,6 +20,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..environments import environments
+
 HERE = Path(__file__).parent
 LISTS = HERE.parents[2] / "scripts" / "exporters"
 
@@ -92,12 +94,6 @@ EXPORTS: dict[str, Export] = {
 CONVERTED = [name for name, export in EXPORTS.items() if export.refusal is None]
 
 
-def exporters_folder() -> Path:
-    """Where scripts/setup_exporters.sh puts the environments."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FP4MOE_EXPORTERS") or home / "fp4moe-exporters")
-
-
 def exported(name: str) -> Path:
     """The folder that an exporter has written, for reading only.
 
@@ -114,7 +110,7 @@ def exported(name: str) -> Path:
     sources = HERE / "models.py", HERE / f"export_{exporter}.py"
     for path in (*sources, *sorted(LISTS.glob(f"{exporter}*.txt"))):
         digest.update(path.read_bytes())
-    folder = exporters_folder() / "exports" / f"{exporter}-{digest.hexdigest()[:16]}"
+    folder = environments("exporters") / "exports" / f"{exporter}-{digest.hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{exporter}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
@@ -131,7 +127,7 @@ def run_exporter(exporter: str, out: Path, exports: list[str]) -> None:
     Raises:
         FileNotFoundError, RuntimeError: as `exported`.
     """
-    python = exporters_folder() / exporter / "bin" / "python"
+    python = environments("exporters") / exporter / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(f"{python} does not exist: run scripts/setup_exporters.sh")
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,117 @@
+"""What a conversion will do: headers and config.json to a plan, and what there is to say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import defaults, layouts
+from .errors import CheckpointError
+from .execution.dropping import Dropping, remaining
+from .execution.forecast import Forecast, forecast
+from .execution.stock import Conversion
+from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
+from .plan import Part, Plan, make_plan
+from .prospects import Prospects, prospects
+from .source.checkpoint import Checkpoint, open_checkpoint
+from .source.completeness import remarks
+from .source.experts import require_layers
+from .source.quantization import require_nvfp4
+from .storage.opening import open_store
+from .storage.reader import Store
+from .storage.remote import Fetched, fetched_from
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion will do, from headers and config.json. Nothing has been written."""
+
+    work: Conversion
+    prospects: Prospects
+    warnings: list[str]
+    """Those that need no tensor."""
+    part: Part | None = None
+    """The shards are those of this part only."""
+    dropping: Forecast | None = None
+    """What becomes of the source, if it is deleted and has not been."""
+
+    def only(self, part: Part) -> Preview:
+        """As much of it as one part does."""
+        plan = self.work.plan.only(part)
+        return replace(self, work=replace(self.work, plan=plan), part=part)
+
+    @property
+    def fetched(self) -> Fetched | None:
+        """What the preview has taken, where the source is on the network."""
+        return fetched_from(self.work.store)
+
+    @property
+    def to_fetch_nbytes(self) -> int:
+        """What a conversion has to read of the source."""
+        weights = sum(
+            s.nbytes for shard in self.work.plan.shards for m in shard.moves for s in m.sources
+        )
+        return weights + sum(self.work.copied.values())
+
+    def as_json(self, out_dir: Path) -> dict[str, Any]:
+        """The plan and what else there is to say, if the result lies in ``out_dir``."""
+        part = {"part": self.part.number, "parts": self.part.count} if self.part else {}
+        return {
+            "source": dict(self.work.store.provenance()),
+            **part,
+            **self.work.plan.as_json(),
+            "to_fetch_bytes": self.to_fetch_nbytes,
+            "fetched": None if self.fetched is None else self.fetched.as_json(),
+            "other_files": len(self.work.copied),
+            "other_bytes": sum(self.work.copied.values()),
+            **self.prospects.as_json(),
+            "serve": self.prospects.commands(str(out_dir)),
+            "drop_source": None if self.dropping is None else self.dropping.as_json(),
+            "warnings": self.warnings,
+        }
+
+
+def preview(
+    model_dir: str | Path | Store,
+    out_dir: str | Path | None = None,
+    *,
+    max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
+    drop_source: bool = False,
+) -> Preview:
+    """Open a checkpoint and plan its conversion; reads headers, writes nothing.
+
+    Args:
+        model_dir: as for `convert`.
+        out_dir: where an earlier run may have put on record what it has deleted of the source.
+        max_shard_nbytes: as for `convert`.
+        drop_source: as for `convert`.
+
+    Raises:
+        CheckpointError: it cannot be converted, or not be deleted, and why.
+        VerifyError: it could not be restored, once it is deleted.
+    """
+    store = open_store(model_dir)
+    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, Path(out_dir)))
+    require_nvfp4(checkpoint)
+    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
+    _check_folders(checkpoint, plan)
+    require_layers(checkpoint, plan.layers, plan.passed)
+    warnings = remarks(checkpoint, plan.geometries)
+    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
+    outlook.require_one(checkpoint.location)
+    work, dropping = Conversion(checkpoint, plan), None
+    if drop_source and work.is_there:
+        Dropping(work)  # makes sure that it can be
+        dropping = forecast(work)
+    return Preview(work, outlook, warnings, dropping=dropping)
+
+
+def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
+    """A file of the output and a folder of the source may want the same name."""
+    files = {shard.name for shard in plan.shards}
+    files |= {*GENERATED, JOURNAL_NAME, *checkpoint.other_files}
+    for name in checkpoint.other_files:
+        folder = Path(name).parts[0]
+        if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
+            raise CheckpointError(f"{name}: its folder has the name of a file of the output")

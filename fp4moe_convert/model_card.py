@@ -13,11 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
+from .engines import ENGINES
 from .format.contract import FORMAT_VERSION
 from .format.files import SOURCE_CARD_NAME
 from .format.manifest import Manifest
 from .inspection import Inspection
-from .serving.engines import ENGINES
 
 PROJECT = "https://github.com/fp4moe/fp4moe-convert"
 

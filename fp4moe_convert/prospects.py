@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .engines import ENGINES, tensor_parallel_sizes
+from .engines.engine import Model
 from .errors import CheckpointError
 from .format.contract import Geometry
-from .serving.engine import Model
-from .serving.engines import ENGINES, tensor_parallel_sizes
 from .source.checkpoint import Checkpoint
 from .source.families import FAMILIES
 from .source.names import original_layer

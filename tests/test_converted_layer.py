@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support.golden import CASES, ENGINES, PREFIX, runs_of
 from support.slow_bus import SlowBus
 
+from fp4moe_convert.engines import tensor_parallel_sizes
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.layouts.trtllm_nvfp4 import padded_intermediate
@@ -30,7 +31,6 @@ from fp4moe_convert.serving.converted_layer import (
     check_taken_over,
     converted_layer_of,
 )
-from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.serving.fast_copy import Copier
 from fp4moe_convert.serving.slices import copy_share, runs
 

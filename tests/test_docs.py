@@ -10,8 +10,8 @@ import pytest
 from support import exporters, model_zoo
 
 from fp4moe_convert import inspect
+from fp4moe_convert.engines import ENGINES, tensor_parallel_sizes
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.engines import ENGINES, tensor_parallel_sizes
 from fp4moe_convert.source.families import FAMILIES
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from fp4moe_convert import CheckpointError, convert, inspect
 from fp4moe_convert.cli.commands import app
+from fp4moe_convert.engines import ENGINES, tensor_parallel_sizes
+from fp4moe_convert.engines.engine import Engine, Model
+from fp4moe_convert.engines.sglang import SGLANG
+from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.prospects import Prospects
-from fp4moe_convert.serving.engine import Engine, Model
-from fp4moe_convert.serving.engines import ENGINES, tensor_parallel_sizes
-from fp4moe_convert.serving.sglang import SGLANG
-from fp4moe_convert.serving.vllm import VLLM
 
 NAMES = [engine.name for engine in ENGINES]
 

@@ -338,11 +338,29 @@ def test_a_folder_is_judged_by_its_index(
     assert model.untouched
 
 
-@pytest.mark.parametrize("index", [b"", b"[]", b"{}", b'{"weight_map": 1}', b"\xff"])
-def test_an_index_that_is_none_says_nothing(tmp_path: Path, index: bytes) -> None:
+@pytest.mark.parametrize("converted", [CONVERTED, None])
+@pytest.mark.parametrize(
+    "index", [b"", b"[]", b"{}", b'{"weight_map": 1}', b'{"weight_map": {"a": 1}}', b"\xff"]
+)
+def test_a_folder_with_a_malformed_index_is_refused(
+    tmp_path: Path, converted: ConvertedSection | None, index: bytes
+) -> None:
+    """An update that has begun cannot go back."""
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
-    gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
-    gate_of(Model(CONVERTED)).check_folder("an/id-of-the-hub")
+    with pytest.raises(ServingError, match=r"^fp4moe: model\.safetensors\.index\.json: .*; serve "):
+        gate_of(Model(converted)).check_folder(str(tmp_path))
+
+
+def test_a_folder_whose_index_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(ServingError, match=r"^fp4moe: model\.safetensors\.index\.json: .*direct"):
+        gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
+
+
+def test_what_has_no_index_is_judged_later(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    for folder in (tmp_path, tmp_path / "model.gguf", "an/id-of-the-hub"):
+        gate_of(Model(CONVERTED)).check_folder(str(folder))
 
 
 @pytest.mark.parametrize("content", [None, b"no safetensors"])

@@ -19,8 +19,8 @@ from support.golden import CASES, ENGINES, GOLDEN, PREFIX, runs_of
 from support.make_checkpoint import Spec
 from support.tensors import read_tensors
 
+from fp4moe_convert.engines import tensor_parallel_sizes
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.serving.engines import tensor_parallel_sizes
 from fp4moe_convert.storage.buffers import Bytes
 
 

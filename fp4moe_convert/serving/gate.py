@@ -9,16 +9,18 @@ names are ours, and no model's own loader need know them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ..errors import FormatError
 from ..format.contract import MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
+from ..format.untrusted import decode
 from ..source.names import original_layer, stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
 from .fast_copy import COPIER
@@ -61,11 +63,12 @@ class Gate:
         """Make sure that tensors are for this model.
 
         Nothing comes out before the marker has been checked, so that a refusal leaves a running
-        model as it was. Tensors that come earlier wait; a converted checkpoint begins with it.
+        model as it was. Tensors that come before the marker wait for it. A converted checkpoint
+        begins with it.
 
         Args:
-            weights: names and tensors. All names of a list are judged before this returns; of an
-                iterator as many as it takes to hand out the first tensor.
+            weights: names and tensors. A list is judged whole before this returns. An iterator is
+                judged as it is read. This reads from it until the first tensor may come out.
             hold: let tensors wait for the marker. If not, they come out at once, and a refusal may
                 come last.
 
@@ -85,16 +88,16 @@ class Gate:
         is judged when its tensors come.
 
         Raises:
-            ServingError: its tensors are not for this model.
+            ServingError: its tensors are not for this model, or its index cannot be read.
         """
         try:
-            index = json.loads((Path(folder) / INDEX_NAME).read_bytes())
-            files = dict(index["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError):
+            files = decode(Path(folder, INDEX_NAME).read_bytes(), _Index).weight_map
+        except (FileNotFoundError, NotADirectoryError):  # or it is a name on the Hub, or one file
             return
+        except (OSError, ValueError) as error:
+            raise refusal(f"{INDEX_NAME}: {error}") from error
         if MARKER_NAME in files:
-            shard = Path(folder, str(files[MARKER_NAME]))
-            self.judge([(MARKER_NAME, _read_marker(shard))])
+            self.judge([(MARKER_NAME, _read_marker(Path(folder, files[MARKER_NAME])))])
         else:
             names: list[Any] = [(name, None) for name in files]
             self.judge(names)
@@ -108,6 +111,7 @@ class Gate:
         """
         if self.converted is None:
             yield from judged
+            return
         for name, tensor in judged:
             kind, layer = _kind(name, tensor)
             if kind is not _Kind.STACKED:
@@ -190,6 +194,11 @@ def gate_of(model: torch.nn.Module) -> Gate:
     the model was built by something that the plugin does not hook into."""
     load_weights = getattr(model, "load_weights", None)
     return load_weights.gate if isinstance(load_weights, GuardedLoader) else Gate(None, {})
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    """The file of each tensor."""
 
 
 class _Kind(Enum):

@@ -24,9 +24,9 @@ from support import model_zoo, record_models
 from support.cpu_engines import sglang_cpu
 from support.folders import edit_json
 
-from fp4moe_convert.serving.engine import Model
-from fp4moe_convert.serving.sglang import SGLANG
-from fp4moe_convert.serving.vllm import VLLM
+from fp4moe_convert.engines.engine import Model
+from fp4moe_convert.engines.sglang import SGLANG
+from fp4moe_convert.engines.vllm import VLLM
 
 W4A4 = {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}
 W4A16 = {"weights": {"num_bits": 4}}
@@ -68,7 +68,7 @@ def models_on_record(engine: Any) -> None:
         printed
         == Path(record_models.__file__)
         .parents[2]
-        .joinpath("fp4moe_convert", "serving", engine.name, "models.txt")
+        .joinpath("fp4moe_convert", "engines", f"{engine.name}_models.txt")
         .read_text()
     )
 

@@ -1,7 +1,7 @@
 """Print the version of an installed engine and the architectures that it has models for, as
-``fp4moe_convert/serving/ENGINE/models.txt`` records them.
+``fp4moe_convert/engines/ENGINE_models.txt`` records them.
 
-    ENGINE_PYTHON tests/support/record_models.py vllm > fp4moe_convert/serving/vllm/models.txt
+    ENGINE_PYTHON tests/support/record_models.py vllm > fp4moe_convert/engines/vllm_models.txt
 
 After an architecture stands what its loader may call the down projection of an expert, where its
 module makes fused experts. It reads the engine's sources and imports nothing of them.

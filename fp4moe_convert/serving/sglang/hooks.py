@@ -34,6 +34,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from ...engines.sglang import NO_UNGATED, SGLANG
 from ...errors import ServingError
 from ...format.contract import (
     QUANT_METHOD,
@@ -50,7 +51,6 @@ from ..checks import (
     warn_if_untested,
 )
 from ..gate import OUT_OF_ORDER, Gate, gate_of, guard
-from . import NO_UNGATED, SGLANG
 
 if TYPE_CHECKING:
     import torch

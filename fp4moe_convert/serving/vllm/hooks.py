@@ -57,6 +57,7 @@ from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.model_loader.weight_cache import ipc_loader
 from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 
+from ...engines.vllm import VLLM
 from ...format.contract import (
     QUANT_METHOD,
     ConvertedSection,
@@ -82,7 +83,6 @@ from ..converted_layer import (
     converted_layer_of,
 )
 from ..gate import OUT_OF_ORDER, Deliver, Gate, gate_of, guard
-from . import VLLM
 
 TESTED = ("0.33.*",)
 

@@ -1,4 +1,4 @@
-"""What the converter needs to know of an engine. Imports no engine and no torch."""
+"""What the converter needs to know of an engine."""
 
 from __future__ import annotations
 

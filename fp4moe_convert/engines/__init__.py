@@ -1,4 +1,7 @@
-"""The engines that have a plugin here."""
+"""The engines that have a plugin here, with what can be said of one where it is not installed.
+
+Imports no engine and no torch.
+"""
 
 from __future__ import annotations
 

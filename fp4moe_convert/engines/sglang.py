@@ -1,0 +1,62 @@
+"""SGLang: what it cannot serve, its tensor-parallel rule and its serve command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..format.contract import (
+    GROUP_SIZE,
+    is_compressed_tensors,
+    is_fp8_hybrid,
+    settings_of,
+)
+from .engine import Engine, KnownModels, Model
+
+_NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
+"""Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
+
+
+NO_UNGATED = "SGLang lays out experts of compressed-tensors as if they had a gate"
+"""schemes/compressed_tensors_w4a4_nvfp4_moe.py:77 and :215 in 0.5.23."""
+
+
+def _why_not(model: Model) -> str | None:
+    # model_loader/utils.py:209 in 0.5.23: QuantMixtralForCausalLM, with a module for each expert.
+    is_modelopt = not is_compressed_tensors(model.section)
+    if is_modelopt and "MixtralForCausalLM" in model.architectures:
+        return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
+    # models/mllama4.py:616 in 0.5.23 permutes the rows of q and k as if they were not packed.
+    if "Llama4ForConditionalGeneration" in model.architectures and _has_nvfp4_attention(model):
+        return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
+    if not is_modelopt and not model.gated:
+        return NO_UNGATED
+    # configs/model_config.py:788 in 0.5.23.
+    complete = (model.section.get("quant_algo"), model.section.get("group_size"))
+    if is_fp8_hybrid(model.section) and complete != ("MIXED_PRECISION", GROUP_SIZE):
+        return "SGLang wants MIXED_PRECISION and a group_size beside moe_quant_algo"
+    for name in _NO_NAMES:
+        if name in model.architectures:
+            return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
+    return None
+
+
+def _has_nvfp4_attention(model: Model) -> bool:
+    """Whether ModelOpt's NVFP4 leaves out no attention."""
+    settings = settings_of(model.section)
+    left_out = settings.get("ignore") or settings.get("exclude_modules")
+    return settings.get("quant_algo") == "NVFP4" and "attn" not in str(left_out)
+
+
+# SGLang rounds I/T up to a multiple of 64, or of 128 without a gate, cuts there and fills with
+# zeros, as the slices do.
+SGLANG = Engine(
+    name="sglang",
+    title="SGLang",
+    models=KnownModels.read(Path(__file__).with_name("sglang_models.txt")),
+    why_not=_why_not,
+    can_cut=lambda _geometry, _size: True,
+    serve_command=lambda folder: (
+        f"python -m sglang.launch_server --model-path {folder} "
+        "--moe-runner-backend flashinfer_trtllm"
+    ),
+)

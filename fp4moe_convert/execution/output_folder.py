@@ -33,7 +33,7 @@ from types import TracebackType
 
 import xxhash
 
-from ..errors import NoSpaceError, OutputError, naming
+from ..errors import NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import (
     CONFIG_NAME,
     INDEX_NAME,

@@ -19,7 +19,7 @@ from . import defaults
 from .conversion import ConversionReport, convert_with, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError
 from .execution.scatter import WriteRequest
-from .execution.stock import Conversion
+from .execution.work import Conversion
 from .format.manifest import Identity
 from .plan import PlannedShard
 from .preparation import preview

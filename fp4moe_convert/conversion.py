@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import defaults
-from .errors import OutputError, VerifyError
 from .execution.dropping import Dropping, remaining
 from .execution.forecast import forecast, growth
 from .execution.output_folder import Opened, OutputFolder, Writing
 from .execution.scatter import OnFilled, WriteRequest, scatter
-from .execution.stock import Conversion
 from .execution.surroundings import write_surroundings
+from .execution.work import Conversion
 from .format.contract import TensorSpec
 from .format.manifest import ShardRecord
 from .layouts.base import Move, RowOrder, source_ranges
@@ -215,25 +213,20 @@ def convert_with(
         )
         seconds = time.perf_counter() - started
         verify_seconds, verified_with = None, None
-        if verify:
-            try:
-                if dropping:  # each shard has been compared before that
-                    open_converted(out_dir).shards()
-                    verify_seconds = written.check_seconds
-                    verified_with = _PARTLY if work.gone else _SOURCE
-                else:
-                    verified_with = _RECORD if work.gone else _SOURCE
-                    verify_seconds = verify_folder(
-                        out_dir,
-                        None if work.gone else store,
-                        direct_io=options.direct_io,
-                        threads=options.threads,
-                        on_progress=options.on_progress,
-                    ).seconds
-            except VerifyError:
-                with suppress(OutputError):  # the difference is what has to be reported
-                    done.reject()
-                raise
+        with done.rejected_if_wrong():
+            if verify and dropping:  # each shard has been compared before that
+                open_converted(out_dir).shards()
+                verify_seconds = written.check_seconds
+                verified_with = _PARTLY if work.gone else _SOURCE
+            elif verify:
+                verified_with = _RECORD if work.gone else _SOURCE
+                verify_seconds = verify_folder(
+                    out_dir,
+                    None if work.gone else store,
+                    direct_io=options.direct_io,
+                    threads=options.threads,
+                    on_progress=options.on_progress,
+                ).seconds
     return ConversionReport(
         out_dir=out_dir,
         layers=len(plan.layers),

@@ -83,7 +83,7 @@ def convert_part(
     nbytes, kept = 0, len(work.shards)
     with OutputFolder(out_dir, source=work.store.local_path, part=part) as opened:
         missing = []
-        if not opened.folder.has_index:
+        if not opened.folder.files.has_index:
             opened.join(division)
             written = fill(opened, work, options, verify=verify)
             nbytes, kept = written.nbytes, written.kept

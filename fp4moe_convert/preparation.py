@@ -10,7 +10,7 @@ from . import defaults, layouts
 from .errors import CheckpointError
 from .execution.dropping import Dropping, remaining
 from .execution.forecast import Forecast, forecast
-from .execution.stock import Conversion
+from .execution.work import Conversion
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .plan import Part, Plan, make_plan
 from .prospects import Prospects, prospects

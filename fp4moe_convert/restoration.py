@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from . import defaults
-from .errors import CheckpointError, FormatError, OutputError, VerifyError
+from .errors import CheckpointError, FormatError
 from .execution.filling import Filling
 from .execution.output_folder import OutputFolder
-from .execution.stock import Target, Work
 from .execution.surroundings import copy_files
+from .execution.work import Target, Work
 from .format.files import (
     CONFIG_NAME,
     HF_QUANT_CONFIG_NAME,
@@ -223,12 +222,8 @@ def restore(
             )
             done = writing.finish(lambda _: _write_beside(work, out_dir))
             seconds = time.perf_counter() - started
-            try:
+            with done.rejected_if_wrong():
                 verify_seconds = read_again()
-            except VerifyError:
-                with suppress(OutputError):  # the difference is what has to be reported
-                    done.reject()
-                raise
     shards = work.original.shards
     return RunReport(
         out_dir=out_dir,

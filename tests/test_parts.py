@@ -37,7 +37,7 @@ from fp4moe_convert import (
     preview,
     verify,
 )
-from fp4moe_convert.execution import output_folder
+from fp4moe_convert.execution import folder_files
 from fp4moe_convert.execution.journal import Division, FilledMove, Journal
 from fp4moe_convert.execution.output_folder import OutputFolder
 from fp4moe_convert.format.files import JOURNAL_NAME, is_journal
@@ -362,15 +362,15 @@ def test_a_part_that_begins_a_shard_while_another_starts(
 ) -> None:
     """The later finds a file whose name was not on record a moment ago."""
     out = tmp_path / "out"
-    files_below = output_folder.files_below
+    files_below = folder_files.files_below
     with ExitStack() as stack:
 
         def begin_before(folder: Path, *rest: Any) -> Iterator[str]:
-            monkeypatch.setattr(output_folder, "files_below", files_below)
+            monkeypatch.setattr(folder_files, "files_below", files_below)
             stack.enter_context(at_work(out, 3))
             return files_below(folder, *rest)
 
-        monkeypatch.setattr(output_folder, "files_below", begin_before)
+        monkeypatch.setattr(folder_files, "files_below", begin_before)
         assert run(source, out, 1).shards_missing
 
 

@@ -477,13 +477,13 @@ def test_a_kill_while_a_finished_folder_is_cleared(
     program = f"""
 import os, signal
 from fp4moe_convert import convert
-from fp4moe_convert.execution import output_folder
-remove_file = output_folder.remove_file
+from fp4moe_convert.execution import folder_files
+remove_file = folder_files.remove_file
 def remove_and_die(path):
     remove_file(path)
     if path.name == {kill_at!r}:
         os.kill(os.getpid(), signal.SIGKILL)
-output_folder.remove_file = remove_and_die
+folder_files.remove_file = remove_and_die
 convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)

@@ -40,8 +40,8 @@ from .forecast import steps
 from .journal import dropped_source
 from .output_folder import Planned, Writing
 from .scatter import OnFilled
-from .stock import Conversion
 from .surroundings import copy_files, read_manifest
+from .work import Conversion
 
 
 def remaining(store: Store, out_dir: Path) -> Store:

@@ -22,7 +22,7 @@ from ..storage.buffers import BLOCK, Bytes, view_at
 from ..storage.durable import WriteFile, partial_path
 from ..storage.reader import OPEN_FILES
 from .scatter import create_shard
-from .stock import Target
+from .work import Target
 
 MAX_EDGES_NBYTES = 8 * 2**20
 """Bytes of all shards that wait for others to fill a block with them. A part of an original seldom

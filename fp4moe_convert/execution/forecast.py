@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..plan import Plan, PlannedShard
-from .stock import Conversion
+from .work import Conversion
 
 
 @dataclass(frozen=True, slots=True)

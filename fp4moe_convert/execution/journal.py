@@ -84,7 +84,7 @@ class FilledMove(msgspec.Struct, frozen=True, tag_field="line", tag="filled"):
     name: str
     """Of the shard."""
     key: str
-    """What the shard is made of (`stock.Work.keys`)."""
+    """What the shard is made of (`work.Work.keys`)."""
     move: int
     """Its number among the shard's moves."""
     checksum: str

@@ -1,7 +1,7 @@
 """The output folder of a conversion: whose it is, what in it is kept, what has to go.
 
-A folder is ours if it is empty, or holds nothing but what conversions left there, as their journal
-or their manifest records. Nothing else in it is ever deleted, or written beside. What no engine
+A folder is ours if it is empty, or holds nothing but what conversions left there (`folder_files`).
+Nothing else in it is ever deleted, or written beside. What no engine
 reads is the user's: it may lie there, and stays. Where a person has changed a file that engines do
 read, nothing is written at all.
 
@@ -26,29 +26,22 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import xxhash
 
-from ..errors import CheckpointError, NoSpaceError, OutputError, VerifyError, naming
+from ..errors import NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import (
     CONFIG_NAME,
-    FOREIGN_FOLDERS,
-    GENERATED,
     INDEX_NAME,
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
     SOURCE_NAME,
-    is_journal,
-    no_engine_reads,
 )
 from ..format.manifest import Manifest, ShardRecord, SourceRecord
 from ..plan import Part
 from ..storage.buffers import Bytes
-from ..storage.copying import record_of
 from ..storage.durable import (
     WriteFile,
     make_folder,
@@ -57,12 +50,10 @@ from ..storage.durable import (
     remove_file,
     sync_folder,
 )
-from ..storage.local import LocalReader, files_below
+from .folder_files import FolderFiles, check_known, check_place
 from .journal import Division, FilledMove, FinishedShard, Journal, check_same
-from .stock import Target, Work, take_stock, take_up
-from .surroundings import names_in_manifest, read_manifest
-
-AFRESH = "--overwrite starts afresh"
+from .resuming import take_stock, take_up
+from .work import Target, Work
 
 SYNC_NBYTES = 256 * 2**20
 """What a power cut may cost of what has come over a network. A kill costs what is in memory."""
@@ -83,32 +74,18 @@ class OutputFolder:
             InUseError: another process holds the folder, or the part.
             OutputError: the folder is unfit or not ours.
         """
-        _check_place(path, source)
+        check_place(path, source)
         self.path = path
         self.part = part
         with naming(path, OutputError):
             self._created = not path.exists()
             make_folder(path)
-            entries = list(path.iterdir())  # once: other parts may be making theirs
-            known = any(is_journal(entry.name) or entry.name == MANIFEST_NAME for entry in entries)
-            foreign = {
-                entry.name for entry in entries if entry.is_dir() or not no_engine_reads(entry.name)
-            } - FOREIGN_FOLDERS
-            if foreign and not known:
-                lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign else ""
-                raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
+            check_known(path)
         self.journal = Journal(path, part)
+        self.files = FolderFiles(path, self.journal)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:
-            files = set(files_below(path, OutputError))
-            self.journal.read()  # other parts record their names before they make their files
-            self.ours = self.journal.files | names_in_manifest(path)
-            """Names that a conversion has left, or is about to."""
-            self.manifest: Manifest | None = None
-            self.no_manifest = ""
-            """Why there is none that can be relied on."""
-            self._read_manifest()
-            self._refuse_foreign(files)
+            self.files.read()
         except BaseException as failure:
             self.__exit__(type(failure), failure, None)
             raise
@@ -141,12 +118,12 @@ class OutputFolder:
             match self._state:
                 case Done():
                     nothing_to_resume = True
-                case _ if self.has_index and self.journal.dropped is None:
+                case _ if self.files.has_index and self.journal.dropped is None:
                     nothing_to_resume = True
                 case Opened() | Planned():
                     nothing_to_resume = self.journal.is_new
                 case Writing() as writing if not interrupted:
-                    self.clear(writing.keep)
+                    self.files.clear(writing.keep)
                     useful = {*writing.keep, *self.journal.finished}
                     nothing_to_resume = not any((self.path / name).exists() for name in useful)
         with contextlib.suppress(OSError):
@@ -159,19 +136,6 @@ class OutputFolder:
         assert self._state is before
         self._state = after
 
-    @property
-    def has_index(self) -> bool:
-        """Whether the folder looks finished."""
-        return (self.path / INDEX_NAME).is_file()
-
-    @property
-    def dropped(self) -> SourceRecord | None:
-        """The source that the folder was made from, where shards of it may have been deleted."""
-        if self.journal.dropped is not None:
-            return self.journal.dropped
-        source = self.manifest.source if self.manifest else None
-        return source if source is not None and source.dropped else None
-
     def missing(self, work: Work) -> list[str]:
         """Names of shards that no run, of whichever part, has finished so far."""
         self.journal.read()
@@ -181,126 +145,6 @@ class OutputFolder:
             for shard in work.shards
             if shard.name not in finished or not (self.path / shard.name).is_file()
         ]
-
-    def _read_manifest(self) -> None:
-        try:
-            self.manifest = read_manifest(self.path)
-        except VerifyError as error:
-            if self.has_index and not self.ours:
-                raise OutputError(
-                    f"{self.path}: nothing tells what conversions have left there: {error}; "
-                    "choose another folder"
-                ) from None
-            self.no_manifest = str(error)
-
-    def _refuse_foreign(self, files: Iterable[str]) -> None:
-        """Links are never ours: we make none, and would write through a planted one."""
-        self.refuse(
-            name
-            for name in files
-            if not (no_engine_reads(name) or is_journal(name))
-            and (
-                name.removesuffix(PARTIAL_SUFFIX) not in self.ours
-                or (self.path / name).is_symlink()
-            )
-        )
-
-    def refuse_folders_named(self, names: set[str]) -> None:
-        """A folder that has the name of a file of ours is not ours."""
-        self.refuse(
-            path.name
-            for path in self.path.iterdir()
-            if path.name.removesuffix(PARTIAL_SUFFIX) in names and path.is_dir()
-        )
-
-    def refuse(self, foreign: Iterable[str]) -> None:
-        if name := min(foreign, default=None):
-            what = "a link, " if (self.path / name).is_symlink() else ""
-            raise OutputError(
-                f"{self.path}: holds {name!r}, {what}which no conversion has left there; "
-                "remove it, or choose another folder"
-            )
-
-    def refuse_edited(self, work: Work) -> None:
-        """Where a person has changed what engines read, nothing is written.
-
-        Raises:
-            OutputError: a file beside the shards is not as a conversion left it.
-            CheckpointError: a file cannot be read.
-        """
-        present = set(files_below(self.path, OutputError))
-        looks_finished = MANIFEST_NAME in work.generated and self.has_index
-        if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
-            raise OutputError(f"{self.path}: {self.no_manifest}; {AFRESH}")
-        beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.copied}
-        for name in sorted(name for name in beside if not no_engine_reads(name)):
-            if name in present and not self._is_as_left(name, work):
-                what = "has been changed since" if self.manifest else "is not the source's"
-            elif name not in present and self.has_index:
-                what = "is missing"
-            else:
-                continue
-            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {AFRESH}")
-
-    def refuse_other_origin(self, work: Work) -> None:
-        """A run that goes on reads what the runs before it have read.
-
-        Raises:
-            OutputError: a branch or a tag has moved since, or another model is read.
-        """
-        begun, now = self.journal.origin, work.origin
-        if begun is not None and now is not None and begun != now:
-            raise OutputError(
-                f"{self.path}: was begun from {begun}, and this is {now}; "
-                f"--revision {begun.rpartition('@')[2]} goes on with that, {AFRESH}"
-            )
-
-    def users_own(self, work: Work) -> set[str]:
-        """Names of the files that no engine reads and that are not as a conversion left them."""
-
-        def is_as_left(name: str) -> bool:
-            try:
-                return self._is_as_left(name, work)
-            except CheckpointError:  # it may be anything
-                return False
-
-        present = files_below(self.path, OutputError)
-        return {name for name in present if no_engine_reads(name) and not is_as_left(name)}
-
-    def _is_as_left(self, name: str, work: Work) -> bool:
-        """Whether a file is what the manifest says or, until there is one, what the source has."""
-        path = self.path / name
-        left = self.manifest.files.get(name) if self.manifest else work.left_by_us(name)
-        return not path.is_symlink() and left == record_of(LocalReader(path, name=os.fspath(path)))
-
-    def stale(self, keep: set[str]) -> set[str]:
-        """Files of ours, finished or not, but for ``keep``.
-
-        Only what lies in the folder is listed, so no name in a journal or a manifest can lead to a
-        file elsewhere.
-        """
-        return {
-            name
-            for name in files_below(self.path, OutputError)
-            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self.ours
-        }
-
-    def clear(self, keep: set[str]) -> None:
-        """Delete `stale` files, and folders of ours that are then empty."""
-        # In the reverse of the order in which they appear. Without an index the folder is
-        # unfinished, and without a manifest config.json could not be told from somebody's own.
-        stale = self.stale(keep)
-        for name in (*reversed(GENERATED), *stale.difference(GENERATED)):
-            if name in stale:
-                with naming(name, OutputError):
-                    if name in GENERATED:
-                        remove_file(self.path / name)
-                    else:
-                        (self.path / name).unlink(missing_ok=True)
-        folders = {str(parent) for name in self.ours for parent in Path(name).parents} - {"."}
-        for folder, _, _ in os.walk(self.path, topdown=False):
-            if os.path.relpath(folder, self.path) in folders and not os.listdir(folder):
-                os.rmdir(folder)
 
 
 @dataclass
@@ -333,35 +177,36 @@ class Opened:
                 changed it.
             CheckpointError: a file cannot be read.
         """
-        folder = self.folder
-        folder.refuse_folders_named({shard.name for shard in work.shards} | folder.ours)
-        planned = Planned(folder, work, users=folder.users_own(work))
-        folder.ours -= planned.users
-        recorded = dict(folder.journal.finished)
+        folder, files, journal = self.folder, self.folder.files, self.folder.journal
+        names = {shard.name for shard in work.shards}
+        files.refuse_folders_named(names | files.ours)
+        planned = Planned(folder, work, users=files.users_own(work))
+        files.leave_to_user(planned.users)
+        recorded = dict(journal.finished)
         if folder.part is not None:
             # Nothing else may be deleted, or remarked upon: other parts are at work.
-            folder.ours = {shard.name for shard in work.shards}
-            recorded = {name: line for name, line in recorded.items() if name in folder.ours}
+            files.leave_to_other_parts(names)
+            recorded = {name: line for name, line in recorded.items() if name in names}
         if not overwrite:
-            folder.refuse_edited(work)
-            folder.refuse_other_origin(work)
-            if folder.manifest is not None and not folder.journal.forgotten:
-                recorded |= _recorded_by(folder.manifest, work, folder)
+            files.refuse_edited(work)
+            files.refuse_other_origin(work)
+            if files.manifest is not None and not journal.forgotten:
+                recorded |= _recorded_by(files.manifest, work, files)
             planned.kept, planned.to_redo = take_stock(
-                work, recorded, folder.path, was_finished=folder.has_index
+                work, recorded, folder.path, was_finished=files.has_index
             )
-            planned.filled = take_up(work, folder.journal.filled, folder.path)
+            planned.filled = take_up(work, journal.filled, folder.path)
         folder.enter(self, planned)
         return planned
 
 
-def _recorded_by(manifest: Manifest, work: Work, folder: OutputFolder) -> dict[str, FinishedShard]:
+def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str, FinishedShard]:
     """The shards of a manifest, if it is of this very conversion."""
     if (difference := work.difference(manifest)) is None:
         return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
-    if folder.has_index:
+    if files.has_index:
         raise OutputError(
-            f"{folder.path}: holds a finished conversion of another checkpoint or with "
+            f"{files.path}: holds a finished conversion of another checkpoint or with "
             f"other options: {difference}; choose another folder, or --overwrite it"
         )
     return {}
@@ -401,7 +246,7 @@ class Planned:
             gone = f"{len(self.work.gone)} of {len(self.work.sources)}"
             yield f"{gone} shards of the source are gone, as --drop-source leaves it"
         if self.kept:
-            is_whole = self.folder.has_index and not self.shards_to_write
+            is_whole = self.folder.files.has_index and not self.shards_to_write
             what = "already finished" if is_whole else "resuming"
             kept, count = len(self.kept), len(self.work.shards)
             yield f"{what}: {kept} of {count} shards were finished before and are kept"
@@ -426,8 +271,8 @@ class Planned:
     def refuse_loss(self) -> None:
         """Raises OutputError: what the folder has the only copy of would be deleted, or is needed
         and gone."""
-        folder = self.folder
-        if (source := folder.dropped) is None:
+        folder, files = self.folder, self.folder.files
+        if (source := files.dropped) is None:
             return
         gone = {
             name
@@ -435,9 +280,9 @@ class Planned:
             if name in self.work.gone or self.work.identities.get(name) != identity
         }
         holding = {name: set(line.sources) for name, line in folder.journal.finished.items()}
-        if folder.manifest:
-            holding |= dict.fromkeys(folder.manifest.shards.keys() - holding.keys(), gone)
-        for name in sorted(holding.keys() & folder.ours - self.kept.keys()):
+        if files.manifest:
+            holding |= dict.fromkeys(files.manifest.shards.keys() - holding.keys(), gone)
+        for name in sorted(holding.keys() & files.ours - self.kept.keys()):
             if (lost := holding[name] & gone) and (folder.path / name).is_file():
                 why = self.to_redo.get(name, "this run would delete it")
                 raise OutputError(
@@ -464,32 +309,29 @@ class Planned:
             NoSpaceError: the disk is too small.
             OutputError: a file cannot be deleted, or must not be.
         """
-        folder = self.folder
+        folder, files, journal = self.folder, self.folder.files, self.folder.journal
         self.refuse_loss()
-        is_whole = folder.has_index and bool(self.kept) and not self.shards_to_write
+        is_whole = files.has_index and bool(self.kept) and not self.shards_to_write
         begun = {partial_path(folder.path / name).name for name in self.filled}
-        keep = (set(folder.ours) if is_whole else set(self.kept)) | begun
-        if folder.dropped:
+        keep = (set(files.ours) if is_whole else set(self.kept)) | begun
+        if files.dropped:
             keep |= {SOURCE_NAME, *self.work.copied}
         # Half-written files go first: on a disk that they have filled there is no room for a line
         # in the journal.
-        folder.clear(folder.ours | begun)
+        files.clear(files.ours | begun)
         self._check_space(keep, begun, needed)
         if not is_whole:
-            # Names are recorded before the files are created, so that a run after a kill
-            # recognises them as ours.
-            folder.ours |= {shard.name for shard in self.work.shards}
-            folder.journal.declare(folder.ours)
+            files.declare(files.ours | {shard.name for shard in self.work.shards})
             if self.work.origin is not None:
-                folder.journal.begin(self.work.origin)
-            if folder.dropped:  # the manifest, which is about to go, may be alone in knowing
-                folder.journal.allow_dropping(folder.dropped)
+                journal.begin(self.work.origin)
+            if files.dropped:  # the manifest, which is about to go, may be alone in knowing
+                journal.allow_dropping(files.dropped)
         # The manifest goes, unless everything is there, and so do the journals of parts. From here
         # on this journal has the records that only they had.
-        folder.journal.take_over([] if is_whole else self.kept.values())
+        journal.take_over([] if is_whole else self.kept.values())
         writing = Writing(folder, self.work, keep, self.records)
         folder.enter(self, writing)
-        folder.clear(keep)
+        files.clear(keep)
         with naming(folder.path, OutputError):
             # Old files are gone for good before the journal records new ones of these names.
             sync_folder(folder.path)
@@ -499,7 +341,7 @@ class Planned:
         folder = self.folder
         if needed is None:
             needed = sum(shard.nbytes for shard in self.shards_to_write)
-        stale = folder.stale(keep)
+        stale = folder.files.stale(keep)
         for name, nbytes in self.work.copied.items():
             if name in stale or not (folder.path / name).exists():
                 needed += nbytes
@@ -588,7 +430,7 @@ class Writing:
             CheckpointError: a file of the source cannot be read.
         """
         folder, work = self.folder, self.work
-        self._claim({*work.generated, *work.copied})
+        folder.files.claim({*work.generated, *work.copied})
         write_beside({shard.name: self.records[shard.name] for shard in work.shards})
         done = Done(folder, work)
         folder.enter(self, done)
@@ -605,7 +447,7 @@ class Writing:
             CheckpointError: a file of the source cannot be read.
         """
         names = {SOURCE_NAME, *self.work.copied}
-        self._claim(names)
+        self.folder.files.claim(names)
         self.keep |= names
         source = write_record()
         path = Path(os.path.realpath(self.folder.path))
@@ -616,15 +458,6 @@ class Writing:
                     sync_folder(each)
         self.folder.journal.allow_dropping(source)
 
-    def _claim(self, names: set[str]) -> None:
-        """Record the names of files that are about to be written beside the shards."""
-        folder = self.folder
-        users = {n for n in names if no_engine_reads(n) and os.path.lexists(folder.path / n)}
-        if new := names - folder.ours - users:
-            folder.refuse(name for name in new if os.path.lexists(folder.path / name))
-            folder.ours |= new
-            folder.journal.declare(new)
-
 
 @dataclass
 class Done:
@@ -633,7 +466,17 @@ class Done:
     folder: OutputFolder
     work: Work
 
-    def reject(self) -> Rejected:
+    @contextlib.contextmanager
+    def rejected_if_wrong(self) -> Iterator[None]:
+        """Reject the result where a VerifyError leaves the ``with`` block."""
+        try:
+            yield
+        except VerifyError:
+            with contextlib.suppress(OutputError):  # the difference is what has to be reported
+                self.reject()
+            raise
+
+    def reject(self) -> None:
         """The result, or the source, has proved wrong: the folder must not look finished, and no
         later run may build on it. Its shards stay, so that one can look at what happened to them.
         Where shards of the source are gone, later runs keep those that are as recorded.
@@ -642,20 +485,18 @@ class Done:
             OutputError: it still looks finished.
         """
         folder = self.folder
-        rejected = Rejected(folder)
-        folder.enter(self, rejected)
+        folder.enter(self, Rejected(folder))
         names = list(self.work.generated)
-        if folder.dropped:
+        if folder.files.dropped:
             names = [CONFIG_NAME, INDEX_NAME]
         else:
             # On a full disk the journal takes no line. Then the missing manifest has to do.
             with contextlib.suppress(OutputError):
-                folder.journal.declare(folder.ours)
+                folder.files.declare(folder.files.ours)
                 folder.journal.forget()
         for name in reversed(names):
             with naming(name, OutputError):
                 remove_file(folder.path / name)
-        return rejected
 
 
 @dataclass
@@ -663,17 +504,3 @@ class Rejected:
     """Verification failed. Nothing here is kept by a later run."""
 
     folder: OutputFolder
-
-
-def _check_place(path: Path, source: Path | None) -> None:
-    if source is not None:
-        # realpath, because Path.resolve raises RuntimeError for a link to itself.
-        origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(path))
-        if target == origin or origin in target.parents or target in origin.parents:
-            relation = (
-                "is" if target == origin else "is inside" if origin in target.parents else "holds"
-            )
-            raise OutputError(f"{path}: {relation} the source folder {source}")
-    with naming(path, OutputError):
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path}: is not a folder")

@@ -25,7 +25,7 @@ from ..storage.local import LocalReader
 from ..storage.reader import Opener
 from .checksum import Checksum
 from .crew import Crew, crew_size
-from .stock import Target
+from .work import Target
 
 OnFilled = Callable[[PlannedShard, WriteFile, dict[str, str]], None]
 """Given a shard whose last byte has been written to its file, which has a temporary name and is

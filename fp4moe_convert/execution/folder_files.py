@@ -1,0 +1,235 @@
+"""Whose an output folder is, and each file in it: ours, the user's, or somebody else's.
+
+Ours is what conversions have left, as their journal or their manifest records. What no engine reads
+and is not as a conversion left it is the user's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError, OutputError, VerifyError, naming
+from ..format.files import (
+    CONFIG_NAME,
+    FOREIGN_FOLDERS,
+    GENERATED,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+    is_journal,
+    no_engine_reads,
+)
+from ..format.manifest import Manifest, SourceRecord
+from ..storage.copying import record_of
+from ..storage.durable import remove_file
+from ..storage.local import LocalReader, files_below
+from .journal import Journal
+from .surroundings import names_in_manifest, read_manifest
+from .work import Work
+
+AFRESH = "--overwrite starts afresh"
+
+
+def check_place(path: Path, source: Path | None) -> None:
+    """Raises OutputError: there can be no output folder, or it and the source are in each other."""
+    if source is not None:
+        # realpath, because Path.resolve raises RuntimeError for a link to itself.
+        origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(path))
+        if target == origin or origin in target.parents or target in origin.parents:
+            relation = (
+                "is" if target == origin else "is inside" if origin in target.parents else "holds"
+            )
+            raise OutputError(f"{path}: {relation} the source folder {source}")
+    with naming(path, OutputError):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path}: is not a folder")
+
+
+def check_known(path: Path) -> None:
+    """Raises OutputError: a folder is not empty, and no conversion has been there."""
+    entries = list(path.iterdir())  # once: other parts may be making theirs
+    known = any(is_journal(entry.name) or entry.name == MANIFEST_NAME for entry in entries)
+    foreign = {
+        entry.name for entry in entries if entry.is_dir() or not no_engine_reads(entry.name)
+    } - FOREIGN_FOLDERS
+    if foreign and not known:
+        lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign else ""
+        raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
+
+
+class FolderFiles:
+    """The files of an output folder whose lock is held."""
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.path = path
+        self._journal = journal
+        self.ours: set[str] = set()
+        """Names that a conversion has left, or is about to."""
+        self.manifest: Manifest | None = None
+        self._no_manifest = ""
+        """Why there is none that can be relied on."""
+
+    def read(self) -> None:
+        """Find out which files are ours.
+
+        Raises:
+            OutputError: nothing tells, or there are others.
+        """
+        files = set(files_below(self.path, OutputError))
+        self._journal.read()  # other parts record their names before they make their files
+        self.ours = self._journal.files | names_in_manifest(self.path)
+        try:
+            self.manifest = read_manifest(self.path)
+        except VerifyError as error:
+            if self.has_index and not self.ours:
+                raise OutputError(
+                    f"{self.path}: nothing tells what conversions have left there: {error}; "
+                    "choose another folder"
+                ) from None
+            self._no_manifest = str(error)
+        # Links are never ours: we make none, and would write through a planted one.
+        self._refuse(
+            name
+            for name in files
+            if not (no_engine_reads(name) or is_journal(name))
+            and (
+                name.removesuffix(PARTIAL_SUFFIX) not in self.ours
+                or (self.path / name).is_symlink()
+            )
+        )
+
+    def declare(self, names: set[str]) -> None:
+        """Record names before the files are made, so that a run after a kill knows them as ours."""
+        self.ours |= names
+        self._journal.declare(names)
+
+    def claim(self, names: set[str]) -> None:
+        """Record the names of files that are about to be written beside the shards.
+
+        Raises:
+            OutputError: somebody has put a file there.
+        """
+        users = {n for n in names if no_engine_reads(n) and os.path.lexists(self.path / n)}
+        if new := names - self.ours - users:
+            self._refuse(name for name in new if os.path.lexists(self.path / name))
+            self.declare(new)
+
+    def leave_to_user(self, names: set[str]) -> None:
+        """Touch these files no more."""
+        self.ours -= names
+
+    def leave_to_other_parts(self, names: set[str]) -> None:
+        """Touch no file but these: a part's own shards."""
+        self.ours = names
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the folder looks finished."""
+        return (self.path / INDEX_NAME).is_file()
+
+    @property
+    def dropped(self) -> SourceRecord | None:
+        """The source that the folder was made from, where shards of it may have been deleted."""
+        if self._journal.dropped is not None:
+            return self._journal.dropped
+        source = self.manifest.source if self.manifest else None
+        return source if source is not None and source.dropped else None
+
+    def refuse_folders_named(self, names: set[str]) -> None:
+        """A folder that has the name of a file of ours is not ours."""
+        self._refuse(
+            path.name
+            for path in self.path.iterdir()
+            if path.name.removesuffix(PARTIAL_SUFFIX) in names and path.is_dir()
+        )
+
+    def _refuse(self, foreign: Iterable[str]) -> None:
+        if name := min(foreign, default=None):
+            what = "a link, " if (self.path / name).is_symlink() else ""
+            raise OutputError(
+                f"{self.path}: holds {name!r}, {what}which no conversion has left there; "
+                "remove it, or choose another folder"
+            )
+
+    def refuse_edited(self, work: Work) -> None:
+        """Where a person has changed what engines read, nothing is written.
+
+        Raises:
+            OutputError: a file beside the shards is not as a conversion left it.
+            CheckpointError: a file cannot be read.
+        """
+        present = set(files_below(self.path, OutputError))
+        looks_finished = MANIFEST_NAME in work.generated and self.has_index
+        if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
+            raise OutputError(f"{self.path}: {self._no_manifest}; {AFRESH}")
+        beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.copied}
+        for name in sorted(name for name in beside if not no_engine_reads(name)):
+            if name in present and not self._is_as_left(name, work):
+                what = "has been changed since" if self.manifest else "is not the source's"
+            elif name not in present and self.has_index:
+                what = "is missing"
+            else:
+                continue
+            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {AFRESH}")
+
+    def refuse_other_origin(self, work: Work) -> None:
+        """A run that goes on reads what the runs before it have read.
+
+        Raises:
+            OutputError: a branch or a tag has moved since, or another model is read.
+        """
+        begun, now = self._journal.origin, work.origin
+        if begun is not None and now is not None and begun != now:
+            raise OutputError(
+                f"{self.path}: was begun from {begun}, and this is {now}; "
+                f"--revision {begun.rpartition('@')[2]} goes on with that, {AFRESH}"
+            )
+
+    def users_own(self, work: Work) -> set[str]:
+        """Names of the files that no engine reads and that are not as a conversion left them."""
+
+        def is_as_left(name: str) -> bool:
+            try:
+                return self._is_as_left(name, work)
+            except CheckpointError:  # it may be anything
+                return False
+
+        present = files_below(self.path, OutputError)
+        return {name for name in present if no_engine_reads(name) and not is_as_left(name)}
+
+    def _is_as_left(self, name: str, work: Work) -> bool:
+        """Whether a file is what the manifest says or, until there is one, what the source has."""
+        path = self.path / name
+        left = self.manifest.files.get(name) if self.manifest else work.left_by_us(name)
+        return not path.is_symlink() and left == record_of(LocalReader(path, name=os.fspath(path)))
+
+    def stale(self, keep: set[str]) -> set[str]:
+        """Files of ours, finished or not, but for ``keep``.
+
+        Only what lies in the folder is listed, so no name in a journal or a manifest can lead to a
+        file elsewhere.
+        """
+        return {
+            name
+            for name in files_below(self.path, OutputError)
+            if name not in keep and name.removesuffix(PARTIAL_SUFFIX) in self.ours
+        }
+
+    def clear(self, keep: set[str]) -> None:
+        """Delete `stale` files, and folders of ours that are then empty."""
+        # In the reverse of the order in which they appear. Without an index the folder is
+        # unfinished, and without a manifest config.json could not be told from somebody's own.
+        stale = self.stale(keep)
+        for name in (*reversed(GENERATED), *stale.difference(GENERATED)):
+            if name in stale:
+                with naming(name, OutputError):
+                    if name in GENERATED:
+                        remove_file(self.path / name)
+                    else:
+                        (self.path / name).unlink(missing_ok=True)
+        folders = {str(parent) for name in self.ours for parent in Path(name).parents} - {"."}
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            if os.path.relpath(folder, self.path) in folders and not os.listdir(folder):
+                os.rmdir(folder)

@@ -58,15 +58,10 @@ from vllm.model_executor.model_loader.weight_cache import ipc_loader
 from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 
 from ...engines.vllm import VLLM
-from ...format.contract import (
-    QUANT_METHOD,
-    ConvertedSection,
-    Geometry,
-    is_fp8_hybrid,
-    is_mixed_precision,
-    round_up,
-)
+from ...format.contract import QUANT_METHOD, ConvertedSection, Geometry
+from ...format.sizes import round_up
 from ...layouts.trtllm_nvfp4 import intermediate_multiple
+from ...source.description import is_fp8_hybrid, is_mixed_precision
 from ..checks import (
     CONVERTED_KEY,
     check_row_order,

@@ -102,8 +102,14 @@ def write_here(work: Conversion, request: WriteRequest, options: RunOptions) -> 
         # Reading a local source again is faster than comparing checksums.
         request = replace(request, on_move=None)
     direct = options.direct_io
-    with open_ahead(work.store, source_ranges(moves), direct=direct) as open_source:
-        scatter(request, open_source=open_source, direct=direct, threads=options.threads)
+    with open_ahead(work.store, source_ranges(moves), direct=direct) as sources:
+        scatter(
+            request,
+            open_source=sources.open,
+            direct=direct,
+            threads=options.threads,
+            on_stop=sources.stop,
+        )
 
 
 def convert(

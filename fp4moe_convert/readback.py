@@ -42,6 +42,7 @@ def read_back(
     threads: int,
     on_bytes: OnBytes,
     on_tensor: Callable[[str], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> int:
     """Read tensors of a converted checkpoint and compare them with their records.
 
@@ -56,6 +57,7 @@ def read_back(
         on_bytes: told of each move, by tensor.
         on_tensor: told of each tensor that has been read, taken, and found to be as recorded; from
             any thread.
+        on_stop: as for `Crew`.
 
     Returns:
         How many tensors that are; those without data are among them.
@@ -65,7 +67,7 @@ def read_back(
         CheckpointError: a file cannot be read.
     """
     largest = max((move.nbytes for move in moves), default=0)
-    crew = Crew(crew_size(threads, largest if make_take is None else 2 * largest))
+    crew = Crew(crew_size(threads, largest if make_take is None else 2 * largest), on_stop)
     counting = threading.Lock()
     home = {tensor.name: shard for shard in shards for tensor in shard.header.tensors}
     starts = {

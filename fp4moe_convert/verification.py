@@ -88,15 +88,15 @@ def verify(
     checkpoint = None if source is None else open_checkpoint(_whole_source(source, out_dir))
     shards = converted.shards()
     with ExitStack() as stack:
-        make_take = None
+        make_take = on_stop = None
         if checkpoint is None:
             moves = whole_tensors(shards)
         else:
             moves = converted.moves(checkpoint, shards)
-            open_source = stack.enter_context(
+            sources = stack.enter_context(
                 open_ahead(checkpoint.store, source_ranges(moves), direct=direct_io)
             )
-            make_take = partial(_comparison, shards, open_source)
+            make_take, on_stop = partial(_comparison, shards, sources.open), sources.stop
         tensors = read_back(
             shards,
             moves,
@@ -105,6 +105,7 @@ def verify(
             make_take=make_take,
             threads=threads,
             on_bytes=track("verifying", sum(move.nbytes for move in moves), on_progress),
+            on_stop=on_stop,
         )
     return Verified(
         files=len(converted.files) + len(shards) + 1,

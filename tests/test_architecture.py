@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import fp4moe_convert
@@ -64,3 +65,7 @@ def test_imports_point_one_way() -> None:
         if level(imported) not in {level(module), *below[level(module)]}
     }
     assert upward == set()
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    TopologicalSorter({module: set(imports(path)) for module, path in MODULES.items()}).prepare()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from fp4moe_convert.engines.sglang import SGLANG
+from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import ConvertedSection, Geometry, LayoutRecord
 from fp4moe_convert.layouts import fingerprints
@@ -17,6 +19,7 @@ from fp4moe_convert.layouts.base import RowOrder
 from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4
 from fp4moe_convert.serving.checks import (
     check_row_order,
+    check_share,
     read_section,
     refusal,
     warn_if_untested,
@@ -130,7 +133,7 @@ def flashinfer_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 
 
 def test_the_installed_flashinfer_orders_rows_as_we_do() -> None:
-    check_row_order(converted(), engine="SGLang")
+    check_row_order(converted(), SGLANG)
 
 
 def test_another_row_order_is_refused_in_one_message(
@@ -144,7 +147,7 @@ def test_another_row_order_is_refused_in_one_message(
         f"this SGLang has flashinfer 9.9 with {FALSE}",
         "convert again with it",
     ):
-        check_row_order(converted(), engine="SGLang")
+        check_row_order(converted(), SGLANG)
 
 
 def test_the_order_that_the_checkpoint_says_counts_not_the_one_that_we_write(
@@ -152,19 +155,19 @@ def test_the_order_that_the_checkpoint_says_counts_not_the_one_that_we_write(
 ) -> None:
     """It may be of a later release than this plugin."""
     flashinfer_answers(FALSE)
-    check_row_order(converted(FALSE), engine="vLLM")
+    check_row_order(converted(FALSE), VLLM)
 
 
 def test_a_checkpoint_of_another_order_is_refused_by_the_installed_flashinfer() -> None:
     ours = TRTLLM_NVFP4.fingerprint
     with pytest.raises(ServingError, match=f"row order {FALSE} of .* vLLM has .* with {ours};"):
-        check_row_order(converted(FALSE), engine="vLLM")
+        check_row_order(converted(FALSE), VLLM)
 
 
 def test_flashinfer_is_asked_on_the_cpu_whatever_the_default_device() -> None:
     """Engines set another one while they build a model. On "meta" tensors have no values."""
     with torch.device("meta"):
-        check_row_order(converted(), engine="vLLM")
+        check_row_order(converted(), VLLM)
         assert torch.empty(1).device.type == "meta"
 
 
@@ -177,7 +180,22 @@ def test_a_flashinfer_that_cannot_be_asked_is_refused(
         match=r"^fp4moe: flashinfer: cannot be imported \([^\n]+install flashinfer-python; "
         f"{WAY_OUT}$",
     ):
-        check_row_order(converted(), engine="vLLM")
+        check_row_order(converted(), VLLM)
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def test_ranks_that_cannot_share_a_layer_are_refused() -> None:
+    """SGLang fills with zeros what is not whole blocks of 16, vLLM cannot cut there."""
+    geometry = Geometry(8, 256, 96)
+    check_share(SGLANG, "layer", geometry, 4, options="--tp-size")
+    check_share(VLLM, "layer", geometry, 2, options="--tp")
+    with refuses(
+        "layer: 4 ranks cannot share an intermediate size of 96",
+        "use --tp for one of 1, 2, 3, 6 ranks to an expert",
+    ):
+        check_share(VLLM, "layer", geometry, 4, options="--tp")
 
 
 # --- releases that were not tested ----------------------------------------------------------------
@@ -195,14 +213,14 @@ def test_a_tested_release_is_nothing_to_warn_of(
     caplog: pytest.LogCaptureFixture, version: str, tested: list[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG):
-        warn_if_untested("vLLM", version, tested)
+        warn_if_untested(VLLM, version, tested)
     assert caplog.messages == []
 
 
 @pytest.mark.parametrize("version", ["0.34.0", "0.33.0.post1", "10.33.0", "nonsense"])
 def test_another_release_is_warned_of_once(caplog: pytest.LogCaptureFixture, version: str) -> None:
     with caplog.at_level(logging.DEBUG):
-        warn_if_untested("vLLM", version, ["0.32.*", "0.33.0"])
+        warn_if_untested(VLLM, version, ["0.32.*", "0.33.0"])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     message = f"fp4moe: tested with vLLM 0.32.*, 0.33.0, this is {version}; if it does not load, "
     assert caplog.messages == [message + WAY_OUT]

@@ -7,6 +7,7 @@ once `ConvertedLayer` has filled them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 from support.slow_bus import SlowBus
 
 from fp4moe_convert.engines import tensor_parallel_sizes
+from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.layouts.trtllm_nvfp4 import padded_intermediate
@@ -119,22 +121,30 @@ AGAIN = "convert the checkpoint again"
 
 def test_an_engine_may_have_names_of_its_own() -> None:
     """Those of compressed-tensors, of which two are the file's once the engine has renamed them."""
-    own = ConvertedLayer(PREFIX, GEOMETRY, COMPRESSED_TENSORS_NAMES)
+    layer = ConvertedLayer(PREFIX, GEOMETRY, COMPRESSED_TENSORS_NAMES)
     leaves = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     names = [f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in leaves]
     holder = SimpleNamespace(**{name: torch.nn.Parameter(torch.ones(1)) for name in names})
-    assert own.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
-    assert [own.leaf_of(holder, getattr(holder, name)) for name in names] == [
+    assert layer.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
+    assert [layer.leaf_of(holder, getattr(holder, name)) for name in names] == [
         f"{matrix}_{leaf}"
         for matrix in ("w13", "w2")
         for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
     ]
     packed = holder.w13_weight = vars(holder).pop("w13_weight_packed")
     holder.w2_weight_scale_2 = 1 / holder.w2_weight_global_scale
-    assert own.leaf_of(holder, packed) == "w13_weight"
-    assert own.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
+    assert layer.leaf_of(holder, packed) == "w13_weight"
+    assert layer.parameter_of(holder, "w2_weight_scale_2") is holder.w2_weight_global_scale
     with pytest.raises(LookupError, match="has no such parameter"):
-        own.leaf_of(holder, torch.ones(1))
+        layer.leaf_of(holder, torch.ones(1))
+
+
+def test_sizes_that_the_model_does_not_have_are_refused(layer: ConvertedLayer) -> None:
+    layer.check_geometry(Geometry(4, 256, 128))
+    for model in (Geometry(5, 256, 128), Geometry(4, 256, 128, gated=False)):
+        both = f"{re.escape(str(GEOMETRY))} in config.json, {re.escape(str(model))} in the model"
+        with refuses(f"{PREFIX} is {both}"):
+            layer.check_geometry(model)
 
 
 def part_of(run: Mapping[str, Any], geometry: Geometry) -> range:
@@ -520,7 +530,7 @@ def test_a_decoder_layer_that_is_here_must_be_taken_over(
 ) -> None:
     def check() -> None:
         check_taken_over(
-            model, CONVERTED_LAYERS, taken_over, layer_count=len(model.layers), engine="vLLM"
+            model, CONVERTED_LAYERS, taken_over, layer_count=len(model.layers), engine=VLLM
         )
 
     if passed_by is None:

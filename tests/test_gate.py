@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import ConvertedSection, Geometry, LayoutRecord, Marker
 from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4
-from fp4moe_convert.serving.gate import Gate, Judged, gate_of, guard
+from fp4moe_convert.serving.gate import Gate, Judged, gate_for, gate_of, guard
 
 pytestmark = pytest.mark.flashinfer  # needs torch
 
@@ -252,6 +254,35 @@ def test_a_loader_does_not_see_what_the_gate_fills(fails: bool) -> None:
         after = dict(model.named_parameters())
         assert list(after) == list(before)
         assert all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize(("load_format", "in_order"), [("auto", True), ("runai_streamer", False)])
+def test_the_gate_of_a_model_that_an_engine_has_built(
+    caplog: pytest.LogCaptureFixture, load_format: str, in_order: bool
+) -> None:
+    """One line tells that the plugin is at work, where it has a layer to take over."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+
+    def gate(layers: dict[str, Any], layer_count: int | None) -> Gate:
+        return gate_for(
+            model,
+            CONVERTED,
+            layers,
+            layer_count=layer_count,
+            load_format=load_format,
+            engine=SGLANG,
+        )
+
+    with caplog.at_level(logging.INFO):
+        assert gate({}, None).layers == {}
+        assert caplog.messages == []
+        assert gate({LAYER: print}, 2).in_order is in_order
+    (line,) = caplog.messages
+    assert line.startswith("fp4moe: format version 2, 1 MoE layers taken over, row order xxh3_128:")
+    assert line.endswith(" checked against this SGLang's FlashInfer")
+    with pytest.raises(ServingError, match=f"no fused MoE layer with NVFP4 experts for {LAYER}; "):
+        gate({}, 2)
 
 
 def test_a_marker_may_have_a_prefix() -> None:

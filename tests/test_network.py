@@ -6,11 +6,12 @@ import dataclasses
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import formatdate
 from functools import partial
@@ -28,9 +29,11 @@ from support.hub import Fault, Hub, running
 from support.processes import until
 from support.specs import SMALL_SHARD_NBYTES
 from test_hub import ID, fetched_once, run
+from typer.testing import Result
 
 from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert, verify
 from fp4moe_convert.execution import output_folder
+from fp4moe_convert.execution.crew import Crew
 from fp4moe_convert.storage import ahead, remote
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage.ahead import Range, open_ahead
@@ -490,10 +493,10 @@ def test_each_byte_is_fetched_once_and_handed_out(
         patch.setattr(ahead, "REQUEST_NBYTES", request)
         patch.setattr(ahead, "BATCH_NBYTES", 20_000)
         patch.setattr(ahead, "SMALL_NBYTES", 0)
-        with open_ahead(store, moves, direct=True) as open_source:
+        with open_ahead(store, moves, direct=True) as sources:
             for move in moves:
                 for file, offset, nbytes in move:
-                    data = open_source(file).read(block_buffer(nbytes), offset, nbytes)
+                    data = sources.open(file).read(block_buffer(nbytes), offset, nbytes)
                     assert np.array_equal(data, CONTENT[offset : offset + nbytes])
     asked = sorted(store.asked)
     assert all(stop - start <= request for start, stop in asked)
@@ -517,8 +520,8 @@ def covered(ranges: list[tuple[int, int]]) -> list[int]:
 def test_what_touches_is_one_request() -> None:
     store = Made(connections=1)
     moves = [[Range("file", 300, 100), Range("file", 500, 4)], [Range("file", 400, 100)]]
-    with open_ahead(store, moves, direct=True) as open_source:
-        open_source("file").read(block_buffer(100), 300, 100)
+    with open_ahead(store, moves, direct=True) as sources:
+        sources.open("file").read(block_buffer(100), 300, 100)
     assert store.asked == [(300, 504)]
 
 
@@ -532,8 +535,8 @@ def test_scalars_that_several_moves_gather_are_one_request(
     large = [Range("file", 40_000, 49_700)]
     even = [Range("file", start, 4) for start in range(0, 400, 8)]
     odd = [Range("file", start + 4, 4) for start in range(0, 400, 8)]
-    with open_ahead(store, [large, even, odd], direct=True) as open_source:
-        open_source("file").read(block_buffer(4), 4, 4)
+    with open_ahead(store, [large, even, odd], direct=True) as sources:
+        sources.open("file").read(block_buffer(4), 4, 4)
     assert store.asked == [(40_000, 89_700), (0, 400)]
 
 
@@ -545,17 +548,17 @@ def test_a_failure_reaches_the_reader_and_the_threads_end() -> None:
 
     before = threading.active_count()
     with (
-        open_ahead(Broken(), [[Range("file", 0, 100)]], direct=True) as open_source,
+        open_ahead(Broken(), [[Range("file", 0, 100)]], direct=True) as sources,
         pytest.raises(CheckpointError, match="is broken"),
     ):
-        open_source("file").read(block_buffer(100), 0, 100)
+        sources.open("file").read(block_buffer(100), 0, 100)
     assert threading.active_count() == before
 
 
 def test_what_is_not_planned_is_read_all_the_same() -> None:
     store = Made()
-    with open_ahead(store, [[Range("file", 0, 100)]], direct=True) as open_source:
-        reader = open_source("file")
+    with open_ahead(store, [[Range("file", 0, 100)]], direct=True) as sources:
+        reader = sources.open("file")
         for offset, nbytes in ((50, 100), (0, 100), (0, 100)):  # not whole, planned, once more
             data = reader.read(block_buffer(nbytes), offset, nbytes)
             assert np.array_equal(data, CONTENT[offset : offset + nbytes])
@@ -567,9 +570,189 @@ def test_no_more_is_fetched_ahead_than_there_is_room_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(ahead, "SMALL_NBYTES", 0)
     store = Made(connections=6)
     moves = [[Range("file", start, 1000)] for start in range(0, CONTENT.size, 1000)]
-    with open_ahead(store, moves, direct=True) as open_source:
-        read = partial(open_source("file").read, block_buffer(1000))
+    with open_ahead(store, moves, direct=True) as sources:
+        read = partial(sources.open("file").read, block_buffer(1000))
         for n, [move] in enumerate(moves):
             time.sleep(0.001)
             assert len(store.asked) <= n + 6 + 2 * 2
             read(move.offset, move.nbytes)
+
+
+# --- failures while others wait -------------------------------------------------------------------
+
+FAILURES = {
+    "for now": (Fault(SIGNED, float("inf"), after=500_000, status=503), 75, "503"),
+    "for good": (Fault(SIGNED, float("inf"), after=500_000, ignores_range=True), 1, "no ranges"),
+}
+
+
+@pytest.mark.parametrize("command", ["convert", "convert --part 1/2", "ci", "verify"])
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_command_of_many_threads_ends(
+    kind: str,
+    command: str,
+    hub: Hub,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub_store, "MAX_SKIPPED_NBYTES", 1000)
+    hub.add(ID, source)
+    name, *options = command.split()
+    arguments = [ID, tmp_path / "out", *options, "--max-shard-size", 10**6]
+    if name == "verify":
+        convert(source, tmp_path / "out")
+        arguments = [tmp_path / "out", "--source", ID]
+    fault, code, what = FAILURES[kind]
+    hub.faults.append(dataclasses.replace(fault))
+    results: list[Result] = []
+
+    def attempt() -> None:
+        with little_room():
+            results.append(run(name, *arguments, "--threads", 64, "--connections", 1, "-q"))
+
+    assert failure_of(attempt) is None
+    [result] = results
+    assert result.exit_code == code
+    assert what in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+MOVES = [[Range("file", start, 1000)] for start in range(0, CONTENT.size, 1000)]
+
+
+def failure_of(function: Callable[[], object]) -> BaseException | None:
+    """What a function raises, which must not wait for ever."""
+    raised: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            function()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for ever"
+    return raised[0] if raised else None
+
+
+def read_by_many(store: Made, use: Callable[[int], None] = lambda _: None) -> None:
+    """Read `MOVES` with more threads than there is room for. Once each thread has a move, ``use``
+    is called before one is read."""
+    threads = 40
+    all_have_one = threading.Barrier(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "REQUEST_NBYTES", 1000)
+        patch.setattr(ahead, "BATCH_NBYTES", 1000)
+        patch.setattr(ahead, "SMALL_NBYTES", 0)
+        with open_ahead(store, MOVES, direct=True) as sources:
+
+            def make_worker() -> Callable[[int], None]:
+                buffer = block_buffer(1000)
+
+                def work(number: int) -> None:
+                    if number < threads:
+                        all_have_one.wait()
+                    use(number)
+                    for file, offset, nbytes in MOVES[number]:
+                        sources.open(file).read(buffer, offset, nbytes)
+
+                return work
+
+            Crew(threads, on_stop=sources.stop).run(iter(range(len(MOVES))), make_worker)
+
+
+@pytest.mark.parametrize("connections", [1, 16])
+@pytest.mark.parametrize("first", [0, 20_000, CONTENT.size - 1000])
+def test_a_failure_ends_those_that_wait_for_what_lies_beyond_the_room(
+    first: int, connections: int
+) -> None:
+    class Broken(Made):
+        def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
+            if offset >= first:
+                raise CheckpointError("is broken")
+            return super().request(name, offset, into)
+
+    before = threading.active_count()
+    error = failure_of(lambda: read_by_many(Broken(connections)))
+    assert (type(error), str(error)) == (CheckpointError, "is broken")
+    assert threading.active_count() == before
+
+
+def test_a_failure_to_find_memory_reaches_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> Bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(ahead.np, "empty", empty)
+    assert isinstance(failure_of(lambda: read_by_many(Made())), MemoryError)
+
+
+def test_workers_that_fail_with_bytes_unread_end_those_that_wait_for_their_room() -> None:
+    def use(number: int) -> None:
+        if number < 20:
+            raise OSError("the disk is full")
+
+    assert str(failure_of(lambda: read_by_many(Made(), use))) == "the disk is full"
+
+
+def test_a_worker_that_fails_ends_those_that_wait_for_the_network() -> None:
+    waiting = threading.Event()
+
+    class Silent(Made):
+        def answer(self, data: bytes) -> Iterator[bytes]:
+            waiting.set()
+            raise TryAgainError("is busy", after=600)
+            yield data
+
+    def use(number: int) -> None:
+        if number == 5:
+            waiting.wait()
+            raise OSError("the disk is full")
+
+    assert str(failure_of(lambda: read_by_many(Silent(), use))) == "the disk is full"
+
+
+def test_a_failure_ends_a_read_that_was_not_planned() -> None:
+    waiting = threading.Event()
+
+    class Half(Made):
+        def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
+            assert (name, into.size) == ("file", 100)
+            if offset:
+                waiting.set()
+                raise TryAgainError("is busy", after=600)
+            waiting.wait()
+            raise CheckpointError("is broken")
+            yield
+
+    def read() -> None:
+        with open_ahead(Half(), [[Range("file", 0, 100)]], direct=True) as sources:
+            sources.open("file").read(block_buffer(100), 500, 100)
+
+    assert str(failure_of(read)) == "is broken"
+
+
+def test_ctrl_c_ends_those_that_wait_for_the_network(source: Path, tmp_path: Path) -> None:
+    """In Python: a command ends whatever waits."""
+    code = (
+        "import sys; from fp4moe_convert import convert\n"
+        "from fp4moe_convert.storage import ahead\n"
+        "ahead.REQUEST_NBYTES, ahead.BATCH_NBYTES = 5_000, 20_000\n"
+        "convert(*sys.argv[1:])"
+    )
+    with running({ID: source}) as hub:
+        fault = Fault(SIGNED, 1000, after=500_000, status=503, headers={"Retry-After": "600"})
+        hub.faults.append(fault)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, ID, tmp_path / "out"],
+            env={**os.environ, **hub.environment(tmp_path / "home")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: fault.times < 1000)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert said.endswith("KeyboardInterrupt\n")

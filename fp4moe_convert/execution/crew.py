@@ -30,8 +30,15 @@ class Crew:
     done, or is in the hands of a thread that waits for nothing later.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, on_stop: Callable[[], None] | None = None) -> None:
+        """
+        Args:
+            size: number of threads.
+            on_stop: called, perhaps more than once, when they stop together: ends what jobs wait
+                for.
+        """
         self._size = size
+        self._on_stop = on_stop
         self._stopped = False
         self._changed = threading.Condition()
 
@@ -92,6 +99,8 @@ class Crew:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        if self._on_stop is not None:
+            self._on_stop()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait, inside a job, for something that another job does and then `announce`\\ s."""

@@ -156,7 +156,14 @@ def create_shard(
     return file
 
 
-def scatter(request: WriteRequest, *, open_source: Opener, direct: bool, threads: int) -> None:
+def scatter(
+    request: WriteRequest,
+    *,
+    open_source: Opener,
+    direct: bool,
+    threads: int,
+    on_stop: Callable[[], None] | None = None,
+) -> None:
     """Write shards.
 
     Args:
@@ -164,6 +171,7 @@ def scatter(request: WriteRequest, *, open_source: Opener, direct: bool, threads
         open_source: opens a source file by name.
         direct: bypass the page cache where the file system allows.
         threads: number of workers; each takes about 17 MB. Fewer work at moves that take more.
+        on_stop: as for `Crew`.
 
     Raises:
         CheckpointError: a source cannot be read, or holds a value that no kernel can use.
@@ -171,7 +179,7 @@ def scatter(request: WriteRequest, *, open_source: Opener, direct: bool, threads
     """
     shards, on_move = request.shards, request.on_move
     room = scratch_nbytes(move for shard in shards for move in shard.moves)
-    crew = Crew(crew_size(threads, sum(room)))
+    crew = Crew(crew_size(threads, sum(room)), on_stop)
     checksums = {name: Checksum(crew) for shard in shards for name in shard.tensors}
 
     def jobs() -> Iterator[tuple[_OpenShard, int, Move]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ..engines.engine import Engine
 from ..errors import ConvertError, ServingError
-from ..format.contract import FORMAT_VERSION, ConvertedSection
+from ..format.contract import ConvertedSection, Geometry
 from ..layouts import fingerprints, layout_of
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def read_section(section: Mapping[str, Any]) -> ConvertedSection:
     return converted
 
 
-def check_row_order(converted: ConvertedSection, *, engine: str) -> None:
+def check_row_order(converted: ConvertedSection, engine: Engine) -> None:
     """Compare a checkpoint's row order with FlashInfer's. Imports FlashInfer, which initializes
     CUDA.
 
@@ -75,32 +76,39 @@ def check_row_order(converted: ConvertedSection, *, engine: str) -> None:
     if order.fingerprint != layout.row_order:
         raise refusal(
             f"the checkpoint was laid out for the row order {layout.row_order} of "
-            f"flashinfer {layout.flashinfer}, this {engine} has flashinfer "
+            f"flashinfer {layout.flashinfer}, this {engine.title} has flashinfer "
             f"{order.flashinfer} with {order.fingerprint}",
             "convert again with it",
         )
 
 
-def log_good_start(
-    log: logging.Logger, converted: ConvertedSection, layers: int, *, engine: str
+def check_share(
+    engine: Engine, prefix: str, geometry: Geometry, ranks: int, *, options: str
 ) -> None:
-    """The one line of an engine's process that has taken over ``layers`` converted layers."""
-    log.info(
-        "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against this "
-        "%s's FlashInfer",
-        FORMAT_VERSION,
-        layers,
-        converted.layout.row_order,
-        engine,
-    )
+    """Make sure that the engine can cut a layer for so many ranks.
+
+    Args:
+        prefix: the layer's name in the file.
+        ranks: that share an expert.
+        options: those of the engine's that set this number.
+
+    Raises:
+        ServingError: it cannot.
+    """
+    sizes = engine.tensor_parallel_sizes(geometry)
+    if ranks not in sizes:
+        raise refusal(
+            f"{prefix}: {ranks} ranks cannot share an intermediate size of {geometry.intermediate}",
+            f"use {options} for one of {', '.join(map(str, sizes))} ranks to an expert",
+        )
 
 
-def warn_if_untested(engine: str, version: str, tested: Sequence[str]) -> None:
+def warn_if_untested(engine: Engine, version: str, tested: Sequence[str]) -> None:
     """Warn of an engine other than those the plugin was tested with; "0.33.*" is a range."""
     if not any(fnmatchcase(version.partition("+")[0], pattern) for pattern in tested):
         logger.warning(
             "fp4moe: tested with %s %s, this is %s; if it does not load, %s",
-            engine,
+            engine.title,
             ", ".join(tested),
             version,
             WAY_OUT,

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ..engines.engine import Engine
 from ..format.contract import Geometry, TensorSpec
 from ..layouts.trtllm_nvfp4 import TRTLLM_NVFP4, LayerTensors
+from ..source.families import COMPRESSED_TENSORS_LEAVES
 from ..source.names import is_mtp_by_name, layer_number
 from .checks import CONVERT_AGAIN, refusal
 from .slices import copy_share
@@ -24,11 +26,8 @@ MODELOPT_NAMES: Mapping[str, str] = {}
 COMPRESSED_TENSORS_NAMES: Mapping[str, str] = {
     f"{matrix}_{leaf}": f"{matrix}_{name}"
     for matrix in ("w13", "w2")
-    for leaf, name in (
-        ("weight", "weight_packed"),
-        ("weight_scale_2", "weight_global_scale"),
-        ("input_scale", "input_global_scale"),
-    )
+    for leaf, name in COMPRESSED_TENSORS_LEAVES.items()
+    if name != leaf
 }
 """What engines call the parameters of compressed-tensors until they are loaded. From the global
 scales, which are divisors, they make those that have the file's names."""
@@ -76,6 +75,15 @@ class ConvertedLayer:
         specs = TRTLLM_NVFP4.tensors(prefix, geometry)
         self.specs: dict[str, TensorSpec] = specs._asdict()
         self._loaded: set[str] = set()
+
+    def check_geometry(self, model: Geometry) -> None:
+        """Compare the layer's sizes with those that the engine's model wants.
+
+        Raises:
+            ServingError: they differ.
+        """
+        if model != self.geometry:
+            raise refusal(f"{self.prefix} is {self.geometry} in config.json, {model} in the model")
 
     def parameter_of(self, holder: Any, leaf: str) -> torch.nn.Parameter:
         """The parameter of the module ``holder`` that one of `LEAVES` fills."""
@@ -156,7 +164,7 @@ def check_taken_over(
     taken_over: Collection[str],
     *,
     layer_count: int,
-    engine: str,
+    engine: Engine,
 ) -> None:
     """A model is built: check that no decoder layer that is here keeps experts of the engine's own
     where the checkpoint has converted ones. A layer that is not here is not missed: another
@@ -167,7 +175,6 @@ def check_taken_over(
         converted: prefixes of the checkpoint's converted layers.
         taken_over: those that have a `ConvertedLayer` in this model.
         layer_count: the decoder's layers, wherever they are.
-        engine: for the message.
 
     Raises:
         ServingError: there is such a layer.
@@ -182,6 +189,6 @@ def check_taken_over(
     for prefix in converted:
         if prefix not in taken_over and layer_number(prefix) in here:
             raise refusal(
-                f"{engine}'s {type(model).__name__} has no fused MoE layer with NVFP4 experts for "
-                f"{prefix}; the plugin does not know this model"
+                f"{engine.title}'s {type(model).__name__} has no fused MoE layer with NVFP4 "
+                f"experts for {prefix}; the plugin does not know this model"
             )

@@ -9,6 +9,7 @@ names are ours, and no model's own loader need know them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -17,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..engines.engine import Engine
 from ..errors import FormatError
-from ..format.contract import MARKER_NAME, ConvertedSection, Marker
+from ..format.contract import FORMAT_VERSION, MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
 from ..format.untrusted import decode
 from ..source.names import original_layer, stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
+from .converted_layer import check_taken_over
 from .fast_copy import COPIER
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 Deliver = Callable[[str, "torch.Tensor"], str]
 """Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
@@ -176,17 +181,54 @@ def guard(model: torch.nn.Module, gate: Gate, *, filled: Sequence[torch.nn.Modul
 def _unlisted(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Keep the parameters of some modules as plain attributes for a while."""
     parameters = [(module, dict(module.named_parameters(recurse=False))) for module in modules]
-    for module, own in parameters:
-        for name, parameter in own.items():
+    for module, listed in parameters:
+        for name, parameter in listed.items():
             delattr(module, name)
             object.__setattr__(module, name, parameter)
     try:
         yield
     finally:
-        for module, own in parameters:
-            for name, parameter in own.items():
+        for module, listed in parameters:
+            for name, parameter in listed.items():
                 object.__delattr__(module, name)
                 module.register_parameter(name, parameter)
+
+
+def gate_for(
+    model: torch.nn.Module,
+    converted: ConvertedSection,
+    layers: Mapping[str, Deliver],
+    *,
+    layer_count: int | None,
+    load_format: str,
+    engine: Engine,
+) -> Gate:
+    """The gate of a model that an engine has built for a converted checkpoint. Logs that the plugin
+    is at work.
+
+    Args:
+        model: as the engine built it.
+        converted: the checkpoint's section.
+        layers: the converted layers that the plugin has taken over in this model.
+        layer_count: the decoder's layers, wherever they are; None if the model is a draft with
+            layers of its own, which are never converted.
+        load_format: the engine's option.
+
+    Raises:
+        ServingError: a layer that is converted in the checkpoint is not so in the model.
+    """
+    if layer_count is not None:
+        check_taken_over(model, converted.layers, layers, layer_count=layer_count, engine=engine)
+    if layers:
+        logger.info(
+            "fp4moe: format version %d, %d MoE layers taken over, row order %s checked against "
+            "this %s's FlashInfer",
+            FORMAT_VERSION,
+            len(layers),
+            converted.layout.row_order,
+            engine.title,
+        )
+    return Gate(converted, layers, in_order=load_format not in OUT_OF_ORDER)
 
 
 def gate_of(model: torch.nn.Module) -> Gate:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -40,9 +40,22 @@ class Range(NamedTuple):
     nbytes: int
 
 
+class Sources(NamedTuple):
+    """Files that are read by any number of threads."""
+
+    open: Opener
+    stop: Callable[[], None]
+    """Ends reads that wait for a network: what they bring is not needed any more."""
+
+
 @contextmanager
-def open_ahead(store: Store, moves: Iterable[Sequence[Range]], *, direct: bool) -> Iterator[Opener]:
+def open_ahead(
+    store: Store, moves: Iterable[Sequence[Range]], *, direct: bool
+) -> Iterator[Sources]:
     """Open files for reads that are known beforehand.
+
+    A failure to fetch ends all reads that wait, and each raises it. Readers that stop for another
+    reason have to call `Sources.stop`: others may wait for room that these would have made.
 
     Args:
         store: where they lie.
@@ -50,19 +63,20 @@ def open_ahead(store: Store, moves: Iterable[Sequence[Range]], *, direct: bool) 
         direct: as for `Store.open`.
     """
     if not isinstance(store, RemoteStore):
-        yield keep_open(partial(store.open, direct=direct))
+        yield Sources(keep_open(partial(store.open, direct=direct)), lambda: None)
         return
     ahead = _Ahead(store, moves)
     try:
-        yield keep_open(ahead.open)
+        ahead.start()
+        yield Sources(keep_open(ahead.open), ahead.stop)
     finally:
-        ahead.stop()
+        ahead.close()
 
 
 class _Piece:
     """What one request brings."""
 
-    __slots__ = ("buffer", "failure", "file", "is_there", "start", "stop", "unread")
+    __slots__ = ("buffer", "file", "is_there", "start", "stop", "unread")
 
     def __init__(self, file: str, start: int, stop: int) -> None:
         self.file, self.start, self.stop = file, start, stop
@@ -71,7 +85,6 @@ class _Piece:
         self.buffer: Bytes | None = None
         """While there are some, and the request has been handed out."""
         self.is_there = False
-        self.failure: BaseException | None = None
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +131,8 @@ class _Ahead:
     def __init__(self, store: RemoteStore, moves: Iterable[Sequence[Range]]) -> None:
         self._store = store
         self._stopped = threading.Event()
+        self._failure: BaseException | None = None
+        """The first, which has stopped all."""
         self._changed = threading.Condition()
         self._spare: list[Bytes] = []
         """Large buffers that are free."""
@@ -139,23 +154,47 @@ class _Ahead:
             in_file.sort(key=lambda piece: piece.start)
         self._requests = self._in_order(pieces)
         self._taking = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._fetch, name=f"fetch-{n}", daemon=True)
-            for n in range(store.connections)
-        ]
-        for thread in self._threads:
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        for n in range(self._store.connections):
+            thread = threading.Thread(target=self._fetch, name=f"fetch-{n}", daemon=True)
             thread.start()
+            self._threads.append(thread)
 
     def stop(self) -> None:
-        """Fetch no more."""
+        """Fetch no more, and let nobody wait."""
         with self._changed:
             self._stopped.set()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """`stop`, and return once the threads have ended."""
+        self.stop()
         for thread in self._threads:
             thread.join()
 
     def open(self, name: str) -> _AheadReader:
-        return _AheadReader(self, self._store.open(name))
+        with self._saying_why():
+            return _AheadReader(self, self._store.open(name, stopped=self._stopped))
+
+    def read(self, reader: RemoteReader, into: Bytes, offset: int) -> None:
+        """Fill ``into`` with what has been fetched ahead, or by a request of its own.
+
+        Raises:
+            CheckpointError: something could not be fetched, these bytes or others.
+            StoppedError: `stop` was called before they were there.
+        """
+        with self._saying_why():
+            if not self._take(reader.name, into, offset):
+                reader.read(into, offset, into.size)
+
+    @contextmanager
+    def _saying_why(self) -> Iterator[None]:
+        try:
+            yield
+        except StoppedError:
+            raise self._failure or StoppedError  # noqa: B904 (its own cause is to be seen)
 
     def _in_order(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
         """Each piece once there is room for it."""
@@ -174,25 +213,28 @@ class _Ahead:
             yield piece
 
     def _fetch(self) -> None:
-        while True:
-            with self._taking:
-                piece = next(self._requests, None)
-            if piece is None:
-                return
-            assert piece.buffer is not None
-            try:
-                self._store.fetch(
-                    piece.file, piece.start, piece.buffer[: piece.nbytes], self._stopped
-                )
-            except StoppedError:
-                return
-            except BaseException as failure:
-                piece.failure = failure
+        try:
+            while (piece := self._next()) is not None:
+                assert piece.buffer is not None
+                into = piece.buffer[: piece.nbytes]
+                self._store.fetch(piece.file, piece.start, into, self._stopped)
+                with self._changed:
+                    piece.is_there = True
+                    self._changed.notify_all()
+        except StoppedError:
+            pass
+        except BaseException as failure:
+            # Readers may wait for pieces that will never have room: those who would have made some
+            # end as well.
             with self._changed:
-                piece.is_there = True
-                self._changed.notify_all()
+                self._failure = self._failure or failure
+                self.stop()
 
-    def take(self, file: str, into: Bytes, offset: int) -> bool:
+    def _next(self) -> _Piece | None:
+        with self._taking:
+            return next(self._requests, None)
+
+    def _take(self, file: str, into: Bytes, offset: int) -> bool:
         """Hand out bytes that are fetched ahead, once they are there; False if that is not planned,
         or they have been handed out before."""
         pieces = self._by_file.get(file, [])
@@ -206,9 +248,9 @@ class _Ahead:
         for piece in own:
             with self._changed:
                 while not piece.is_there:
+                    if self._stopped.is_set():
+                        raise StoppedError
                     self._changed.wait()
-                if piece.failure is not None:
-                    raise piece.failure
                 buffer = piece.buffer
             assert buffer is not None
             start, end = max(piece.start, offset), min(piece.stop, stop)
@@ -234,6 +276,5 @@ class _AheadReader:
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         view = buffer[:nbytes]
-        if self._ahead.take(self.name, view, offset):
-            return view
-        return self._reader.read(buffer, offset, nbytes)
+        self._ahead.read(self._reader, view, offset)
+        return view

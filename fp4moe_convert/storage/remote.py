@@ -64,8 +64,12 @@ class Patience:
         """Something has come."""
         self._failures = 0
 
-    def wait_after(self, error: TryAgainError, stopped: threading.Event) -> None:
-        """Raises UnreachableError: it was the last try."""
+    def wait_after(self, error: TryAgainError, stopped: threading.Event | None = None) -> None:
+        """
+        Raises:
+            UnreachableError: it was the last try.
+            StoppedError: ``stopped`` was set meanwhile.
+        """
         self._failures += 1
         if self._failures >= self._tries:
             raise UnreachableError(
@@ -75,7 +79,8 @@ class Patience:
         wait = min(FIRST_WAIT_SECONDS * 2 ** (self._failures - 1), MAX_WAIT_SECONDS)
         if error.after is not None:
             wait = min(error.after, MAX_ASKED_WAIT_SECONDS)
-        stopped.wait(wait)
+        if (stopped or threading.Event()).wait(wait):
+            raise StoppedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +203,18 @@ class RemoteStore(ABC):
         folders = {name.partition("/")[0] for name in self._files if "/" in name}
         return Listing(tuple(sorted(self._files)), tuple(sorted(folders)), left_out={})
 
-    def open(self, name: str, *, direct: bool = False) -> RemoteReader:  # noqa: ARG002 (of disks)
+    def open(
+        self,
+        name: str,
+        *,
+        direct: bool = False,  # noqa: ARG002 (of disks)
+        stopped: threading.Event | None = None,
+    ) -> RemoteReader:
+        """As `reader.Store.open`. When ``stopped`` is set, this and all reads raise
+        `StoppedError`."""
         if name not in self._files:
             raise MissingFileError(f"{name}: is not in {self.location}")
-        return RemoteReader(self, name, self.identity(name))
+        return RemoteReader(self, name, self.identity(name), stopped)
 
     def identity(self, name: str) -> Identity:
         """Of a file of the store, as it is now."""
@@ -245,14 +258,16 @@ class RemoteStore(ABC):
             except TryAgainError as error:
                 patience.wait_after(error, stopped)
 
-    def read(self, name: str, offset: int, into: Bytes) -> None:
+    def read(
+        self, name: str, offset: int, into: Bytes, stopped: threading.Event | None = None
+    ) -> None:
         """As `fetch`, and keep what adjoins the start of the file, as long as there is room."""
         with self._keeping:
             kept = bytes(self._kept[name][offset : offset + into.size])
         into[: len(kept)] = np.frombuffer(kept, np.uint8)
         if len(kept) == into.size:
             return
-        self.fetch(name, offset + len(kept), into[len(kept) :])
+        self.fetch(name, offset + len(kept), into[len(kept) :], stopped)
         with self._keeping:
             new = into[len(kept) :].tobytes()
             if (
@@ -293,6 +308,7 @@ class RemoteReader:
     store: RemoteStore
     name: str
     identity: Identity
+    stopped: threading.Event | None = None
 
     @property
     def nbytes(self) -> int:
@@ -306,5 +322,5 @@ class RemoteReader:
                 f"{self.name}: ends at byte {self.nbytes}, expected at least {offset + nbytes}"
             )
         view = buffer[:nbytes]
-        self.store.read(self.name, offset, view)
+        self.store.read(self.name, offset, view, self.stopped)
         return view

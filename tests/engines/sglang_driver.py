@@ -516,7 +516,7 @@ REFUSED = {
         section=lambda section: section["layout"].update(row_order="xxh3_128:0"),
     ),
     "tp3 of I128": Refused(
-        "3 ranks cannot share an intermediate size of 128; choose .* one of 1, 2, 4, 8, 16",
+        "3 ranks cannot share an intermediate size of 128; use --tp.* one of 1, 2, 4, 8, 16",
         setup=Setup(tp=3),
     ),
     "clamped SwiGLU with differing scales": Refused(
@@ -578,11 +578,11 @@ REFUSED = {
         section=lambda section: section["source"]["ignore"].append(LAYER),
     ),
     "another number of experts": Refused(
-        r"model\.layers\.0\.mlp\.experts has 8 experts, SGLang wants 4",
+        r"layers\.0\.mlp\.experts is Geometry\(experts=8,.* in config\.json, Geometry\(experts=4,",
         config=lambda config: config.update(num_experts=4),
     ),
     "another intermediate size": Refused(
-        r"has Geometry.*intermediate=128.*SGLang wants .* = \(256, 64, True\)",
+        r"is Geometry.*intermediate=128.* in config\.json, Geometry.*intermediate=64.* in the mo",
         config=lambda config: config.update(moe_intermediate_size=64),
     ),
 }

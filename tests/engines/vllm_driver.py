@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
         leave,
         "vLLM chose flashinfer_cutlass; use --moe-backend flashinfer_trtllm",
     ),
-    "I/T not a multiple of 16": (Setup("qwen-I96", 4), leave, "use one of [1, 2, 3, 6] or"),
+    "I/T not a multiple of 16": (Setup("qwen-I96", 4), leave, "for one of 1, 2, 3, 6 ranks"),
     "activations per token": (Setup("deepseek", options=PER_TOKEN), leave, "per token"),
     "experts quantized anew": (
         Setup("deepseek", options=ANEW),
@@ -555,7 +555,7 @@ class Bench:
 
 
 def is_ours(experts: Any) -> bool:
-    return type(experts.quant_method).__module__ == "fp4moe_convert.serving.vllm.hooks"
+    return type(experts.quant_method).__module__ == "fp4moe_convert.serving.vllm.experts"
 
 
 @contextlib.contextmanager
@@ -693,11 +693,12 @@ def while_building_elsewhere(bench: Bench) -> str:
     """vLLM builds a model with its GPU as the default device; here any other than the CPU does."""
     import torch
 
+    from fp4moe_convert.engines.vllm import VLLM
     from fp4moe_convert.serving.checks import check_row_order, read_section
 
     config = json.loads((bench.converted("qwen") / "config.json").read_text())
     with torch.device("meta"):
-        check_row_order(read_section(config["quantization_config"]), engine="vLLM")
+        check_row_order(read_section(config["quantization_config"]), VLLM)
     return "checked"
 
 

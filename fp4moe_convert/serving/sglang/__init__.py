@@ -1,1 +1,1 @@
-"""SGLang's plugin: `hooks`."""
+"""SGLang's plugin."""

@@ -1,1 +1,1 @@
-"""vLLM's plugin: `hooks`."""
+"""vLLM's plugin."""

@@ -47,7 +47,7 @@ import torch
 from safetensors import safe_open
 
 from fp4moe_convert import convert
-from fp4moe_convert.format.contract import round_up
+from fp4moe_convert.format.sizes import round_up
 from fp4moe_convert.serving.fast_copy import COPIER, MIN_NBYTES, THREADS_VARIABLE
 from fp4moe_convert.serving.slices import copy_share
 from tests.support.make_checkpoint import Spec, make_checkpoint

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import defaults
+from .converted_folder import open_converted
 from .execution.dropping import Dropping, remaining
 from .execution.forecast import forecast, growth
 from .execution.output_folder import Opened, OutputFolder, Writing
@@ -25,7 +26,6 @@ from .plan import Plan, PlannedShard
 from .preparation import preview
 from .progress import OnNote, OnProgress, RunOptions, tell, track
 from .prospects import Prospects
-from .readback import open_converted
 from .report import RunReport, peak_rss
 from .storage.buffers import Bytes
 from .storage.header import spec_nbytes

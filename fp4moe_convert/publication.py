@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import defaults
+from .converted_folder import open_converted
 from .errors import CheckpointError, PushError, VerifyError
 from .execution.surroundings import MAX_MANIFEST_NBYTES
 from .format.files import (
@@ -35,7 +36,6 @@ from .format.manifest import Manifest
 from .inspection import inspect
 from .model_card import front_matter, make_card
 from .progress import OnNote, OnProgress, tell, track
-from .readback import open_converted
 from .source.recorded import is_source_card, keeps_source_card
 from .storage.hub import FIRST_TRIES
 from .storage.hub_repository import Head, HubRepository

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import defaults
+from .converted_folder import Converted, open_converted
 from .errors import CheckpointError, FormatError
 from .execution.filling import Filling
 from .execution.output_folder import OutputFolder
@@ -25,7 +26,7 @@ from .format.manifest import FileRecord, Manifest
 from .layouts.base import Move
 from .plan import check_moves_cover
 from .progress import OnNote, OnProgress, tell, track
-from .readback import Converted, open_converted, open_shards, read_back
+from .readback import open_shards, read_back
 from .report import RunReport, peak_rss
 from .source.checkpoint import MAX_INDEX_NBYTES, Checkpoint, open_checkpoint
 from .source.recorded import ConvertedFolder, RecordedSource

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from . import defaults
+from .converted_folder import check_shard, open_converted
 from .errors import ConvertError, VerifyError
 from .execution.dropping import remaining
 from .format.manifest import ShardRecord
 from .layouts.base import Move, source_ranges
 from .progress import OnBytes, OnProgress, RunOptions, track
-from .readback import Take, check_shard, open_converted, open_shards, read_back, whole_tensors
+from .readback import Take, open_shards, read_back, whole_tensors
 from .source.checkpoint import open_checkpoint
 from .source.recorded import DroppedSource
 from .source.spans import Shard

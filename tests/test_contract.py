@@ -18,10 +18,9 @@ from fp4moe_convert.format.contract import (
     Geometry,
     LayoutRecord,
     Marker,
-    is_fp8_hybrid,
-    is_mixed_precision,
-    round_up,
 )
+from fp4moe_convert.format.sizes import round_up
+from fp4moe_convert.source.description import is_fp8_hybrid, is_mixed_precision
 
 PREFIX = "model.layers.3.mlp.experts"
 SIZES = {"experts": 256, "hidden": 7168, "intermediate": 2048, "gated": True}

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..format.contract import (
-    GROUP_SIZE,
-    is_compressed_tensors,
-    is_fp8_hybrid,
-    settings_of,
-)
+from ..format.contract import GROUP_SIZE
+from ..source.description import is_compressed_tensors, is_fp8_hybrid, settings_of
 from .engine import Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..format.contract import GROUP_SIZE, Geometry, is_fp8_hybrid, is_mixed_precision
+from ..format.contract import GROUP_SIZE, Geometry
+from ..source.description import is_fp8_hybrid, is_mixed_precision
 from .engine import Engine, KnownModels, Model
 
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")

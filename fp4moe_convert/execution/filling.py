@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..format.contract import round_up
+from ..format.sizes import round_up
 from ..layouts.base import Move
 from ..storage.buffers import BLOCK, Bytes, view_at
 from ..storage.durable import WriteFile, partial_path

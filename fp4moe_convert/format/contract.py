@@ -17,6 +17,7 @@ import msgspec
 
 from ..errors import FormatError
 from .files import CONFIG_NAME
+from .sizes import round_up
 from .untrusted import decode_object
 
 FORMAT_VERSION = 2
@@ -36,11 +37,6 @@ MARKER_MULTIPLE = 4096
 shard and leave the others where direct I/O can write them."""
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``value``."""
-    return -(-value // multiple) * multiple
 
 
 class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,30 +121,6 @@ class Marker:
             raise FormatError(f"{MARKER_NAME}: is malformed: {error}") from None
         parameters = _parameters(content["layout"], _MarkedLayoutForm)
         return cls(FORMAT_VERSION, form.name, parameters, form.row_order)
-
-
-def settings_of(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A source's description of its quantization, flat: hf_quant_config.json nests what
-    config.json has at the top."""
-    nested = section.get("quantization")
-    return nested if isinstance(nested, dict) else section
-
-
-def is_fp8_hybrid(section: Mapping[str, Any]) -> bool:
-    """Whether a source's description is one of FP8 that gives the experts NVFP4, as DeepSeek-V4's
-    is."""
-    return section.get("quant_method") == "fp8" and section.get("moe_quant_algo") == "NVFP4"
-
-
-def is_mixed_precision(section: Mapping[str, Any]) -> bool:
-    """Whether a source's description, one of ModelOpt's, gives each layer its own algorithm."""
-    mixed = settings_of(section).get("quant_algo") == "MIXED_PRECISION"
-    return mixed and not is_fp8_hybrid(section)
-
-
-def is_compressed_tensors(section: Mapping[str, Any]) -> bool:
-    """Whether a source's description is one of compressed-tensors, as llm-compressor writes it."""
-    return str(section.get("quant_method")).replace("_", "-") == "compressed-tensors"
 
 
 def check_format_version(where: str, content: Mapping[str, Any]) -> None:

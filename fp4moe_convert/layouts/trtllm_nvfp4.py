@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
-from ..format.contract import GROUP_SIZE, Geometry, TensorSpec, round_up
+from ..format.contract import GROUP_SIZE, Geometry, TensorSpec
+from ..format.sizes import round_up
 from ..source.experts import MoeLayer
 from ..source.families import Leaf, Projection
 from ..source.spans import Matrix

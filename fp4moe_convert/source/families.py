@@ -44,11 +44,11 @@ class Family:
     name: str
     """Names the row to users."""
     tensors: re.Pattern[str]
-    """Matches the whole name of an expert tensor, with the groups ``prefix`` (of the layer: what
-    `names.stacked_layer` tells by its end), ``part`` and, where each expert has tensors of its own,
-    ``expert``. Without that group the tensor's first axis counts experts. `names.original_layer`
-    has to know such a name too. Rows whose patterns could match the same name must share one
-    pattern, because a tensor goes to the first that matches it."""
+    """Matches the whole name of an expert tensor, with the groups ``prefix`` (of the layer, up to
+    and including ``.experts`` or ``.moe``: `names` knows no other end), ``part`` and, where each
+    expert has tensors of its own, ``expert``. Without that group the tensor's first axis counts
+    experts. Rows whose patterns could match the same name must share one pattern, because a tensor
+    goes to the first that matches it."""
     parts: Mapping[str, Part]
     """What a ``part`` is: a leaf of one projection, or of several stacked along the rows."""
     batched: bool = False

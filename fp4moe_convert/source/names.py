@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 
+from .families import FAMILIES, LEAVES
+
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
-_STACKED = frozenset(
-    f"{matrix}_{leaf}"
-    for matrix in ("w13", "w2")
-    for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
-)
+_STACKED = frozenset(f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in LEAVES)
 
-_ALL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-"""What stacked tensors of Step-3.5 are called in ``moe``, beside its router ``gate``."""
-_BATCHED = frozenset(
-    f"{matrices}{leaf}"
-    for matrices in ("gate_up_proj", "down_proj")
-    for leaf in ("", "_weight_scale", "_weight_scale_2", "_input_scale")
-)
-"""What those of Llama 4 are called in ``experts``."""
+
+def _parts_in(module: str) -> frozenset[str]:
+    """What the tensors of all experts are called in a module, whatever the family."""
+    return frozenset(
+        part
+        for family in FAMILIES
+        for part in family.parts
+        if family.tensors.fullmatch(f".{module}.{part}")
+    )
+
+
+_IN_EXPERTS = _parts_in("experts")
+"""Llama 4's: ``down_proj_weight_scale``."""
+_IN_MOE = frozenset(part.partition(".")[0] for part in _parts_in("moe"))
+"""Step-3.5's, without a leaf: ``down_proj``, but not the router, ``gate``."""
 
 
 def layer_number(name: str) -> int | None:
@@ -43,11 +48,11 @@ def stacked_layer(name: str) -> str | None:
 
 
 def original_layer(name: str) -> str | None:
-    """The expert layer of a tensor that is named as an original's is, of one expert or of all, as
-    the rows of `families.FAMILIES` have it. Engines ask of every tensor of every model, so it takes
+    """The expert layer of a tensor that is named as an original's is, of one expert or of all, in
+    some row of `families.FAMILIES`. Engines ask of every tensor of every model, so it takes
     no regular expression."""
     layer, found, rest = name.rpartition(".experts.")
-    if found and (rest.partition(".")[0].isdecimal() or rest in _BATCHED):
+    if found and (rest.partition(".")[0].isdecimal() or rest in _IN_EXPERTS):
         return f"{layer}.experts"
     layer, found, rest = name.rpartition(".moe.")
-    return f"{layer}.moe" if found and rest.partition(".")[0] in _ALL_EXPERTS else None
+    return f"{layer}.moe" if found and rest.partition(".")[0] in _IN_MOE else None

@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format.contract import (
-    GROUP_SIZE,
-    QUANT_METHOD,
-    is_compressed_tensors,
-    is_fp8_hybrid,
-    is_mixed_precision,
-    settings_of,
-)
+from ..format.contract import GROUP_SIZE, QUANT_METHOD
 from ..format.files import CONFIG_NAME, HF_QUANT_CONFIG_NAME
 from .checkpoint import Checkpoint
 from .converted import is_converted
+from .description import is_compressed_tensors, is_fp8_hybrid, is_mixed_precision, settings_of
 from .families import COMPRESSED_TENSORS_LEAVES, MODELOPT_LEAVES, Leaf
 from .names import is_mtp_by_name, layer_number
 

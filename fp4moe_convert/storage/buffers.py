@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..format.contract import round_up
+from ..format.sizes import round_up
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OutputError, naming
-from ..format.contract import round_up
 from ..format.files import PARTIAL_SUFFIX
+from ..format.sizes import round_up
 from .buffers import BLOCK, Bytes
 from .files import LocalFile, refuses_direct
 

@@ -16,7 +16,8 @@ import msgspec
 import xxhash
 
 from ..errors import HeaderError
-from ..format.contract import TensorSpec, round_up
+from ..format.contract import TensorSpec
+from ..format.sizes import round_up
 from ..format.untrusted import check_count
 from .reader import Reader, read_bytes
 from .stand_in import START_NBYTES, stand_in_for

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError, ConvertError, MissingFileError, naming
-from ..format.contract import round_up
 from ..format.files import FOREIGN_FOLDERS
+from ..format.sizes import round_up
 from .buffers import BLOCK, Bytes
 from .files import LocalFile, refuses_direct
 from .reader import Identity, Listing

@@ -28,12 +28,8 @@ from typing import Any
 
 from ...engines.sglang import SGLANG
 from ...errors import ServingError
-from ...format.contract import (
-    QUANT_METHOD,
-    ConvertedSection,
-    is_mixed_precision,
-    settings_of,
-)
+from ...format.contract import QUANT_METHOD, ConvertedSection
+from ...source.description import is_mixed_precision, settings_of
 from ..checks import (
     CONVERTED_KEY,
     check_row_order,

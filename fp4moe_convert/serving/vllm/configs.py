@@ -19,7 +19,8 @@ from vllm.model_executor.layers.quantization.modelopt import (
     ModelOptNvFp4Config,
 )
 
-from ...format.contract import QUANT_METHOD, is_fp8_hybrid
+from ...format.contract import QUANT_METHOD
+from ...source.description import is_fp8_hybrid
 from ..checks import CONVERTED_KEY, read_section, refusal
 from .experts import ConvertedLayers
 

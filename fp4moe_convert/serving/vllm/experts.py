@@ -33,8 +33,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import amax_for_m
 from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 
 from ...engines.vllm import VLLM
-from ...format.contract import ConvertedSection, Geometry, is_mixed_precision, round_up
+from ...format.contract import ConvertedSection, Geometry
+from ...format.sizes import round_up
 from ...layouts.trtllm_nvfp4 import intermediate_multiple
+from ...source.description import is_mixed_precision
 from ..checks import (
     CONVERTED_KEY,
     check_row_order,

@@ -27,10 +27,10 @@ from .preparation import preview
 from .progress import OnNote, OnProgress, RunOptions, tell, track
 from .prospects import Prospects
 from .report import RunReport, peak_rss
-from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
 from .storage.header import spec_nbytes
 from .storage.local import LocalReader
+from .storage.prefetch import open_prefetching
 from .storage.reader import Opener, Store, keep_open, read_bytes
 from .storage.remote import Fetched, RemoteStore, fetched_from
 from .verification import check_data, damaged_shards
@@ -102,7 +102,7 @@ def write_here(work: Conversion, request: WriteRequest, options: RunOptions) -> 
         # Reading a local source again is faster than comparing checksums.
         request = replace(request, on_move=None)
     direct = options.direct_io
-    with open_ahead(work.store, source_ranges(moves), direct=direct) as sources:
+    with open_prefetching(work.store, source_ranges(moves), direct=direct) as sources:
         scatter(
             request,
             open_source=sources.open,

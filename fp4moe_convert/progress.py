@@ -1,4 +1,4 @@
-"""How a run is carried out and how it reports progress; the result's bytes do not depend on either."""
+"""How a run is carried out, and how it reports. The bytes of its result do not depend on either."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ from .storage.hub import FIRST_TRIES
 from .storage.hub_repository import Head, HubRepository
 from .storage.local import LocalFolder, files_below
 from .storage.reader import Identity
-from .storage.remote import Patience, TryAgainError
+from .storage.remote import Backoff, TryAgainError
 from .verification import verify
 
 LAST = (CARD_NAME, SOURCE_CARD_NAME, CONFIG_NAME, INDEX_NAME)
 """What is committed last, together."""
 
 COMMIT_NBYTES = 20 * 10**9
-"""After so much there is a commit: what a run has to commit again that was killed."""
+"""A commit is made after this many bytes. A killed run has to commit at most these again."""
 COMMIT_FILES = 100
 
 
@@ -169,12 +169,12 @@ def push(
 
 def _reach(repository: HubRepository) -> Head | None:
     """What the repository holds, asked for the first time."""
-    patience = Patience(repository.repo_id, tries=FIRST_TRIES)
+    backoff = Backoff(repository.repo_id, tries=FIRST_TRIES)
     while True:
         try:
             return repository.head()
         except TryAgainError as error:
-            patience.wait_after(error, threading.Event())
+            backoff.wait_after(error, threading.Event())
 
 
 def _upload(
@@ -197,7 +197,7 @@ def _upload(
             uncounted.remove(name)
             on_bytes(name, result.sizes[name])
 
-    patience = Patience(repo_id)
+    backoff = Backoff(repo_id)
     created, last_commit = False, ""
     while True:
         try:
@@ -228,9 +228,9 @@ def _upload(
                 on_uploaded=on_uploaded,
             )
             committed.update(names)
-            patience.restored()
+            backoff.reset()
         except TryAgainError as error:
-            patience.wait_after(error, threading.Event())
+            backoff.wait_after(error, threading.Event())
 
 
 def next_commit(missing: Sequence[str], sizes: Mapping[str, int]) -> list[str]:

@@ -29,9 +29,9 @@ from .readback import Take, open_shards, read_back, whole_tensors
 from .source.checkpoint import open_checkpoint
 from .source.recorded import DroppedSource
 from .source.spans import Shard
-from .storage.ahead import open_ahead
 from .storage.buffers import Bytes
 from .storage.opening import open_store
+from .storage.prefetch import open_prefetching
 from .storage.reader import Opener, Store
 
 
@@ -94,7 +94,7 @@ def verify(
         else:
             moves = converted.moves(checkpoint, shards)
             sources = stack.enter_context(
-                open_ahead(checkpoint.store, source_ranges(moves), direct=direct_io)
+                open_prefetching(checkpoint.store, source_ranges(moves), direct=direct_io)
             )
             make_take, on_stop = partial(_comparison, shards, sources.open), sources.stop
         tensors = read_back(

@@ -34,11 +34,11 @@ from typer.testing import Result
 from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert, verify
 from fp4moe_convert.execution import output_folder
 from fp4moe_convert.execution.crew import Crew
-from fp4moe_convert.storage import ahead, remote
 from fp4moe_convert.storage import hub as hub_store
-from fp4moe_convert.storage.ahead import Range, open_ahead
+from fp4moe_convert.storage import prefetch, remote
 from fp4moe_convert.storage.buffers import Bytes, block_buffer
-from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError, copied
+from fp4moe_convert.storage.prefetch import Range, open_prefetching
+from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError, fill_from
 
 SIGNED = "GET /signed"
 RESOLVE = "/resolve/"
@@ -55,7 +55,7 @@ class Made(RemoteStore):
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         assert name == "file"
         self.asked.append((offset, offset + into.size))
-        yield from copied(self.answer(CONTENT[offset : offset + into.size].tobytes()), into)
+        yield from fill_from(self.answer(CONTENT[offset : offset + into.size].tobytes()), into)
 
     def answer(self, data: bytes) -> Iterator[bytes]:
         """In pieces, as they come."""
@@ -70,8 +70,8 @@ class Made(RemoteStore):
 def little_room() -> Iterator[None]:
     """Fetch so little ahead that there is a middle of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "REQUEST_NBYTES", 5_000)
-        patch.setattr(ahead, "BATCH_NBYTES", 20_000)
+        patch.setattr(prefetch, "REQUEST_NBYTES", 5_000)
+        patch.setattr(prefetch, "BATCH_NBYTES", 20_000)
         yield
 
 
@@ -295,8 +295,8 @@ def test_a_kill_costs_what_was_in_memory(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     code = (
-        "from fp4moe_convert.storage import ahead\n"
-        "ahead.REQUEST_NBYTES, ahead.BATCH_NBYTES = 10_000, 50_000\n"
+        "from fp4moe_convert.storage import prefetch\n"
+        "prefetch.REQUEST_NBYTES, prefetch.BATCH_NBYTES = 10_000, 50_000\n"
         "from fp4moe_convert.__main__ import main_convert; main_convert()"
     )
     every_byte = sum(path.stat().st_size for path in source.iterdir())
@@ -409,7 +409,7 @@ def test_waits_longer_after_each_failure_and_gives_up(waits: list[float]) -> Non
     assert waits == [1, 2, 4, 8, 16, 32, 60]
 
 
-def test_what_comes_restores_patience(waits: list[float]) -> None:
+def test_what_comes_resets_the_backoff(waits: list[float]) -> None:
     class Cuts(Made):
         def answer(self, data: bytes) -> Iterator[bytes]:
             yield data[:1000]
@@ -490,10 +490,10 @@ def test_each_byte_is_fetched_once_and_handed_out(
     moves = [own for size in sizes if (own := list(islice(left, size)))]
     store = Made()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "REQUEST_NBYTES", request)
-        patch.setattr(ahead, "BATCH_NBYTES", 20_000)
-        patch.setattr(ahead, "SMALL_NBYTES", 0)
-        with open_ahead(store, moves, direct=True) as sources:
+        patch.setattr(prefetch, "REQUEST_NBYTES", request)
+        patch.setattr(prefetch, "BATCH_NBYTES", 20_000)
+        patch.setattr(prefetch, "SMALL_NBYTES", 0)
+        with open_prefetching(store, moves, direct=True) as sources:
             for move in moves:
                 for file, offset, nbytes in move:
                     data = sources.open(file).read(block_buffer(nbytes), offset, nbytes)
@@ -520,7 +520,7 @@ def covered(ranges: list[tuple[int, int]]) -> list[int]:
 def test_what_touches_is_one_request() -> None:
     store = Made(connections=1)
     moves = [[Range("file", 300, 100), Range("file", 500, 4)], [Range("file", 400, 100)]]
-    with open_ahead(store, moves, direct=True) as sources:
+    with open_prefetching(store, moves, direct=True) as sources:
         sources.open("file").read(block_buffer(100), 300, 100)
     assert store.asked == [(300, 504)]
 
@@ -529,13 +529,13 @@ def test_scalars_that_several_moves_gather_are_one_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second of them is too much for the batch."""
-    monkeypatch.setattr(ahead, "BATCH_NBYTES", 50_000)
-    monkeypatch.setattr(ahead, "SMALL_NBYTES", 1000)
+    monkeypatch.setattr(prefetch, "BATCH_NBYTES", 50_000)
+    monkeypatch.setattr(prefetch, "SMALL_NBYTES", 1000)
     store = Made(connections=1)
     large = [Range("file", 40_000, 49_700)]
     even = [Range("file", start, 4) for start in range(0, 400, 8)]
     odd = [Range("file", start + 4, 4) for start in range(0, 400, 8)]
-    with open_ahead(store, [large, even, odd], direct=True) as sources:
+    with open_prefetching(store, [large, even, odd], direct=True) as sources:
         sources.open("file").read(block_buffer(4), 4, 4)
     assert store.asked == [(40_000, 89_700), (0, 400)]
 
@@ -548,7 +548,7 @@ def test_a_failure_reaches_the_reader_and_the_threads_end() -> None:
 
     before = threading.active_count()
     with (
-        open_ahead(Broken(), [[Range("file", 0, 100)]], direct=True) as sources,
+        open_prefetching(Broken(), [[Range("file", 0, 100)]], direct=True) as sources,
         pytest.raises(CheckpointError, match="is broken"),
     ):
         sources.open("file").read(block_buffer(100), 0, 100)
@@ -557,7 +557,7 @@ def test_a_failure_reaches_the_reader_and_the_threads_end() -> None:
 
 def test_what_is_not_planned_is_read_all_the_same() -> None:
     store = Made()
-    with open_ahead(store, [[Range("file", 0, 100)]], direct=True) as sources:
+    with open_prefetching(store, [[Range("file", 0, 100)]], direct=True) as sources:
         reader = sources.open("file")
         for offset, nbytes in ((50, 100), (0, 100), (0, 100)):  # not whole, planned, once more
             data = reader.read(block_buffer(nbytes), offset, nbytes)
@@ -565,12 +565,12 @@ def test_what_is_not_planned_is_read_all_the_same() -> None:
 
 
 def test_no_more_is_fetched_ahead_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "REQUEST_NBYTES", 1000)
-    monkeypatch.setattr(ahead, "BATCH_NBYTES", 2000)
-    monkeypatch.setattr(ahead, "SMALL_NBYTES", 0)
+    monkeypatch.setattr(prefetch, "REQUEST_NBYTES", 1000)
+    monkeypatch.setattr(prefetch, "BATCH_NBYTES", 2000)
+    monkeypatch.setattr(prefetch, "SMALL_NBYTES", 0)
     store = Made(connections=6)
     moves = [[Range("file", start, 1000)] for start in range(0, CONTENT.size, 1000)]
-    with open_ahead(store, moves, direct=True) as sources:
+    with open_prefetching(store, moves, direct=True) as sources:
         read = partial(sources.open("file").read, block_buffer(1000))
         for n, [move] in enumerate(moves):
             time.sleep(0.001)
@@ -644,10 +644,10 @@ def read_by_many(store: Made, use: Callable[[int], None] = lambda _: None) -> No
     threads = 40
     all_have_one = threading.Barrier(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "REQUEST_NBYTES", 1000)
-        patch.setattr(ahead, "BATCH_NBYTES", 1000)
-        patch.setattr(ahead, "SMALL_NBYTES", 0)
-        with open_ahead(store, MOVES, direct=True) as sources:
+        patch.setattr(prefetch, "REQUEST_NBYTES", 1000)
+        patch.setattr(prefetch, "BATCH_NBYTES", 1000)
+        patch.setattr(prefetch, "SMALL_NBYTES", 0)
+        with open_prefetching(store, MOVES, direct=True) as sources:
 
             def make_worker() -> Callable[[int], None]:
                 buffer = block_buffer(1000)
@@ -685,7 +685,7 @@ def test_a_failure_to_find_memory_reaches_the_readers(monkeypatch: pytest.Monkey
     def empty(*_: object) -> Bytes:
         raise MemoryError
 
-    monkeypatch.setattr(ahead.np, "empty", empty)
+    monkeypatch.setattr(prefetch.np, "empty", empty)
     assert isinstance(failure_of(lambda: read_by_many(Made())), MemoryError)
 
 
@@ -728,7 +728,7 @@ def test_a_failure_ends_a_read_that_was_not_planned() -> None:
             yield
 
     def read() -> None:
-        with open_ahead(Half(), [[Range("file", 0, 100)]], direct=True) as sources:
+        with open_prefetching(Half(), [[Range("file", 0, 100)]], direct=True) as sources:
             sources.open("file").read(block_buffer(100), 500, 100)
 
     assert str(failure_of(read)) == "is broken"
@@ -738,8 +738,8 @@ def test_ctrl_c_ends_those_that_wait_for_the_network(source: Path, tmp_path: Pat
     """In Python: a command ends whatever waits."""
     code = (
         "import sys; from fp4moe_convert import convert\n"
-        "from fp4moe_convert.storage import ahead\n"
-        "ahead.REQUEST_NBYTES, ahead.BATCH_NBYTES = 5_000, 20_000\n"
+        "from fp4moe_convert.storage import prefetch\n"
+        "prefetch.REQUEST_NBYTES, prefetch.BATCH_NBYTES = 5_000, 20_000\n"
         "convert(*sys.argv[1:])"
     )
     with running({ID: source}) as hub:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from ..format.contract import Geometry, TensorSpec
 from ..source.experts import MoeLayer
 from ..source.spans import Span
-from ..storage.ahead import Range
 from ..storage.buffers import Bytes
+from ..storage.prefetch import Range
 
 MOVE_NBYTES = 8 * 2**20
 """Moves are cut to about this, so that scratch memory is the same for every model. Direct reads
@@ -119,7 +119,7 @@ class Layout(Protocol):
         """What fills these tensors, each byte once, each tensor's bytes in order; in an order that
         reads the source forwards."""
 
-    def remarks(
+    def value_warnings(
         self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
     ) -> Iterator[str]:
         """What a user should know about the values of a converted layer.

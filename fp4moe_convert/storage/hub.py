@@ -51,10 +51,10 @@ from huggingface_hub.utils import (
 
 from ..errors import CheckpointError, UnreachableError
 from .buffers import Bytes
-from .lines import Lines
+from .connection_pool import ConnectionPool
 from .local import LocalFolder
 from .reader import Identity, Store
-from .remote import Patience, RemoteStore, Traffic, TryAgainError, copied
+from .remote import Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
 FIRST_TRIES = 4
 """Until the Hub counts as unreachable when nothing has come from it yet."""
@@ -127,7 +127,7 @@ def open_hub(
             "download the model first"
         )
     api, traffic = HfApi(**LIBRARY), Traffic()
-    patience = Patience(repo_id, tries=FIRST_TRIES)
+    backoff = Backoff(repo_id, tries=FIRST_TRIES)
     while True:
         try:
             with traffic, _explained(repo_id, revision):
@@ -140,7 +140,7 @@ def open_hub(
             break
         except TryAgainError as error:
             try:
-                patience.wait_after(error, threading.Event())
+                backoff.wait_after(error, threading.Event())
             except UnreachableError:
                 # As huggingface_hub does.
                 if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
@@ -229,7 +229,9 @@ class HubStore(RemoteStore):
         self._addresses: dict[str, str] = {}
         self._resolving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._is_direct = True
-        self._lines = Lines(_httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        self._pool = ConnectionPool(
+            _httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
 
     def provenance(self) -> Mapping[str, str]:
         return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
@@ -246,7 +248,7 @@ class HubStore(RemoteStore):
                 return
             address = self._signed_address(name, url)
             try:
-                if self._is_direct and self._lines.reach(address):
+                if self._is_direct and self._pool.reach(address):
                     yield from self._directly(name, address, headers, offset, into)
                 else:
                     yield from self._through_library(name, address, headers, offset, into)
@@ -259,7 +261,7 @@ class HubStore(RemoteStore):
     def _directly(
         self, name: str, address: str, headers: Mapping[str, str], offset: int, into: Bytes
     ) -> Iterator[int]:
-        with self._lines.get(address, headers) as response:
+        with self._pool.get(address, headers) as response:
             if response.getheader("Location"):
                 self._is_direct = False  # the library knows how to follow
                 raise TryAgainError("the storage leads elsewhere", after=0)
@@ -288,7 +290,7 @@ class HubStore(RemoteStore):
             skip = self._check_answer(
                 name, response.status_code, response.headers, offset, into.size
             )
-            yield from copied(_without_first(response.iter_raw(), skip), into)
+            yield from fill_from(_without_first(response.iter_raw(), skip), into)
 
     def _signed_address(self, name: str, url: str) -> str:
         """Where the Hub leads to from the ``url`` of a large file."""

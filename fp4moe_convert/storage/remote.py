@@ -1,7 +1,7 @@
 """Stores on other machines: reads are requests, which are counted, and tried again when they fail.
 
 What is read outside of a plan (headers, configurations, the start of other files) stays in memory
-and is fetched once. `ahead` fetches what a plan reads.
+and is fetched once. `prefetch` fetches what a plan reads.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class StoppedError(Exception):
     """Nobody waits for the bytes any more."""
 
 
-class Patience:
-    """Counts failures in a row, and waits after each."""
+class Backoff:
+    """Counts failures in a row, and waits longer after each."""
 
     def __init__(self, what: str, *, tries: int | None = None) -> None:
         self._what = what
         self._tries = TRIES if tries is None else tries
         self._failures = 0
 
-    def restored(self) -> None:
+    def reset(self) -> None:
         """Something has come."""
         self._failures = 0
 
@@ -236,7 +236,7 @@ class RemoteStore(ABC):
             StoppedError: ``stopped`` was set.
         """
         stopped = stopped or threading.Event()
-        patience = Patience(f"{self.location}: {name}")
+        backoff = Backoff(f"{self.location}: {name}")
         got = 0
         while got < into.size:
             if stopped.is_set():
@@ -249,14 +249,14 @@ class RemoteStore(ABC):
                             raise StoppedError
                         got += count
                         self.traffic.add(count)
-                        patience.restored()
+                        backoff.reset()
                         seconds = time.monotonic() - started
                         if seconds > STALL_SECONDS:
                             _check_rate((got - before) / seconds)
                 if got < into.size:
                     raise TryAgainError(f"the answer ends at byte {offset + got}", after=0)
             except TryAgainError as error:
-                patience.wait_after(error, stopped)
+                backoff.wait_after(error, stopped)
 
     def read(
         self, name: str, offset: int, into: Bytes, stopped: threading.Event | None = None
@@ -283,7 +283,7 @@ def fetched_from(store: Store) -> Fetched | None:
     return store.traffic.so_far() if isinstance(store, RemoteStore) else None
 
 
-def copied(pieces: Iterable[bytes], into: Bytes) -> Iterator[int]:
+def fill_from(pieces: Iterable[bytes], into: Bytes) -> Iterator[int]:
     """Fill ``into`` with pieces, as `RemoteStore.request` does. What is too much is not taken."""
     got = 0
     for piece in pieces:

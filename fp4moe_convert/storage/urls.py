@@ -10,7 +10,7 @@ import fsspec
 from ..errors import CheckpointError, MissingFileError
 from .buffers import Bytes
 from .reader import Identity
-from .remote import RemoteStore, TryAgainError, copied
+from .remote import RemoteStore, TryAgainError, fill_from
 
 _CHANGES = ("ETag", "etag", "md5Hash", "content_hash", "generation", "LastModified", "mtime")
 """What file systems call a value that changes when a file does; the best first."""
@@ -62,7 +62,7 @@ class UrlStore(RemoteStore):
             raise CheckpointError(f"{name}: {_reason(error)}") from error
         except Exception as error:  # each file system has its own
             raise TryAgainError(_reason(error)) from error
-        yield from copied([data], into)
+        yield from fill_from([data], into)
 
 
 def _identity(info: Mapping[str, Any]) -> Identity:

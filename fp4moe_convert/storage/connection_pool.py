@@ -23,7 +23,7 @@ _STALE = (ConnectionError, http.client.BadStatusLine)
 """What a connection that the other side has closed in the meantime answers with."""
 
 
-class Lines:
+class ConnectionPool:
     """A pool of connections, for any number of threads."""
 
     def __init__(self, make_context: Callable[[], ssl.SSLContext], *, timeout: float) -> None:

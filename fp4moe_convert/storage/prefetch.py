@@ -22,14 +22,15 @@ from .reader import Identity, Opener, Store, keep_open
 from .remote import RemoteReader, RemoteStore, StoppedError
 
 REQUEST_NBYTES = 4 * 2**20
-"""Of the longest request. A kill costs what requests under way have brought, and what waits for
-them. Shorter ones would wait for their first byte for a larger part of the time."""
+"""Of the longest request. A kill loses what requests under way have brought, and what waits in
+memory for the rest of its move. Shorter requests spend a larger share of their time waiting for
+the first byte."""
 BATCH_NBYTES = 16 * 2**20
-"""Moves are looked at together up to this. Of an expert of DeepSeek-V3 gate and up have 15 MB and
-lie side by side; down and all the scales have 10 MB."""
+"""Of the moves whose ranges are joined. An expert of DeepSeek-V3 has 15 MB of gate and up, which
+lie side by side, and 10 MB of down and all the scales."""
 SMALL_NBYTES = 64 * 2**10
-"""A move below this never begins a batch: the scalars of a layer's experts lie together, and
-several moves gather them."""
+"""A smaller move never begins a batch. The scalars of a layer's experts lie together, and several
+moves gather them."""
 
 
 class Range(NamedTuple):
@@ -49,7 +50,7 @@ class Sources(NamedTuple):
 
 
 @contextmanager
-def open_ahead(
+def open_prefetching(
     store: Store, moves: Iterable[Sequence[Range]], *, direct: bool
 ) -> Iterator[Sources]:
     """Open files for reads that are known beforehand.
@@ -65,12 +66,12 @@ def open_ahead(
     if not isinstance(store, RemoteStore):
         yield Sources(keep_open(partial(store.open, direct=direct)), lambda: None)
         return
-    ahead = _Ahead(store, moves)
+    prefetcher = _Prefetcher(store, moves)
     try:
-        ahead.start()
-        yield Sources(keep_open(ahead.open), ahead.stop)
+        prefetcher.start()
+        yield Sources(keep_open(prefetcher.open), prefetcher.stop)
     finally:
-        ahead.close()
+        prefetcher.close()
 
 
 class _Piece:
@@ -125,7 +126,7 @@ def _pieces(batch: Iterable[Range]) -> list[_Piece]:
     ]
 
 
-class _Ahead:
+class _Prefetcher:
     """Threads that fetch, and what they have fetched."""
 
     def __init__(self, store: RemoteStore, moves: Iterable[Sequence[Range]]) -> None:
@@ -174,9 +175,9 @@ class _Ahead:
         for thread in self._threads:
             thread.join()
 
-    def open(self, name: str) -> _AheadReader:
+    def open(self, name: str) -> _PrefetchedReader:
         with self._saying_why():
-            return _AheadReader(self, self._store.open(name, stopped=self._stopped))
+            return _PrefetchedReader(self, self._store.open(name, stopped=self._stopped))
 
     def read(self, reader: RemoteReader, into: Bytes, offset: int) -> None:
         """Fill ``into`` with what has been fetched ahead, or by a request of its own.
@@ -266,15 +267,15 @@ class _Ahead:
         return True
 
 
-class _AheadReader:
+class _PrefetchedReader:
     """A `reader.Reader` of what has been fetched, and of the rest by requests of its own."""
 
-    def __init__(self, ahead: _Ahead, reader: RemoteReader) -> None:
-        self._ahead, self._reader = ahead, reader
+    def __init__(self, prefetcher: _Prefetcher, reader: RemoteReader) -> None:
+        self._prefetcher, self._reader = prefetcher, reader
         self.name, self.nbytes = reader.name, reader.nbytes
         self.identity: Identity = reader.identity
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         view = buffer[:nbytes]
-        self._ahead.read(self._reader, view, offset)
+        self._prefetcher.read(self._reader, view, offset)
         return view

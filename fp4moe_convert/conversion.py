@@ -203,7 +203,7 @@ def convert_with(
         row_order = written.row_order
         # What has gone meanwhile is read from the record.
         checkpoint = replace(work.checkpoint, store=remaining(store, out_dir))
-        warnings = [*foreseen.warnings, *_remarks(plan, out_dir)]
+        warnings = [*foreseen.warnings, *_value_warnings(plan, out_dir)]
 
         # The files beside them, and the reading back.
         done = written.writing.finish(
@@ -238,8 +238,8 @@ def convert_with(
         bytes_written=written.nbytes,
         shards=len(plan.shards),
         shards_kept=written.kept,
-        other_files=len(work.copied),
-        other_bytes=sum(work.copied.values()),
+        other_files=len(work.other_files),
+        other_bytes=sum(work.copied_nbytes.values()),
         seconds=seconds,
         peak_rss=peak_rss(),
         prospects=foreseen.prospects,
@@ -309,7 +309,7 @@ def fill(
     if dropping and dropping.frees_room_for(out_dir):
         needed = growth(plan, dropping.on_disk, planned.kept)
     writing = planned.start(needed=needed)
-    tell(planned.remarks(), options.on_note)
+    tell(planned.notes(), options.on_note)
     to_write = [shard for shard in plan.shards if shard.name not in planned.kept]
     nbytes = sum(shard.nbytes for shard in to_write)
     moved = nbytes - sum(len(shard.header) for shard in to_write)
@@ -343,7 +343,7 @@ def fill(
     return Filled(writing, row_order, nbytes, len(planned.kept), check_seconds)
 
 
-def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:
+def _value_warnings(plan: Plan, out_dir: Path) -> Iterator[str]:
     """What the layout has to say about the values it wrote."""
     shard_of = {name: shard for shard in plan.shards for name in shard.tensors}
 
@@ -354,4 +354,4 @@ def _remarks(plan: Plan, out_dir: Path) -> Iterator[str]:
         return np.frombuffer(read_bytes(reader, shard.offsets[tensor.name], nbytes), np.uint8)
 
     for layer in plan.layers:
-        yield from plan.layout.remarks(layer.prefix, layer.geometry, read)
+        yield from plan.layout.value_warnings(layer.prefix, layer.geometry, read)

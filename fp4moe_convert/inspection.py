@@ -15,7 +15,7 @@ from .format.files import INDEX_NAME
 from .plan import layers_to_convert
 from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
-from .source.completeness import remarks
+from .source.completeness import warnings_on
 from .source.converted import is_converted
 from .source.experts import PassedLayer, find_layers, require_layers
 from .source.quantization import describe, require_nvfp4
@@ -96,7 +96,7 @@ def inspect(folder: str | Path | Store) -> Inspection:
             layers = {layer.prefix: layer.geometry for layer in found}
             families = {layer.prefix: layer.family.name for layer in found}
             require_layers(checkpoint, found, others)
-            warnings = remarks(checkpoint, layers)
+            warnings = warnings_on(checkpoint, layers)
             outlook = prospects(checkpoint, section, layers)
             outlook.require_one(checkpoint.location)
     except CheckpointError as error:

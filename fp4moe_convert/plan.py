@@ -301,9 +301,9 @@ def _marker(layout: Layout) -> _Group:
 
 
 def _stop(layer: MoeLayer) -> TensorSpec:
-    """An empty tensor under a name of the source's. An engine that can load the source has a
-    parameter for this name, in which nothing of this size fits; some pass over every name that they
-    do not know, the marker's and the layer's. Not gate: a tensor that is cut along the rows may
+    """An empty tensor under a name of the source. An engine that can load the source has a
+    parameter of that name, and nothing of this size fits it. Some engines skip names that they do
+    not know; they do not skip this one. Gate would not do: a tensor that is cut along its rows may
     broadcast."""
     return TensorSpec(layer.family.tensor_name(layer.prefix, (0, "down", "weight")), "U8", (0,))
 

@@ -15,7 +15,7 @@ from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .plan import Part, Plan, make_plan
 from .prospects import Prospects, prospects
 from .source.checkpoint import Checkpoint, open_checkpoint
-from .source.completeness import remarks
+from .source.completeness import warnings_on
 from .source.experts import require_layers
 from .source.quantization import require_nvfp4
 from .storage.opening import open_store
@@ -52,7 +52,7 @@ class Preview:
         weights = sum(
             s.nbytes for shard in self.work.plan.shards for m in shard.moves for s in m.sources
         )
-        return weights + sum(self.work.copied.values())
+        return weights + sum(self.work.copied_nbytes.values())
 
     def as_json(self, out_dir: Path) -> dict[str, Any]:
         """The plan and what else there is to say, if the result lies in ``out_dir``."""
@@ -63,8 +63,8 @@ class Preview:
             **self.work.plan.as_json(),
             "to_fetch_bytes": self.to_fetch_nbytes,
             "fetched": None if self.fetched is None else self.fetched.as_json(),
-            "other_files": len(self.work.copied),
-            "other_bytes": sum(self.work.copied.values()),
+            "other_files": len(self.work.other_files),
+            "other_bytes": sum(self.work.copied_nbytes.values()),
             **self.prospects.as_json(),
             "serve": self.prospects.commands(str(out_dir)),
             "drop_source": None if self.dropping is None else self.dropping.as_json(),
@@ -97,7 +97,7 @@ def preview(
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
     require_layers(checkpoint, plan.layers, plan.passed)
-    warnings = remarks(checkpoint, plan.geometries)
+    warnings = warnings_on(checkpoint, plan.geometries)
     outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
     outlook.require_one(checkpoint.location)
     work, dropping = Conversion(checkpoint, plan), None

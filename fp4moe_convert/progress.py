@@ -1,4 +1,4 @@
-"""How a run goes and tells its caller how far it has come; no byte of its result depends on it."""
+"""How a run is carried out, and how it reports. The bytes of its result do not depend on either."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class Restoration(Work):
         ]
 
     def left_by_us(self, name: str) -> FileRecord | None:
-        if name in self.copied:
+        if name in self.other_files:
             return record_of(self.store.open(name))
         return self.original.config_files.get(name)
 
@@ -135,7 +135,7 @@ def prepare_restoration(converted_dir: Path) -> Restoration:
     converted = open_converted(converted_dir)
     folder = ConvertedFolder(converted_dir, converted.manifest)
     original = open_checkpoint(
-        RecordedSource(folder, converted.manifest.source, converted.manifest.copied)
+        RecordedSource(folder, converted.manifest.source, converted.manifest.copied_records)
     )
     sources = converted.shards()
     moves = converted.moves(original, sources)
@@ -205,7 +205,7 @@ def restore(
         with OutputFolder(out_dir, source=converted_dir) as opened:
             planned = opened.plan(work, overwrite=overwrite)
             writing = planned.start()
-            tell(planned.remarks(), on_note)
+            tell(planned.notes(), on_note)
             to_write += planned.shards_to_write
             filling = Filling(
                 to_write, work.fills, out_dir, direct=direct_io, on_filled=writing.finish_shard
@@ -236,8 +236,8 @@ def restore(
         bytes_written=sum(shard.nbytes for shard in to_write),
         shards=len(shards),
         shards_kept=len(shards) - len(to_write),
-        other_files=len(work.copied),
-        other_bytes=sum(work.copied.values()),
+        other_files=len(work.other_files),
+        other_bytes=sum(work.copied_nbytes.values()),
         seconds=seconds,
         peak_rss=peak_rss(),
         warnings=list(work.converted.documentation),
@@ -251,13 +251,15 @@ def is_restored(work: Restoration, out_dir: Path) -> bool:
     changed."""
     try:
         found = {name for name in files_below(out_dir) if not no_engine_reads(name)}
-        expected = {*work.generated, *work.copied, *(shard.name for shard in work.shards)}
+        expected = {*work.generated, *work.other_files, *(shard.name for shard in work.shards)}
         if found != {name for name in expected if not no_engine_reads(name)}:
             return False  # the journal of an unfinished run, too, is no file of an original
         for shard in work.original.shards:
             if read_header(LocalReader(out_dir / shard.name)).digest != shard.header.digest:
                 return False
-        beside = [name for name in (*work.generated, *work.copied) if not no_engine_reads(name)]
+        beside = [
+            name for name in (*work.generated, *work.other_files) if not no_engine_reads(name)
+        ]
         return all(record_of(LocalReader(out_dir / n)) == work.left_by_us(n) for n in beside)
     except CheckpointError:
         return False
@@ -280,7 +282,7 @@ def _write_beside(work: Restoration, out_dir: Path) -> None:
         CheckpointError: a file cannot be read, or has changed.
         OutputError: a file cannot be written.
     """
-    copied = work.converted.manifest.copied
+    copied = work.converted.manifest.copied_records
     for name, record in copy_files(work.store, work.other_files, out_dir).items():
         if record != copied[name] and not no_engine_reads(name):
             raise CheckpointError(f"{name}: has changed while it was read")

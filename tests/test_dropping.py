@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip
 from support.hub import Hub
 from support.hub_upload import Uploads
 from support.make_checkpoint import make_checkpoint
-from support.processes import FP4MOE_CONVERT, finding_support, kill_at_rename
+from support.processes import FP4MOE_CONVERT, kill_at_rename, run_kills
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from typer.testing import CliRunner, Result
 
@@ -471,16 +470,7 @@ def test_killed_at_a_rename(
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
     """A handful; ``support/kill.py --drop-source --power-cuts`` does hundreds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.kill", "--drop-source", "--power-cuts", "--kills=5"],
-        env=finding_support(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal the unbroken one" in done.stdout
+    run_kills("--drop-source", "--power-cuts", "--kills", "5")
 
 
 @needs_root

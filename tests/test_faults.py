@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from support.faulty_disk import Disk, mount, mounted, needs_root, unmount
 from support.folders import INDEX, contents, flip_bit
-from support.processes import FP4MOE_CONVERT, finding_support, state_of, until
+from support.processes import FP4MOE_CONVERT, run_kills, state_of, until
 from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import CheckpointError, ConversionReport, OutputError, convert
@@ -247,17 +247,7 @@ def test_a_disk_that_does_not_answer(
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
     """A handful; ``support/kill.py --power-cuts`` does hundreds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.kill", "--kills", "5", "--power-cuts"],
-        env=finding_support(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "power cuts" in done.stdout
-    assert "equal the unbroken one" in done.stdout
+    assert "power cuts" in run_kills("--kills", "5", "--power-cuts")
 
 
 @needs_root

@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.folders import INDEX, MANIFEST, contents, every_file, flip_bit, without_source
 from support.hub import Hub
-from support.processes import FP4MOE_CONVERT, finding_support, kill_at_rename
+from support.processes import FP4MOE_CONVERT, kill_at_rename, run_kills
 from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import (
@@ -242,21 +241,8 @@ def test_finish_can_be_killed(
 ) -> None:
     """At each of its renames. It knows the source then, too."""
     out = apart()
-    program = f"""
-import os, signal
-from fp4moe_convert import finish
-rename, left = os.rename, [%d]
-def dying(old, new):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(old, new)
-os.rename = dying
-finish({str(out)!r})
-"""
     for count in range(4):
-        done = subprocess.run([sys.executable, "-c", program % count], check=False)
-        assert done.returncode == -9
+        kill_at_rename(f"finish({str(out)!r})", count)
         assert not (out / INDEX).exists()
     shutil.move(source, moved := source.with_name("moved"))
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -529,13 +515,4 @@ def test_a_planted_journal_is_no_file_to_wait_for(source: Path, tmp_path: Path) 
 
 
 def test_kills_at_random_moments() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "support.kill", "--kills", "4", "--parts"],
-        env=finding_support(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal the unbroken one" in done.stdout
+    run_kills("--kills", "4", "--parts")

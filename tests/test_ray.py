@@ -30,6 +30,7 @@ from fp4moe_convert import (
     CheckpointError,
     ClusterError,
     ConvertError,
+    Progress,
     cluster,
     convert,
     convert_on_ray,
@@ -268,19 +269,17 @@ def test_what_one_machine_has_fetched_is_not_fetched_again(
 ) -> None:
     url, request, notes, asked = f"file://{source}", UrlStore.request, [], [0]
 
-    def failing(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
-        if offset > 500_000:
-            raise CheckpointError("is gone")
-        return request(store, name, offset, into)
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total // 2:
+            raise StopError
 
     def counted(store: UrlStore, name: str, offset: int, into: Bytes) -> Iterator[int]:
         asked[0] += into.size
         return request(store, name, offset, into)
 
     with little_room(), monkeypatch.context() as patch:
-        patch.setattr(UrlStore, "request", failing)
-        with pytest.raises(CheckpointError, match="is gone"):
-            convert(url, tmp_path / "out")
+        with pytest.raises(StopError):
+            convert(url, tmp_path / "out", on_progress=stop)
         patch.setattr(UrlStore, "request", counted)
         convert_on_ray(url, tmp_path / "afresh")
         afresh, asked[0] = asked[0], 0
@@ -288,7 +287,7 @@ def test_what_one_machine_has_fetched_is_not_fetched_again(
     assert notes == [
         "model-00001-of-00001.safetensors: resuming: what an earlier run has fetched for it is kept"
     ]
-    assert asked[0] < afresh - 200_000
+    assert asked[0] < 0.7 * afresh
     assert every_file(tmp_path / "out") == every_file(tmp_path / "afresh")
 
 

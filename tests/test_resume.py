@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.folders import INDEX, MANIFEST, contents, edit_json, flip_bit, write_byte
 from support.make_checkpoint import make_checkpoint
-from support.processes import finding_support, kill_at_rename
+from support.processes import finding_support, kill_at_rename, run_kills
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from support.strategies import json_values
 from support.tensors import range_of
@@ -987,12 +987,4 @@ def test_a_source_that_fails_leaves_what_was_finished(source: Path, tmp_path: Pa
 
 def test_kills_at_random_moments() -> None:
     """A handful; support/kill.py does hundreds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.kill", "--kills", "6"],
-        env=finding_support(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal the unbroken one" in done.stdout
+    run_kills("--kills", "6")

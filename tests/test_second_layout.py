@@ -91,7 +91,7 @@ class CutlassNvfp4:
                     tensor = f"{layer.prefix}.{name}_{leaf}"
                     yield Move(tensor, expert * nbytes, nbytes, spans, arrangement)
 
-    def remarks(self, *_: object) -> Iterator[str]:
+    def value_warnings(self, *_: object) -> Iterator[str]:
         return iter(())
 
     def authority(self, geometries: Iterable[Geometry]) -> RowOrder:  # noqa: ARG002

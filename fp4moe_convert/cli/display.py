@@ -247,7 +247,7 @@ def verified_table(verified: Verified) -> Table:
 
 def preview_tables(preview: Preview, out_dir: Path) -> Iterator[Table]:
     """What a conversion to ``out_dir`` would do."""
-    plan, copied = preview.work.plan, preview.work.copied
+    plan, copied = preview.work.plan, preview.work.copied_nbytes
     yield _table(
         {
             "only": f"{preview.part}, {len(plan.shards)} shards" if preview.part else "",
@@ -280,7 +280,7 @@ def _to_fetch(preview: Preview) -> dict[str, str]:
     if (fetched := preview.fetched) is None:
         return {}
     nbytes, rate = preview.to_fetch_nbytes, fetched.bytes_per_second
-    written = preview.work.plan.bytes_out + sum(preview.work.copied.values())
+    written = preview.work.plan.bytes_out + sum(preview.work.copied_nbytes.values())
     return {
         "to fetch": f"{nbytes:,} bytes, {nbytes / rate / 60:,.0f} min at the {rate / 1e6:.1f} MB/s "
         "at which the headers came; larger reads are faster",

@@ -9,9 +9,9 @@ from typing import TypeVar
 Job = TypeVar("Job")
 
 USUAL_NBYTES = 32 * 2**20
-"""More than a worker takes whose moves are as large as `layouts.base.MOVE_NBYTES`."""
+"""A worker with moves of `layouts.base.MOVE_NBYTES` takes less than this."""
 MAX_NBYTES = 256 * 2**20
-"""What workers take together whose moves are larger."""
+"""What workers with larger moves take together at most."""
 
 
 def crew_size(threads: int, nbytes: int) -> int:

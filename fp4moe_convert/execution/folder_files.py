@@ -164,7 +164,7 @@ class FolderFiles:
         looks_finished = MANIFEST_NAME in work.generated and self.has_index
         if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
             raise OutputError(f"{self.path}: {self._no_manifest}; {AFRESH}")
-        beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.copied}
+        beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.other_files}
         for name in sorted(name for name in beside if not no_engine_reads(name)):
             if name in present and not self._is_as_left(name, work):
                 what = "has been changed since" if self.manifest else "is not the source's"

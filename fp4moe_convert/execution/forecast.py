@@ -51,7 +51,7 @@ def forecast(work: Conversion, kept: Container[str] = ()) -> Forecast:
         if shard.name not in work.gone
     }
     nbytes = sum(sizes.values())
-    beside = sum(work.copied.values())
+    beside = sum(work.copied_nbytes.values())
     # `SOURCE_NAME` holds these once more.
     headers = sum(shard.header.nbytes for shard in work.sources)
     configuration = sum(file.nbytes for file in work.checkpoint.config_files.values())

@@ -236,7 +236,7 @@ class Planned:
     def shards_to_write(self) -> tuple[Target, ...]:
         return tuple(shard for shard in self.work.shards if shard.name not in self.kept)
 
-    def remarks(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """What there is to say of what earlier runs left."""
         for name, why in self.to_redo.items():
             yield f"{name}: written again: {why}"
@@ -315,7 +315,7 @@ class Planned:
         begun = {partial_path(folder.path / name).name for name in self.filled}
         keep = (set(files.ours) if is_whole else set(self.kept)) | begun
         if files.dropped:
-            keep |= {SOURCE_NAME, *self.work.copied}
+            keep |= {SOURCE_NAME, *self.work.other_files}
         # Half-written files go first: on a disk that they have filled there is no room for a line
         # in the journal.
         files.clear(files.ours | begun)
@@ -342,7 +342,7 @@ class Planned:
         if needed is None:
             needed = sum(shard.nbytes for shard in self.shards_to_write)
         stale = folder.files.stale(keep)
-        for name, nbytes in self.work.copied.items():
+        for name, nbytes in self.work.copied_nbytes.items():
             if name in stale or not (folder.path / name).exists():
                 needed += nbytes
         with naming(folder.path, OutputError):
@@ -430,7 +430,7 @@ class Writing:
             CheckpointError: a file of the source cannot be read.
         """
         folder, work = self.folder, self.work
-        folder.files.claim({*work.generated, *work.copied})
+        folder.files.claim({*work.generated, *work.other_files})
         write_beside({shard.name: self.records[shard.name] for shard in work.shards})
         done = Done(folder, work)
         folder.enter(self, done)
@@ -446,7 +446,7 @@ class Writing:
             OutputError: somebody has put a file where one of ours will be, or writing failed.
             CheckpointError: a file of the source cannot be read.
         """
-        names = {SOURCE_NAME, *self.work.copied}
+        names = {SOURCE_NAME, *self.work.other_files}
         self.folder.files.claim(names)
         self.keep |= names
         source = write_record()

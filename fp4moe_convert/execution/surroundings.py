@@ -114,8 +114,8 @@ def write_surroundings(
         files=dict(sorted(files.items())),
     ).encode()
     if not holds(out_dir / MANIFEST_NAME, manifest):
-        # The files of a finished folder are about to be rewritten one at a time. Until then none
-        # must seem to be as the new manifest says.
+        # The files of a finished folder are about to be rewritten one by one. After a kill in
+        # between, the old ones beside the new manifest would look as if a person had edited them.
         for name in (INDEX_NAME, CONFIG_NAME):
             with naming(name, OutputError):
                 remove_file(out_dir / name)

@@ -107,7 +107,7 @@ class Work(ABC):
         return {shard.name: shard.identity for shard in self.sources}
 
     @cached_property
-    def copied(self) -> dict[str, int]:
+    def copied_nbytes(self) -> dict[str, int]:
         """Size in bytes of each file that is copied as it is, by name."""
         return {name: self.store.open(name).nbytes for name in self.other_files}
 
@@ -185,7 +185,7 @@ class Conversion(Work):
         return GENERATED
 
     def left_by_us(self, name: str) -> FileRecord | None:
-        return record_of(self.store.open(name)) if name in self.copied else None
+        return record_of(self.store.open(name)) if name in self.other_files else None
 
     def difference(self, manifest: Manifest) -> str | None:
         if manifest.row_order != self.row_order:

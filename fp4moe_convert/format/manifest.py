@@ -80,7 +80,7 @@ class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_sha
     shards: dict[str, ShardRecord]
 
     @property
-    def copied(self) -> dict[str, FileRecord]:
+    def copied_records(self) -> dict[str, FileRecord]:
         """The files that were copied from the source."""
         return {name: record for name, record in self.files.items() if name not in GENERATED}
 

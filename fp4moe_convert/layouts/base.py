@@ -119,7 +119,7 @@ class Layout(Protocol):
         """What fills these tensors, each byte once, each tensor's bytes in order; in an order that
         reads the source forwards."""
 
-    def remarks(
+    def value_warnings(
         self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
     ) -> Iterator[str]:
         """What a user should know about the values of a converted layer.

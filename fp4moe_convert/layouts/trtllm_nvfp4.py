@@ -353,7 +353,7 @@ class TrtllmNvfp4:
             yield _gather_move(w13, layer, projections, leaf)
             yield _gather_move(w2, layer, ("down",), leaf)
 
-    def remarks(
+    def value_warnings(
         self, prefix: str, geometry: Geometry, read: Callable[[TensorSpec], Bytes]
     ) -> Iterator[str]:
         for leaf, w13, w2 in self._gathered(self.tensors(prefix, geometry)):

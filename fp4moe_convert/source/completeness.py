@@ -29,7 +29,7 @@ _ATTENTION = re.compile(r"att|qkv|\b[qk]_proj|mamba|ssm|rwkv|conv|recurr|delta|A
 """What is in the names of all that lets tokens see each other, and in those of some norms."""
 
 
-def remarks(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
+def warnings_on(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
     """What a person should know of a checkpoint before it is converted.
 
     Args:

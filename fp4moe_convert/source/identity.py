@@ -46,7 +46,7 @@ def source_difference(
     recorded, found = manifest.source, describe_source(checkpoint)
     if found.revision and recorded.revision and found.revision != recorded.revision:
         return f"revision {found.revision} is not {recorded.revision}"
-    copied = manifest.copied
+    copied = manifest.copied_records
     there = {name: record_of(checkpoint.store.open(name)) for name in checkpoint.other_files}
     for before, now in (
         (recorded.shards, found.shards),

@@ -35,8 +35,8 @@ def layer_number(name: str) -> int | None:
 
 
 def is_mtp_by_name(name: str) -> bool:
-    """Whether a name says that it is of multi-token prediction. Families that count such layers
-    after the decoder's do not say so."""
+    """Whether a name says that it is of multi-token prediction. It does not where a family counts
+    such layers after those of the decoder."""
     return _MTP.search(name) is not None
 
 

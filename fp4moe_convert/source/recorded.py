@@ -92,7 +92,7 @@ class RecordedSource:
 
     converted: LocalFolder
     source: SourceRecord
-    copied: Collection[str]
+    copied_names: Collection[str]
     """Names of the files that were copied."""
 
     @property
@@ -114,13 +114,13 @@ class RecordedSource:
     def listing(self) -> Listing:
         # What is there, not what a manifest says: a model card may have been deleted since, and
         # names of files become paths of the restored folder.
-        copied = set(files_below(self.converted.local_path)).intersection(self.copied)
+        copied = set(files_below(self.converted.local_path)).intersection(self.copied_names)
         return Listing(files=tuple(sorted({*self._places, *copied})), folders=(), left_out={})
 
     def open(self, name: str, *, direct: bool = False) -> Reader:
         if name in self._places:
             return self._places[name]
-        if name in self.copied:
+        if name in self.copied_names:
             return self.converted.open(name, direct=direct)
         raise MissingFileError(f"{name}: is not on record")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -87,7 +87,6 @@ class Header:
     """In order of their data."""
     digest: str
     """XXH3-128 of the header's bytes, length word included."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file_nbytes(self) -> int:
@@ -164,7 +163,7 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
     except _NOT_JSON as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         raise HeaderError(f"{file}: header is not JSON: {reason}") from None
-    metadata = _metadata(entries.pop("__metadata__", None), file)
+    _check_metadata(entries.pop("__metadata__", None), file)
     tensors = [_tensor_info(name, entry, file) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
 
@@ -182,7 +181,7 @@ def parse_header(raw: bytes, file_nbytes: int, file: str) -> Header:
         raise HeaderError(
             f"{file}: {kind}: {file_nbytes} bytes, its header describes {len(raw) + position}"
         )
-    return Header(len(raw), tuple(tensors), xxhash.xxh3_128_hexdigest(raw), metadata)
+    return Header(len(raw), tuple(tensors), xxhash.xxh3_128_hexdigest(raw))
 
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -198,9 +197,10 @@ _decode_entry = msgspec.json.Decoder(_Entry).decode
 _decode_metadata = msgspec.json.Decoder(dict[str, str]).decode
 
 
-def _metadata(entry: msgspec.Raw | None, file: str) -> dict[str, str]:
+def _check_metadata(entry: msgspec.Raw | None, file: str) -> None:
     try:
-        return {} if entry is None else _decode_metadata(entry)
+        if entry is not None:
+            _decode_metadata(entry)
     except _NOT_JSON:
         raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings") from None
 

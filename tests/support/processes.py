@@ -44,6 +44,21 @@ os.rename = dying
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+def run_kills(*options: str) -> str:
+    """Run `support.kill`, in which all must go well; what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.kill", *options],
+        env=finding_support(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal the unbroken one" in done.stdout
+    return done.stdout
+
+
 def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
     """Wait for something that another process does."""
     deadline = time.monotonic() + seconds

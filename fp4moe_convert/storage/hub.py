@@ -45,12 +45,13 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import CheckpointError, UnreachableError
+from ..format.manifest import HUB_PREFIX, FileIdentity, Provenance
 from .buffers import Bytes
 from .connection_pool import ConnectionPool
 from .http_answers import PASSING, Headers, asked_wait
 from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
 from .local import LocalFolder
-from .reader import Identity, Store
+from .reader import Store
 from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
 MAX_SKIPPED_NBYTES = 16 * 2**20
@@ -131,19 +132,19 @@ def open_hub(
     )
 
 
-def listed_files(info: ModelInfo) -> tuple[dict[str, Identity], set[str]]:
+def listed_files(info: ModelInfo) -> tuple[dict[str, FileIdentity], set[str]]:
     """Size and ETag of each file of a model, and the names of those that lie in git, not in LFS.
 
     Raises:
         CheckpointError: the Hub does not say.
     """
-    files: dict[str, Identity] = {}
+    files: dict[str, FileIdentity] = {}
     is_plain: set[str] = set()
     for file in info.siblings or ():
         etag = file.lfs.sha256 if file.lfs else file.blob_id
         if file.size is None or etag is None:
             raise CheckpointError(f"{info.id}: the Hub does not say the size of {file.rfilename}")
-        files[file.rfilename] = {"bytes": file.size, "etag": etag}
+        files[file.rfilename] = FileIdentity(file.size, etag=etag)
         if file.lfs is None:
             is_plain.add(file.rfilename)
     return files, is_plain
@@ -163,12 +164,12 @@ def _latest_snapshot(
 
 
 def _complete_snapshot(
-    repo_id: str, commit: str, files: Mapping[str, Identity], cache_dir: str | Path | None
+    repo_id: str, commit: str, files: Mapping[str, FileIdentity], cache_dir: str | Path | None
 ) -> LocalFolder | None:
     folder = ""
     for name, identity in files.items():
         found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
-        if not isinstance(found, str) or os.path.getsize(found) != identity["bytes"]:
+        if not isinstance(found, str) or os.path.getsize(found) != identity.nbytes:
             return None
         folder = found.removesuffix(name)
     return LocalFolder(Path(folder))
@@ -181,7 +182,7 @@ class HubStore(RemoteStore):
         self,
         repo_id: str,
         commit: str,
-        files: Mapping[str, Identity],
+        files: Mapping[str, FileIdentity],
         *,
         is_plain: set[str],
         connections: int,
@@ -196,7 +197,7 @@ class HubStore(RemoteStore):
             connections: as for `RemoteStore`.
             traffic: as for `RemoteStore`.
         """
-        super().__init__(f"hf://{repo_id}", files, connections=connections, traffic=traffic)
+        super().__init__(f"{HUB_PREFIX}{repo_id}", files, connections=connections, traffic=traffic)
         self._repo_id = repo_id
         self._commit = commit
         self._is_plain = is_plain
@@ -207,8 +208,8 @@ class HubStore(RemoteStore):
             _httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
 
-    def provenance(self) -> Mapping[str, str]:
-        return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
+    def provenance(self) -> Provenance:
+        return Provenance(self.location, self._repo_id, self._commit)
 
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         url = hf_hub_url(self._repo_id, name, revision=self._commit)
@@ -274,10 +275,11 @@ class HubStore(RemoteStore):
                     found = get_hf_file_metadata(
                         url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **LIBRARY
                     )
-                stated = {"bytes": found.size, "etag": found.etag}
-                if stated != self._files[name]:
+                listed = self._files[name]
+                if (found.size, found.etag) != (listed.nbytes, listed.etag):
                     raise CheckpointError(
-                        f"{name}: is {stated}, but the Hub lists it as {dict(self._files[name])}"
+                        f"{name}: has {found.size} bytes and the ETag {found.etag}, but the Hub "
+                        f"lists it with {listed.nbytes} and {listed.etag}"
                     )
                 self._addresses[name] = found.location
             return self._addresses[name]
@@ -288,7 +290,7 @@ class HubStore(RemoteStore):
         """Make sure that an answer has the bytes asked for; how many come before these."""
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{name}: comes compressed; is a proxy between?")
-        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name]['bytes']}"
+        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name].nbytes}"
         if status == HTTPStatus.PARTIAL_CONTENT:
             if (found := headers.get("Content-Range")) != expected:
                 raise TryAgainError(f"the answer has {found}, expected {expected}")

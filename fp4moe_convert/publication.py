@@ -12,7 +12,6 @@ need not read it again.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +36,10 @@ from .inspection import inspect
 from .model_card import front_matter, make_card
 from .progress import OnNote, OnProgress, tell, track
 from .source.recorded import is_source_card, keeps_source_card
-from .storage.hub import FIRST_TRIES
 from .storage.hub_repository import Head, HubRepository
 from .storage.local import LocalFolder, files_below
 from .storage.reader import Identity
-from .storage.remote import Backoff, TryAgainError
+from .storage.remote import FIRST_TRIES, Backoff, TryAgainError
 from .verification import verify
 
 LAST = (CARD_NAME, SOURCE_CARD_NAME, CONFIG_NAME, INDEX_NAME)
@@ -169,12 +167,7 @@ def push(
 
 def _reach(repository: HubRepository) -> Head | None:
     """What the repository holds, asked for the first time."""
-    backoff = Backoff(repository.repo_id, tries=FIRST_TRIES)
-    while True:
-        try:
-            return repository.head()
-        except TryAgainError as error:
-            backoff.wait_after(error, threading.Event())
+    return Backoff(repository.repo_id, tries=FIRST_TRIES).retry(repository.head)
 
 
 def _upload(
@@ -230,7 +223,7 @@ def _upload(
             committed.update(names)
             backoff.reset()
         except TryAgainError as error:
-            backoff.wait_after(error, threading.Event())
+            backoff.wait_after(error)
 
 
 def next_commit(missing: Sequence[str], sizes: Mapping[str, int]) -> list[str]:

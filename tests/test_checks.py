@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +119,13 @@ def test_a_malformed_section_is_refused(changes: dict[str, object]) -> None:
         match=rf"^fp4moe: config\.json: quantization_config is malformed: [^\n]+; {WAY_OUT}$",
     ):
         read_section(section(**changes))
+
+
+def test_a_server_of_another_checkpoint_imports_no_more_than_it_needs() -> None:
+    """SGLang calls the hooks in each of its processes. FlashInfer would initialize CUDA there."""
+    program = "import sys, fp4moe_convert.serving.sglang.hooks; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert not {"flashinfer", "sglang", "vllm"} & set(done.stdout.decode().split())
 
 
 # --- the order of rows ----------------------------------------------------------------------------

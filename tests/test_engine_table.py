@@ -1,5 +1,5 @@
 """What the converter says of engines that are not installed: which can serve a model, at which
-sizes, and how. That the reasons are true is for tests/engines/test_reasons.py."""
+sizes, and how. That the reasons are true is for tests/engines/reasons.py."""
 
 from __future__ import annotations
 

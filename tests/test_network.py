@@ -37,6 +37,7 @@ from fp4moe_convert.execution.crew import Crew
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage import prefetch, remote
 from fp4moe_convert.storage.buffers import Bytes, block_buffer
+from fp4moe_convert.storage.http_answers import asked_wait
 from fp4moe_convert.storage.prefetch import Range, open_prefetching
 from fp4moe_convert.storage.remote import RemoteStore, StoppedError, TryAgainError, fill_from
 
@@ -88,6 +89,7 @@ FAULTS = {
     "busy": Fault(SIGNED, 4, status=503),
     "too many requests": Fault("", 3, status=429, headers={"Retry-After": "0"}),
     "a bad gateway, first of all": Fault("/api/models", 1, status=502),
+    "a page of whoever is between": Fault("/api/models", 1, status=200),
     "the addresses of files are not to be had": Fault(f"HEAD.*{RESOLVE}", 2, status=500),
     "bodies are cut": Fault(SIGNED, 9, cut_after=700),
     "bodies never begin": Fault(SIGNED, 3, cut_after=0),
@@ -368,12 +370,12 @@ def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_pat
     ],
 )
 def test_how_long_a_server_wants_us_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    assert hub_store.asked_wait(headers) == seconds
+    assert asked_wait(headers) == seconds
 
 
 def test_until_when_a_server_wants_us_to_wait() -> None:
     in_a_minute = formatdate(time.time() + 60, usegmt=True)
-    assert hub_store.asked_wait({"retry-after": in_a_minute}) == pytest.approx(60, abs=5)
+    assert asked_wait({"retry-after": in_a_minute}) == pytest.approx(60, abs=5)
 
 
 # --- one range ------------------------------------------------------------------------------------

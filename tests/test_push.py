@@ -365,6 +365,8 @@ def test_a_run_that_was_killed_goes_on(
         Fault(r"PUT /upload/", times=1, cut_after=1000),
         Fault(r"POST /api/repos/create", times=2, status=502),
         Fault(r"GET /api/models/org/result", times=2, status=503),
+        Fault(r"GET /api/models/org/result", times=2, status=200),  # with a body that is no JSON
+        Fault(r"POST .*/preupload/", times=1, status=200),
     ],
     ids=lambda fault: f"{fault.path} {fault.status}",
 )

@@ -331,9 +331,4 @@ def test_the_cases_of_the_engines_are_there(
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "engines"))
     _, cases = BY_ENGINE[situation]
     for driver, case in cases:
-        module = importlib.import_module(driver)
-        if driver.endswith("_ways"):
-            names = {str(each) for each, _ in module.cases()}
-        else:
-            names = set(module.CASES if hasattr(module, "CASES") else module.case_names())
-        assert case in names
+        assert case in importlib.import_module(driver).case_names()

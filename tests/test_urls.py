@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -17,7 +18,6 @@ from test_network import little_room
 from fp4moe_convert import (
     CheckpointError,
     MissingFileError,
-    UnreachableError,
     VerifyError,
     convert,
     inspect,
@@ -130,26 +130,177 @@ def test_what_was_made_from_other_bytes_is_made_again(
     verify(tmp_path / "out", source)
 
 
-def test_failures_of_a_file_system(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def failures(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Exception]]]:
+    """What calls of the file system of `url` raise, by their names, before they answer."""
+    assert url.startswith("memory:")
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
-    failures: list[Exception] = [TimeoutError("slow"), RuntimeError("throttled\nby them")]
-    cat_file = fsspec.filesystem("memory").cat_file
+    left: dict[str, list[Exception]] = {"ls": [], "info": [], "cat_file": []}
+    file_system = type(fsspec.filesystem("memory"))
 
-    def failing(*arguments: object, **options: object) -> object:
-        if failures:
-            raise failures.pop()
-        return cat_file(*arguments, **options)
+    def failing(call: str) -> Callable[..., object]:
+        answer = getattr(file_system, call)
 
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", staticmethod(failing))
+        def fail_first(*arguments: object, **options: object) -> object:
+            if left[call]:
+                raise left[call].pop(0)
+            return answer(*arguments, **options)
+
+        return fail_first
+
+    for call in left:
+        monkeypatch.setattr(file_system, call, failing(call))
+    yield left
+    for own in left.values():
+        own.clear()
+
+
+class Answered(Exception):  # noqa: N818 (as libraries keep HTTP answers)
+    def __init__(self, status: int, **headers: str) -> None:
+        super().__init__(f"{status} it says")
+        self.status, self.headers = status, headers
+
+
+class FromBotocore(Exception):  # noqa: N818
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} it says")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": {}}}
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+CALLS = pytest.mark.parametrize("call", ["ls", "info", "cat_file"])
+MAY_PASS: list[Callable[[], Exception]] = [
+    lambda: TimeoutError("slow"),
+    lambda: ConnectionResetError(104, "reset"),
+    lambda: RuntimeError("throttled\nby them"),
+    lambda: Answered(503),
+    lambda: caused(OSError(16, "slow down"), FromBotocore(503)),
+    # As the file system of https:// says whatever has gone wrong with a HEAD.
+    lambda: caused(FileNotFoundError("file"), Answered(503)),
+    lambda: caused(FileNotFoundError("file"), TimeoutError("slow")),
+]
+FOR_GOOD: dict[str, Callable[[], Exception]] = {
+    "not yours": lambda: PermissionError("not yours"),
+    "403 it says": lambda: caused(FileNotFoundError("file"), Answered(403)),
+    "who are you": lambda: NoCredentialsError("who are you"),
+    "an expired token": lambda: caused(OSError(22, "an expired token"), FromBotocore(400)),
+}
+
+
+@CALLS
+@pytest.mark.parametrize("make", MAY_PASS)
+def test_what_may_pass_is_tried_again(
+    url: str,
+    tmp_path: Path,
+    failures: dict[str, list[Exception]],
+    call: str,
+    make: Callable[[], Exception],
+) -> None:
+    failures[call] = [make(), make()]
     convert(url, tmp_path / "out")
     verify(tmp_path / "out", url)
-    failures[:] = [PermissionError("not yours")]
-    with pytest.raises(CheckpointError, match=r"config\.json: not yours"):
-        inspect(url)
-    failures[:] = [RuntimeError("down\nagain")] * remote.TRIES
-    with pytest.raises(UnreachableError, match=r"config\.json: down again, 8 times"):
+    failures[call] = [make() for _ in range(100)]
+    result = run("inspect", url)
+    assert result.exit_code == 75
+    tries = remote.FIRST_TRIES if call == "ls" else remote.TRIES
+    assert len(failures[call]) == 100 - tries
+    [line] = result.stderr.splitlines()
+    assert f", {tries} times in a row; check the network" in line
+
+
+@CALLS
+@pytest.mark.parametrize("reason", FOR_GOOD)
+def test_what_will_not_pass_is_said_at_once(
+    url: str, failures: dict[str, list[Exception]], call: str, reason: str
+) -> None:
+    failures[call] = [FOR_GOOD[reason]()]
+    result = run("inspect", url)
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {url}: " if call == "ls" else "error: config.json: ")
+    assert line.endswith(reason)
+
+
+def test_a_server_that_is_down_when_it_is_reached_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
+    result = run("inspect", "ftp://127.0.0.1:9/model")
+    assert result.exit_code == 75
+    assert "Connection refused, 4 times in a row" in result.stderr
+
+
+def test_a_server_says_how_long_to_wait(
+    url: str, failures: dict[str, list[Exception]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda _, timeout: waits.append(timeout))
+    failures["info"] = [caused(FileNotFoundError("file"), Answered(429, **{"retry-after": "7"}))]
+    store = open_store(url)
+    store.open("config.json")
+    assert waits == [7]
+
+
+def test_a_network_that_fails_once_a_shard_is_finished(
+    url: str, source: Path, tmp_path: Path, failures: dict[str, list[Exception]]
+) -> None:
+    """Its sources are looked at again."""
+
+    def on_progress(_: object) -> None:
+        failures["info"][:] = [TimeoutError("slow")]
+
+    convert(url, tmp_path / "out", on_progress=on_progress)
+    verify(tmp_path / "out", source)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/models/tiny/sub/folder/vocabulary", b"some")
+    assert "sub/folder/vocabulary" in open_store(url).listing().files
+    ls = type(memory).ls
+
+    def refusing(fs: object, path: str, **options: object) -> object:
+        if path.endswith("sub/folder"):
+            raise PermissionError("not yours")
+        return ls(fs, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "ls", refusing)
+        with pytest.raises(CheckpointError, match="not yours"):
+            open_store(url)
+
+
+def test_a_list_without_sizes(url: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As web servers give it."""
+    memory = type(fsspec.filesystem("memory"))
+    ls, info = memory.ls, memory.info
+
+    def sizeless(fs: object, path: str, **options: object) -> object:
+        return [{**each, "size": None} for each in ls(fs, path, **options)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "ls", sizeless)
+        assert inspect(url).nbytes == inspect(source).nbytes
+        patch.setattr(memory, "info", lambda *given: {**info(*given), "size": None})
+        with pytest.raises(CheckpointError, match="its size is not stated"):
+            open_store(url)
+
+
+def test_a_server_that_sends_no_ranges_is_refused(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = type(fsspec.filesystem("memory"))
+    cat_file = memory.cat_file
+    monkeypatch.setattr(memory, "cat_file", lambda fs, path, **_: cat_file(fs, path))
+    with pytest.raises(CheckpointError, match=r"safetensors: the server sends no ranges"):
         inspect(url)
 
 

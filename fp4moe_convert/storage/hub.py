@@ -8,20 +8,16 @@ its limit of requests.
 
 from __future__ import annotations
 
-import email.utils
-import http.client
 import importlib
 import importlib.metadata
 import os
-import re
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -38,7 +34,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -52,45 +47,26 @@ from huggingface_hub.utils import (
 from ..errors import CheckpointError, UnreachableError
 from .buffers import Bytes
 from .connection_pool import ConnectionPool
+from .http_answers import PASSING, Headers, asked_wait
+from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
 from .local import LocalFolder
 from .reader import Identity, Store
-from .remote import Backoff, RemoteStore, Traffic, TryAgainError, fill_from
-
-FIRST_TRIES = 4
-"""Until the Hub counts as unreachable when nothing has come from it yet."""
+from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
 MAX_SKIPPED_NBYTES = 16 * 2**20
 """Of an answer that has the whole file instead of a range, as servers may give of small files."""
 
-_HTTP_ERROR = HfHubHTTPError.__mro__[1]
-"""HTTPError of httpx or httpx2, whichever the library stands on."""
-_httpx = importlib.import_module(_HTTP_ERROR.__module__.partition(".")[0])
-
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
-    *(_HTTP_ERROR, OSError, http.client.HTTPException),
-)
+_httpx = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0])
 
 PIECE_NBYTES = 2**20
 """Of an answer, until progress is noted. What a connection that stalls has brought of one is asked
 for again."""
 
-PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT,
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-}
 LIBRARY: Any = {
     "library_name": "fp4moe-convert",
     "library_version": importlib.metadata.version("fp4moe-convert"),
 }
 """Who asks."""
-
-_Headers: TypeAlias = Mapping[str, str] | http.client.HTTPMessage
-
-LOG_IN = "set HF_TOKEN or run hf auth login"
 
 
 def open_hub(
@@ -127,25 +103,23 @@ def open_hub(
             "download the model first"
         )
     api, traffic = HfApi(**LIBRARY), Traffic()
-    backoff = Backoff(repo_id, tries=FIRST_TRIES)
-    while True:
-        try:
-            with traffic, _explained(repo_id, revision):
-                info = api.model_info(
-                    repo_id,
-                    revision=revision,
-                    files_metadata=True,
-                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                )
-            break
-        except TryAgainError as error:
-            try:
-                backoff.wait_after(error, threading.Event())
-            except UnreachableError:
-                # As huggingface_hub does.
-                if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
-                    return snapshot
-                raise
+
+    def ask() -> ModelInfo:
+        with traffic, _explained(repo_id, revision):
+            return api.model_info(
+                repo_id,
+                revision=revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+
+    try:
+        info = Backoff(repo_id, tries=FIRST_TRIES).retry(ask)
+    except UnreachableError:
+        # As huggingface_hub does.
+        if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
+            return snapshot
+        raise
     commit = info.sha
     files, is_plain = listed_files(info)
     if commit is None or not files:
@@ -309,7 +283,7 @@ class HubStore(RemoteStore):
             return self._addresses[name]
 
     def _check_answer(
-        self, name: str, status: int, headers: _Headers, offset: int, nbytes: int
+        self, name: str, status: int, headers: Headers, offset: int, nbytes: int
     ) -> int:
         """Make sure that an answer has the bytes asked for; how many come before these."""
         if headers.get("Content-Encoding", "identity") != "identity":
@@ -328,7 +302,7 @@ class _RefusedError(Exception):
     """A signed address leads nowhere any more."""
 
 
-def _check_status(status: int, reason: str, headers: _Headers) -> None:
+def _check_status(status: int, reason: str, headers: Headers) -> None:
     """Judge the answer of a storage, which is not the Hub's own.
 
     Raises:
@@ -358,44 +332,28 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id}: access is restricted; ask for it at {constants.ENDPOINT}/{repo_id}, then "
-            f"{LOG_IN}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo_id}: no folder here has that name, and the Hub has no such model, or a private "
-            f"one; check the name, and for a private one {LOG_IN}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{repo_id}: has no revision {revision!r}; name a branch, a tag or a commit of it"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise CheckpointError(f"{repo_id}: HF_HUB_OFFLINE is set") from error
-    except HfHubHTTPError as error:
-        response = error.response
-        status = response.status_code
-        what = f"the Hub answers {status} {error.server_message or response.reason_phrase}"
-        if status in PASSING:
-            raise TryAgainError(what, after=asked_wait(response.headers)) from error
-        advice = f"; {LOG_IN}" if status in (401, 403) else ""
-        raise CheckpointError(f"{repo_id}: {what}{advice}") from error
     except TRANSPORT_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})") from error
+        meaning = passing(error) or CheckpointError(
+            f"{repo_id}: {_refusal(error, repo_id, revision)}"
+        )
+        raise meaning from error
 
 
-def asked_wait(headers: _Headers) -> float | None:
-    """Seconds that a server tells us to wait: by Retry-After, as a number or a date, or, at the
-    Hub, by RateLimit."""
-    if found := re.search(r"\br=0\b.*\bt=(\d+)", headers.get("ratelimit", "")):
-        return float(found[1])
-    text = headers.get("retry-after", "")
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
+def _refusal(error: Exception, repo_id: str, revision: str | None) -> str:
+    match error:
+        case GatedRepoError():
+            return (
+                f"access is restricted; ask for it at {constants.ENDPOINT}/{repo_id}, then {LOG_IN}"
+            )
+        case RepositoryNotFoundError():
+            return (
+                "no folder here has that name, and the Hub has no such model, or a private one; "
+                f"check the name, and for a private one {LOG_IN}"
+            )
+        case RevisionNotFoundError():
+            return f"has no revision {revision!r}; name a branch, a tag or a commit of it"
+        case HfHubHTTPError():
+            return answer(error) + (
+                f"; {LOG_IN}" if error.response.status_code in (401, 403) else ""
+            )
+    return "HF_HUB_OFFLINE is set"

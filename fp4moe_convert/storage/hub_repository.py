@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -30,7 +30,8 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import PushError, StorageLimitError
-from .hub import LIBRARY, LOG_IN, PASSING, TRANSPORT_ERRORS, HubStore, asked_wait, listed_files
+from .hub import LIBRARY, HubStore, listed_files
+from .hub_errors import LOG_IN, answer, connection_failed, passing
 from .reader import read_all
 from .remote import Traffic, TryAgainError
 
@@ -189,30 +190,26 @@ def _meaning(repo_id: str, error: BaseException) -> Exception:
         case OfflineModeIsEnabled():
             return PushError(f"{repo_id}: HF_HUB_OFFLINE is set")
         case HfHubHTTPError():
-            return _meaning_of_answer(repo_id, error)
+            return passing(error) or _meaning_of_answer(repo_id, error)
         case OSError() if error.filename is not None:
             return PushError(f"{error.filename}: {error.strerror}")
         case ValueError() | RuntimeError() if error.__cause__ is not None:
             # huggingface_hub says of which file it is, and raises that from what happened.
             return _meaning(repo_id, error.__cause__)
+        case RuntimeError() | JSONDecodeError():  # the first is Xet's
+            return connection_failed(error)
         case ValueError():  # what the Hub answers to a file's upload, or says of the card
             return _meaning_of_text(repo_id, " ".join(str(error).split()))
-        case _ if isinstance(error, (*TRANSPORT_ERRORS, RuntimeError)):  # the last is Xet's
-            reason = str(error) or type(error).__name__
-            return TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})")
+    if (again := passing(error)) is not None:
+        return again
     raise error
 
 
 def _meaning_of_answer(repo_id: str, error: HfHubHTTPError) -> Exception:
-    response: Any = error.response
-    status = response.status_code
-    said = error.server_message or response.reason_phrase
-    what = f"the Hub answers {status} {' '.join(said.split())}"
-    if status in PASSING:
-        return TryAgainError(what, after=asked_wait(response.headers))
+    status, what = error.response.status_code, answer(error)
     if status in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
         return TryAgainError(what)  # somebody else has committed something
-    if "storage" in said.lower():
+    if "storage" in what.lower():
         return _meaning_of_text(repo_id, what)
     if status == HTTPStatus.UNAUTHORIZED:
         return PushError(f"{repo_id}: {what}; {LOG_IN}")

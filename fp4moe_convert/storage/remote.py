@@ -10,10 +10,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from .reader import Identity, Listing, Store
 TRIES = 8
 """Failures in a row, without a byte between them, until a store counts as unreachable: about two
 minutes."""
+FIRST_TRIES = 4
+"""As many where nothing has come from it yet."""
 FIRST_WAIT_SECONDS = 1.0
 """After a failure; doubled after each one more."""
 MAX_WAIT_SECONDS = 60.0
@@ -37,6 +40,9 @@ MIN_BYTES_PER_SECOND = 10_000
 
 MAX_KEPT_NBYTES = 250_000_000
 """Memory for what is read outside of a plan. DeepSeek-V3's headers and index have 38 MB."""
+
+
+T = TypeVar("T")
 
 
 class TryAgainError(Exception):
@@ -59,6 +65,19 @@ class Backoff:
         self._what = what
         self._tries = TRIES if tries is None else tries
         self._failures = 0
+
+    def retry(self, ask: Callable[[], T], stopped: threading.Event | None = None) -> T:
+        """What ``ask`` returns, once it does not fail in a way that may pass.
+
+        Raises:
+            UnreachableError: it did to the last try.
+            StoppedError: ``stopped`` was set meanwhile.
+        """
+        while True:
+            try:
+                return ask()
+            except TryAgainError as error:
+                self.wait_after(error, stopped)
 
     def reset(self) -> None:
         """Something has come."""
@@ -214,10 +233,14 @@ class RemoteStore(ABC):
         `StoppedError`."""
         if name not in self._files:
             raise MissingFileError(f"{name}: is not in {self.location}")
-        return RemoteReader(self, name, self.identity(name), stopped)
+        return RemoteReader(self, name, self.identity(name, stopped), stopped)
 
-    def identity(self, name: str) -> Identity:
-        """Of a file of the store, as it is now."""
+    def identity(
+        self,
+        name: str,
+        stopped: threading.Event | None = None,  # noqa: ARG002 (nothing is asked here)
+    ) -> Identity:
+        """Of a file of the store, as it is now; raises what `fetch` does."""
         return self._files[name]
 
     def fetch(

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Any, TypeVar
 
 import fsspec
 
 from ..errors import CheckpointError, MissingFileError
 from .buffers import Bytes
-from .reader import Identity
-from .remote import RemoteStore, TryAgainError, fill_from
+from .http_answers import PASSING, Headers, asked_wait
+from .reader import Identity, in_parallel
+from .remote import FIRST_TRIES, Backoff, RemoteStore, TryAgainError, fill_from
 
-_CHANGES = ("ETag", "etag", "md5Hash", "content_hash", "generation", "LastModified", "mtime")
+_CHANGES = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_hash",
+    "generation",
+    "LastModified",
+    "Last-Modified",
+    "mtime",
+)
 """What file systems call a value that changes when a file does; the best first."""
-_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError)
+_FOR_GOOD = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(NotImplementedError, ValueError, TypeError, LookupError),
+)
+
+_NOT_FOUND = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+
+T = TypeVar("T")
 
 
 class UrlStore(RemoteStore):
@@ -28,50 +48,142 @@ class UrlStore(RemoteStore):
 
         Raises:
             CheckpointError: there is no such folder or file system, or its package is missing.
+            UnreachableError: it does not answer.
         """
+        self.location = url
+        self._fs, root = Backoff(url, tries=FIRST_TRIES).retry(self._connect)
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:  # they say which package to install
-            raise CheckpointError(f"{url}: cannot be opened: {error}") from error
-        try:
-            found = self._fs.find(self._root, detail=True)
-        except Exception as error:
-            raise CheckpointError(f"{url}: cannot be listed: {_reason(error)}") from error
+            found = self._ask(partial(_files_below, self._fs, root), url, tries=FIRST_TRIES)
+        except MissingFileError:
+            found = {}
         if not found:
             raise CheckpointError(f"{url}: has no files; expected a model folder")
-        self._paths = {path.removeprefix(self._root).lstrip("/"): path for path in found}
-        files = {name: _identity(found[path]) for name, path in self._paths.items()}
+        listed = {path.removeprefix(root).lstrip("/"): info for path, info in found.items()}
+        self._paths = dict(zip(listed, found, strict=True))
+        # A web server's list states no sizes.
+        sizeless = [name for name, info in listed.items() if info.get("size") is None]
+        files = {name: _identity(listed[name]) for name in listed.keys() - set(sizeless)}
+        stated = in_parallel(self.identity, sizeless, width=connections)
+        files.update(zip(sizeless, stated, strict=True))
         super().__init__(url, files, connections=connections)
+
+    def _connect(self) -> tuple[Any, str]:
+        try:
+            found: tuple[Any, str] = fsspec.core.url_to_fs(self.location)
+        except (ImportError, ValueError) as error:  # they say which package to install
+            raise CheckpointError(f"{self.location}: cannot be opened: {error}") from error
+        except Exception as error:  # some file systems reach for their server at once
+            raise self._meaning(error, self.location) from error
+        return found
 
     def provenance(self) -> Mapping[str, str]:
         return {"path": self.location}
 
-    def identity(self, name: str) -> Identity:
-        try:
+    def identity(self, name: str, stopped: threading.Event | None = None) -> Identity:
+        return self._ask(lambda: _identity(self._fs.info(self._paths[name])), name, stopped)
+
+    def _ask(
+        self,
+        question: Callable[[], T],
+        what: str,
+        stopped: threading.Event | None = None,
+        *,
+        tries: int | None = None,
+    ) -> T:
+        """Ask the file system, and not what it has kept of earlier answers.
+
+        Raises:
+            MissingFileError: ``what`` is not there.
+            CheckpointError: it cannot be read.
+            UnreachableError: there is no answer.
+        """
+
+        def ask() -> T:
             self._fs.invalidate_cache()
-            return _identity(self._fs.info(self._paths[name]))
-        except FileNotFoundError:
-            raise MissingFileError(f"{name}: is not in {self.location} any more") from None
-        except Exception as error:
-            raise CheckpointError(f"{name}: {_reason(error)}") from error
+            try:
+                return question()
+            except Exception as error:
+                raise self._meaning(error, what) from error
+
+        place = what if what == self.location else f"{self.location}: {what}"
+        return Backoff(place, tries=tries).retry(ask, stopped)
 
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         try:
             data = self._fs.cat_file(self._paths[name], start=offset, end=offset + into.size)
-        except _FOR_GOOD as error:
-            raise CheckpointError(f"{name}: {_reason(error)}") from error
-        except Exception as error:  # each file system has its own
-            raise TryAgainError(_reason(error)) from error
+        except Exception as error:
+            raise self._meaning(error, name) from error
+        if len(data) > into.size:
+            raise CheckpointError(f"{name}: the server sends no ranges")
         yield from fill_from([data], into)
+
+    def _meaning(self, error: Exception, what: str) -> Exception:
+        """`TryAgainError` if a failure may pass.
+
+        Each file system raises its own. The HTTP answer decides, where there was one, and otherwise
+        the cause: the file system of https:// says "not found" whatever has kept it from asking for
+        a file's size.
+        """
+        cause = error.__cause__ or error
+        status, headers = _answer(error) or _answer(cause) or (None, {})
+        said_not_found = isinstance(error, FileNotFoundError)
+        if status is None:
+            may_pass = not isinstance(cause, _FOR_GOOD) and not _lacks_credentials(cause)
+            not_found = said_not_found and not may_pass
+        else:
+            may_pass, not_found = status in PASSING, status in _NOT_FOUND
+        if not_found:
+            return MissingFileError(f"{what}: is not in {self.location} any more")
+        told = cause if said_not_found else error
+        reason = " ".join(str(told).split()) or type(told).__name__
+        if may_pass:
+            return TryAgainError(reason, after=asked_wait(headers))
+        return CheckpointError(f"{what}: {reason}")
+
+
+def _files_below(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    """What a file system lists below a folder, by path. Its own `find` leaves out folders that it
+    cannot list."""
+    found: dict[str, dict[str, Any]] = {}
+    folders = [root.rstrip("/")]
+    while folders:
+        folder = folders.pop()
+        for info in fs.ls(folder, detail=True):
+            path = info["name"].rstrip("/")
+            if info["type"] != "directory":
+                found[path] = info
+            elif path != folder:
+                folders.append(path)
+    return found
 
 
 def _identity(info: Mapping[str, Any]) -> Identity:
+    """
+    Raises:
+        ValueError: the size is not known.
+    """
+    if info.get("size") is None:
+        raise ValueError("its size is not stated")
     identity: dict[str, str | int] = {"bytes": int(info["size"])}
     if (value := next(filter(None, map(info.get, _CHANGES)), None)) is not None:
         identity["etag"] = str(value)
     return identity
 
 
-def _reason(error: Exception) -> str:
-    """In one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _lacks_credentials(error: BaseException) -> bool:
+    """As botocore, google-auth and azure-identity call it, which need not be installed."""
+    return "Credential" in type(error).__name__
+
+
+def _answer(error: BaseException) -> tuple[int, Headers] | None:
+    """Status and headers of the HTTP answer that an exception is about: botocore keeps them in a
+    dict, and aiohttp, azure-core, gcsfs and requests in attributes."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        about = response.get("ResponseMetadata", {})
+        status, headers = about.get("HTTPStatusCode"), about.get("HTTPHeaders")
+    else:
+        values = (getattr(error, key, None) for key in ("status", "status_code", "code"))
+        status = next((value for value in values if isinstance(value, int)), None)
+        headers = getattr(error, "headers", None) or getattr(response, "headers", None)
+    return None if status is None else (status, headers or {})

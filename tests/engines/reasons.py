@@ -3,23 +3,23 @@
 
     PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python tests/engines/reasons.py RESULTS_JSON
 
-`test_reasons.py` runs it in both engines' environments. No model is loaded.
+`test_drivers.py` runs it in both engines' environments. No model is loaded.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from driver import Outcomes, main
 from support import model_zoo, record_models
 from support.cpu_engines import sglang_cpu
 from support.folders import edit_json
@@ -213,21 +213,24 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
 }
 
 
-def outcomes(engine: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def case_names(engine: str) -> list[str]:
+    return [*CASES[engine]]
+
+
+def run(_work: Path, _families: Sequence[str]) -> Outcomes:
+    engine = next(name for name in CASES if importlib.util.find_spec(name))
+    if engine == "sglang":
+        sglang_cpu.bootstrap()
+    outcomes = Outcomes()
     for name, case in CASES[engine].items():
         try:
             case()
         except Exception:
-            yield name, {"passed": False, "detail": traceback.format_exc()}
+            outcomes.record(name, False, traceback.format_exc())
         else:
-            yield name, {"passed": True, "detail": ""}
+            outcomes.record(name, True, "")
+    return outcomes
 
 
 if __name__ == "__main__":
-    here = next(name for name in CASES if importlib.util.find_spec(name))
-    if here == "sglang":
-        sglang_cpu.bootstrap()
-    results = dict(outcomes(here))
-    for name, result in results.items():
-        print(f"{here:7}  {'ok' if result['passed'] else 'FAILED':7}  {name}")
-    Path(sys.argv[1]).write_text(json.dumps(results))
+    main(run)

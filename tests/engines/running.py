@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -11,27 +10,27 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support.environments import environments
+from driver import Outcomes, read_outcomes
 from support.processes import finding_support
 
-Results = dict[str, dict[str, Any]]
 
-
-def results_of(
+def outcomes_of(
     driver: ModuleType,
     engine: str,
     folder: Path,
     config: pytest.Config,
     shares: Sequence[Sequence[str]] = ((),),
-) -> Results:
-    """What the driver says of each of its cases; its table goes to the terminal.
+) -> Outcomes:
+    """What became of the driver's cases; its table goes to the terminal.
 
     Args:
         engine: The environment's name.
         folder: For the results and the engine's own output; empty.
         shares: The driver's other arguments in each of several processes, side by side.
     """
-    python = environments("engines") / engine / "bin" / "python"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    engines = Path(os.environ.get("FP4MOE_ENGINES") or home / "fp4moe-engines")
+    python = engines / engine / "bin" / "python"
     if not python.exists():
         pytest.fail(f"{python} does not exist: run scripts/setup_engines.sh")
     assert driver.__file__ is not None
@@ -48,11 +47,11 @@ def results_of(
         ]
         for run in runs:
             run.wait()
-    found: Results = {}
+    found = Outcomes()
     for path in paths:
         if not path.exists():
             pytest.fail(f"the driver did not finish:\n{log.read_text()[-4000:]}")
-        found |= json.loads(path.read_text())
+        found |= read_outcomes(path)
     return found
 
 

@@ -2,9 +2,9 @@
 """Load tiny models through SGLang's own model loader: the original against the converted one.
 
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
-        tests/engines/sglang_driver.py [RESULTS_JSON]
+        tests/engines/sglang_driver.py RESULTS_JSON
 
-`test_sglang.py` runs it in SGLang's environment (scripts/setup_engines.sh). SGLang takes
+`test_drivers.py` runs it in SGLang's environment (scripts/setup_engines.sh). SGLang takes
 15 s to import, so that one process works through all cases, prints a table of them, and plays one
 rank after the other. First all originals are loaded, without the plugin; then SGLang loads its
 plugins, this project's among them, by their entry points.
@@ -17,28 +17,24 @@ communicate).
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import pkgutil
 import re
 import shutil
 import sys
-import tempfile
-import time
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from driver import Outcomes, main
+from edits import Edit, Tensors, edit_config, edit_tensors, without
 from support.make_checkpoint import Spec, make_checkpoint
-
-Tensors = dict[str, Any]  # name -> torch.Tensor
-Edit = Callable[[dict[str, Any]], Any]
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -119,28 +115,6 @@ def make_pair(folder: Path, name: str) -> None:
         tie = tie_the_largest if name == "input-scales" else tie_input_scales
         edit_tensors(original, tie)
     convert(original, folder / "converted", direct_io=False)
-
-
-def edit_config(folder: Path, edit: Edit) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    edit(config)
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
-    """Let ``edit`` change or replace all tensors; they end up in a single shard."""
-    from safetensors.torch import load_file, save_file
-
-    shards = sorted(folder.glob("*.safetensors"))
-    tensors: Tensors = {}
-    for shard in shards:
-        tensors |= load_file(shard)
-        shard.unlink()
-    tensors = edit(tensors)
-    save_file(tensors, shards[0])
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shards[0].name)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def rename(tensors: Tensors, pattern: str, replacement: str) -> Tensors:
@@ -588,19 +562,11 @@ REFUSED = {
 }
 
 
-def without(tensors: Tensors, name: str) -> Tensors:
-    return {other: value for other, value in tensors.items() if other != name}
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 WITHOUT_PLUGIN = {f"{name} without the plugin": name for name in ("deepseek", "qwen3")}
 ORDINARY = {f"{name} original beside the plugin": name for name in ("deepseek", "qwen3")}
-CASES = (
-    *WITHOUT_PLUGIN,
-    *EQUAL,
-    *ORDINARY,
-    *REFUSED,
+OTHERS = (
     "loading again into the same model",
     "an untested SGLang warns",
     "a hook without its target",
@@ -610,12 +576,16 @@ CASES = (
 )
 
 
+def case_names() -> list[str]:
+    return [*WITHOUT_PLUGIN, *EQUAL, *ORDINARY, *REFUSED, *OTHERS]
+
+
 class Run:
     """All cases, in an order in which one process can go through them."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self.results: dict[str, dict[str, Any]] = {}
+        self.outcomes = Outcomes()
         self.log: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
@@ -649,8 +619,7 @@ class Run:
         self.others(stock["qwen3 tp1"][0][0])
 
     def record(self, case: str, passed: bool, detail: object) -> None:
-        self.results[case] = {"passed": passed, "detail": str(detail)}
-        print(f"{case:44} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
+        self.outcomes.record(case, passed, detail)
         self.log.clear()
 
     def folder(self, checkpoint: str, which: str, case: str, edit: Edit = dict) -> Path:
@@ -760,18 +729,12 @@ class Run:
         self.record("registering again", len(hooks) == len(HOOKS), f"{len(hooks)} hooks")
 
 
-def main() -> None:
-    start = time.monotonic()
+def run(work: Path, _families: Sequence[str]) -> Outcomes:
     start_sglang()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder))
-        run()
-    failed = [case for case in CASES if not run.results.get(case, {}).get("passed")]
-    print(f"{len(CASES)} cases, {len(failed)} failed, {time.monotonic() - start:.0f} s")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(run.results, indent=1) + "\n")
-    sys.exit(bool(failed))
+    cases = Run(work)
+    cases()
+    return cases.outcomes
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -5,32 +5,30 @@ are in another order, in a server of an original and in one of a converted check
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
         tests/engines/sglang_ways.py RESULTS.json
 
-`test_ways.py` runs it in SGLang's environment. What is offered holds other values than what the
+`test_drivers.py` runs it in SGLang's environment. What is offered holds other values than what the
 server was started from: a load shows in every tensor, and so does one that stopped half way.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from driver import Outcomes, main
 from sglang_driver import SPECS, Setup, differences, held, load, make_pair, start_sglang
 from ways import (
     OFFERS,
     SERVERS,
     Case,
     Folders,
+    attempt,
     clone,
     leaves_unchanged,
     names_and_tensors,
-    outcome,
 )
 
 SPECS |= {f"{name}-b": replace(SPECS[name], seed=1) for name in ("qwen3", "deepseek")}
@@ -167,22 +165,24 @@ STOCK_STOPS = (
 """A stacked tensor or a stop tensor, whichever comes first."""
 
 
-def main() -> None:
-    start_sglang()
-    with tempfile.TemporaryDirectory() as work:
-        ways = Ways(Path(work))
-        results = {}
-        with_plugin = False
-        for case, run in sorted(cases(), key=lambda each: each[0].has_plugin):
-            if case.has_plugin and not with_plugin:
-                from sglang.srt.plugins import load_plugins
+def case_names() -> list[str]:
+    return [str(case) for case, _ in cases()]
 
-                load_plugins()
-                with_plugin = True
-            results[str(case)] = outcome(case, partial(run, ways), STOCK_STOPS)
-    Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(not all(result["passed"] for result in results.values()))
+
+def run(work: Path, _families: Sequence[str]) -> Outcomes:
+    start_sglang()
+    ways = Ways(work)
+    outcomes = Outcomes()
+    with_plugin = False
+    for case, way in sorted(cases(), key=lambda each: each[0].has_plugin):
+        if case.has_plugin and not with_plugin:
+            from sglang.srt.plugins import load_plugins
+
+            load_plugins()
+            with_plugin = True
+        attempt(outcomes, case, partial(way, ways), STOCK_STOPS)
+    return outcomes
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -4,7 +4,7 @@
     PYTHONPATH=tests ~/.cache/fp4moe-engines/sglang/bin/python \\
         tests/engines/sglang_zoo.py RESULTS.json [FAMILY ...]
 
-`test_sglang_zoo.py` runs it in SGLang's environment, as `sglang_driver` is run. First without any
+`test_drivers.py` runs it in SGLang's environment, as `sglang_driver` is run. First without any
 plugin, then with this project's:
 
 - An original is loaded, and a loader sets all of it. What it does not set shows, because torch
@@ -18,14 +18,9 @@ plugin, then with this project's:
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,11 +29,12 @@ from typing import Any, Literal
 from unittest import mock
 
 import originals
+from driver import Outcome, Outcomes, main
+from edits import Tensors, edit_tensors
 from sglang_driver import (
     FUSED,
     Setup,
     differences,
-    edit_tensors,
     held,
     load,
     load_weights,
@@ -183,6 +179,11 @@ CASES = {
     "step3p5: differing scales": Case("step3p5", "differing", plugin=True),
 }
 
+
+def case_names() -> list[str]:
+    return [*CASES]
+
+
 # --- SGLang on a CPU ------------------------------------------------------------------------------
 
 
@@ -224,17 +225,15 @@ def holds_fill(value: Any) -> bool:
 
 # --- the run --------------------------------------------------------------------------------------
 
-Outcome = tuple[bool, str]
-
 
 class Run:
     """All cases, each with a folder of its own: SGLang caches configs by path, and changes them."""
 
-    def __init__(self, work: Path, families: list[str]) -> None:
+    def __init__(self, work: Path, families: Sequence[str]) -> None:
         self.work = work
         self.families = families
         self.cases = {name: case for name, case in CASES.items() if case.family in families}
-        self.results: dict[str, dict[str, Any]] = {}
+        self.outcomes = Outcomes()
         self.stock: dict[str, list[dict[str, Any]]] = {}
         """What every rank holds of an original, by `key`."""
 
@@ -279,9 +278,7 @@ class Run:
             "converted": self.serves,
             "differing": self.refuses,
         }
-        passed, detail = check[case.folder](name, case)
-        self.results[name] = {"passed": passed, "detail": detail}
-        print(f"{name:46} {'ok  ' if passed else 'FAIL'} {detail}", flush=True)
+        self.outcomes.record(name, *check[case.folder](name, case))
 
     def ranks(self, name: str, case: Case) -> list[Callable[[], Any]]:
         """For each rank, what loads its model."""
@@ -306,26 +303,26 @@ class Run:
             except Exception as error:
                 wrong = one_line(error)
             if wrong is not None or refusal is not None:
-                outcome = wrong or f"was loaded, expected {refusal!r}"
-                return refusal is not None and refusal in outcome, outcome
+                detail = wrong or f"was loaded, expected {refusal!r}"
+                return Outcome(refusal is not None and refusal in detail, detail)
             stock.append(held(model))
-        return True, type(model).__name__
+        return Outcome(True, type(model).__name__)
 
     def stops(self, name: str, case: Case) -> Outcome:
         """Every rank stops; of a family that passes by, the first."""
-        outcomes = []
+        details = []
         for rank, load_model in enumerate(self.ranks(name, case)):
             try:
                 model = load_model()
             except Exception as error:
-                outcomes.append(one_line(error))
-                expected = re.match(REFUSED if case.plugin else STOPS, outcomes[-1]) is not None
+                details.append(one_line(error))
+                expected = re.match(REFUSED if case.plugin else STOPS, details[-1]) is not None
             else:
-                outcomes.append(f"was loaded, without {unset(model)}")
+                details.append(f"was loaded, without {unset(model)}")
                 expected = rank > 0 and case.family in PASSES_BY and not case.plugin
             if not expected:
-                return False, f"rank {rank}: {outcomes[-1]}"
-        return True, outcomes[0]
+                return Outcome(False, f"rank {rank}: {details[-1]}")
+        return Outcome(True, details[0])
 
     def serves(self, name: str, case: Case) -> Outcome:
         """Every rank holds what it holds of the original; or says that the model is not known."""
@@ -340,12 +337,12 @@ class Run:
                 own = held(model)
                 found = differences(self.stock[key(case)][rank], own)
             except Exception as error:
-                outcome = one_line(error)
-                return refusal is not None and f"fp4moe: {refusal}" in outcome, outcome
+                detail = one_line(error)
+                return Outcome(refusal is not None and f"fp4moe: {refusal}" in detail, detail)
             if found:
-                return False, f"rank {rank}: {found} differ"
+                return Outcome(False, f"rank {rank}: {found} differ")
             values += len(own)
-        return refusal is None, f"{len(ranks)} ranks, {values} values equal"
+        return Outcome(refusal is None, f"{len(ranks)} ranks, {values} values equal")
 
     def refuses(self, name: str, case: Case) -> Outcome:
         """The clamped layer alone has another scale for gate than for up."""
@@ -356,11 +353,11 @@ class Run:
             model = load_model()
         except Exception as error:
             expected = f"ServingError: fp4moe: {layer}: a clamped SwiGLU whose gate and up differ"
-            return one_line(error).startswith(expected), one_line(error)
-        return False, f"was loaded: {type(model).__name__}"
+            return Outcome(one_line(error).startswith(expected), one_line(error))
+        return Outcome(False, f"was loaded: {type(model).__name__}")
 
 
-def double_gate(tensors: dict[str, Any], layer: str) -> dict[str, Any]:
+def double_gate(tensors: Tensors, layer: str) -> Tensors:
     tensors[f"{layer}.w13_weight_scale_2"][:, 0] *= 2
     return tensors
 
@@ -374,25 +371,14 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("results", type=Path, help="JSON file to write")
-    parser.add_argument("families", nargs="*", default=list(originals.NAMES))
-    arguments = parser.parse_args()
-    start = time.monotonic()
+def run(work: Path, families: Sequence[str]) -> Outcomes:
     start_sglang()
     sglang_cpu.more_models()
-    with (
-        mock.patch.object(sglang_cpu, "Group", Group),
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        run = Run(Path(folder), arguments.families)
-        run()
-    failed = [case for case, result in run.results.items() if not result["passed"]]
-    print(f"{len(run.results)} cases, {len(failed)} failed, {time.monotonic() - start:.0f} s")
-    arguments.results.write_text(json.dumps(run.results, indent=1) + "\n")
-    sys.exit(bool(failed))
+    with mock.patch.object(sglang_cpu, "Group", Group):
+        cases = Run(work, families)
+        cases()
+    return cases.outcomes
 
 
 if __name__ == "__main__":
-    main()
+    main(run, originals.NAMES)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Load whole tiny models through vLLM's own loaders: originals without the plugin, then converted
-checkpoints with it, and compare all that the engine ends up with. `test_vllm.py` runs this in
+checkpoints with it, and compare all that the engine ends up with. `test_drivers.py` runs this in
 vLLM's environment; by hand:
 
     PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python \\
@@ -20,7 +20,6 @@ A rank is one process that says it is rank r of T; no collective depends on othe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -28,17 +27,18 @@ import logging
 import os
 import pickle
 import shutil
-import sys
 import tempfile
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from driver import Outcomes, main
+from edits import Tensors, edit_section, edit_tensors, without
 from support.make_checkpoint import Spec, make_checkpoint
 
 State = dict[str, Any]  # name -> tensor or plain value
@@ -136,41 +136,24 @@ UNKNOWN_METHOD = "Unknown quantization method: fp4moe"
 # --- what is done to a converted checkpoint before it is loaded -----------------------------------
 
 
-def edit_section(folder: Path, change: Callable[[Json], None]) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, change: Callable[[State], None]) -> None:
-    """Write all tensors anew, as one shard without an index."""
-    from safetensors.torch import load_file, save_file
-
-    tensors: State = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(shard)
-        shard.unlink()
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").unlink()
-
-
 def make_mixed(folder: Path) -> None:
     """Give layer 2 of an original bf16 experts, as a quantizer told to leave them out does."""
     import torch
 
     experts = "model.layers.2.mlp.experts"
 
-    def change(tensors: State) -> None:
-        for name in [name for name in tensors if name.startswith(f"{experts}.")]:
-            tensor = tensors.pop(name)
-            if name.endswith(".weight"):
+    def leave_out(tensors: Tensors) -> Tensors:
+        left = {}
+        for name, tensor in tensors.items():
+            if not name.startswith(f"{experts}."):
+                left[name] = tensor
+            elif name.endswith(".weight"):
                 rows, cols = tensor.shape
                 values = torch.arange(rows * cols * 2).reshape(rows, cols * 2) % 251
-                tensors[name] = values.to(torch.bfloat16)
+                left[name] = values.to(torch.bfloat16)
+        return left
 
-    edit_tensors(folder, change)
+    edit_tensors(folder, leave_out)
     edit_section(folder, lambda section: section["ignore"].append(f"{experts}*"))
 
 
@@ -178,22 +161,21 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def drop(leaf: str) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(f"{EXPERTS}.{leaf}"))
+    return lambda folder: edit_tensors(folder, lambda all_: without(all_, f"{EXPERTS}.{leaf}"))
 
 
 def shorten(leaf: str) -> Callable[[Path], None]:
-    def change(tensors: State) -> None:
-        name = f"{EXPERTS}.{leaf}"
-        tensors[name] = tensors[name][:, :-128].contiguous()
-
-    return lambda folder: edit_tensors(folder, change)
+    name = f"{EXPERTS}.{leaf}"
+    return lambda folder: edit_tensors(
+        folder, lambda all_: all_ | {name: all_[name][:, :-128].contiguous()}
+    )
 
 
 def add_expert_tensor(folder: Path) -> None:
     import torch
 
     name = f"{EXPERTS}.0.gate_proj.weight_scale_2"
-    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(())}))
+    edit_tensors(folder, lambda all_: all_ | {name: torch.ones(())})
 
 
 def set_section(**changes: Any) -> Callable[[Path], None]:
@@ -278,6 +260,8 @@ layout_calls: Counter[str] = Counter()
 
 def start_vllm() -> None:
     """Everything that this file's first lines say is replaced, and counters around layout work."""
+    os.environ["VLLM_PLUGINS"] = ""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import importlib
 
     import torch
@@ -469,7 +453,7 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self.results: dict[str, Json] = {}
+        self.outcomes = Outcomes()
         self.stock: dict[str, list[State]] = {}
 
     def original(self, name: str) -> Path:
@@ -501,19 +485,18 @@ class Bench:
         from fp4moe_convert.serving.checks import WAY_OUT
 
         try:
-            result, ok = run(), refusal is None
+            detail, ok = run(), refusal is None
         except Exception as error:
             message = str(error) or repr(error)
             if isinstance(error, pydantic.ValidationError):  # of vLLM's options
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            result = f"refused: {message}"
-            ok = refusal is not None and refusal in result
-            if ok and "fp4moe: " in result:  # one of ours: it names the way out
-                ok = WAY_OUT in result
+            detail = f"refused: {message}"
+            ok = refusal is not None and refusal in detail
+            if ok and "fp4moe: " in detail:  # one of ours: it names the way out
+                ok = WAY_OUT in detail
             if not ok:
                 traceback.print_exc()
-        self.results[name] = {"ok": ok, "result": result}
-        print(f"{'ok  ' if ok else 'FAIL'}  {name:38}  {result[:150]}", flush=True)
+        self.outcomes.record(name, ok, detail)
 
     # Without the plugin.
 
@@ -735,8 +718,7 @@ def case_names() -> list[str]:
     ]
 
 
-def run(work: Path) -> dict[str, Json]:
-    os.environ["VLLM_PLUGINS"] = ""
+def run(work: Path, _families: Sequence[str]) -> Outcomes:
     start_vllm()
     bench = Bench(work)
 
@@ -767,7 +749,7 @@ def run(work: Path) -> dict[str, Json]:
         )
     for name, (function, expected) in OTHERS.items():
         bench.case(name, lambda f=function: f(bench), expected)
-    return bench.results
+    return bench.outcomes
 
 
 def load_edited(bench: Bench, setup: Setup, change: Callable[[Path], None]) -> str:
@@ -775,16 +757,5 @@ def load_edited(bench: Bench, setup: Setup, change: Callable[[Path], None]) -> s
     return "loaded"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("results", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as work:
-        results = run(Path(work))
-    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(not all(result["ok"] for result in results.values()))
-
-
 if __name__ == "__main__":
-    main()
+    main(run)

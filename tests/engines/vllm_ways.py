@@ -5,19 +5,14 @@ in another order, in a server of an original and in one of a converted checkpoin
     PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python \\
         tests/engines/vllm_ways.py RESULTS.json
 
-`test_ways.py` runs it in vLLM's environment. What is offered holds other values than what the
+`test_drivers.py` runs it in vLLM's environment. What is offered holds other values than what the
 server was started from: a load shows in every tensor, and so does one that stopped half way.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,16 +20,17 @@ from typing import Any
 from unittest import mock
 
 import vllm_driver
+from driver import Outcomes, main
 from vllm_driver import CHECKPOINTS, Bench, Setup, as_rank, difference, load, raw, state_of
 from ways import (
     OFFERS,
     SERVERS,
     Case,
     Folders,
+    attempt,
     clone,
     leaves_unchanged,
     names_and_tensors,
-    outcome,
 )
 
 CHECKPOINTS |= {f"{name}-b": replace(CHECKPOINTS[name], seed=1) for name in ("qwen", "deepseek")}
@@ -200,28 +196,25 @@ STOCK_STOPS = (
 """The marker, a stop tensor or a stacked one, whichever comes first; or there is no such method."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("results", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    os.environ["VLLM_PLUGINS"] = ""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def case_names() -> list[str]:
+    return [str(case) for case, _ in cases()]
+
+
+def run(work: Path, _families: Sequence[str]) -> Outcomes:
     vllm_driver.start_vllm()
     from support.cpu_engines import vllm_cpu
 
     vllm_cpu.bootstrap()
-    with tempfile.TemporaryDirectory() as work:
-        ways = Ways(Path(work))
-        vllm_driver.load_plugins("")
-        with_plugin = False
-        for case, run in sorted(cases(), key=lambda each: each[0].has_plugin):
-            if case.has_plugin and not with_plugin:
-                vllm_driver.load_plugins("fp4moe")
-                with_plugin = True
-            ways.results[str(case)] = outcome(case, partial(run, ways), STOCK_STOPS)
-    arguments.results.write_text(json.dumps(ways.results, indent=1) + "\n")
-    sys.exit(not all(result["passed"] for result in ways.results.values()))
+    ways = Ways(work)
+    vllm_driver.load_plugins("")
+    with_plugin = False
+    for case, way in sorted(cases(), key=lambda each: each[0].has_plugin):
+        if case.has_plugin and not with_plugin:
+            vllm_driver.load_plugins("fp4moe")
+            with_plugin = True
+        attempt(ways.outcomes, case, partial(way, ways), STOCK_STOPS)
+    return ways.outcomes
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

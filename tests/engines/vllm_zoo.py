@@ -4,7 +4,7 @@
     PYTHONPATH=tests ~/.cache/fp4moe-engines/vllm/bin/python \\
         tests/engines/vllm_zoo.py RESULTS.json [FAMILY ...]
 
-`test_vllm_zoo.py` runs it in vLLM's environment. `vllm_driver` and `support.cpu_engines` say what
+`test_drivers.py` runs it in vLLM's environment. `vllm_driver` and `support.cpu_engines` say what
 is replaced on a CPU. First without any plugin, then with this project's:
 
 - An original is loaded, and the loader fills all of its experts.
@@ -16,13 +16,8 @@ is replaced on a CPU. First without any plugin, then with this project's:
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,16 +25,16 @@ from typing import Any
 
 import originals
 import vllm_driver
+from driver import Outcomes, main
+from edits import edit_tensors, without
 from support import exporters, model_zoo
 from vllm_driver import (
     EP,
     MTP,
     Bench,
-    Json,
     Setup,
     as_rank,
     difference,
-    edit_tensors,
     engine_config,
     experts_of,
     is_ours,
@@ -163,7 +158,7 @@ class Zoo(Bench):
     def unmarked(self, family: str) -> Path:
         """The same without the marker."""
         folder = self.disguised(family)
-        edit_tensors(folder, lambda tensors: tensors.pop(MARKER_NAME))
+        edit_tensors(folder, lambda tensors: without(tensors, MARKER_NAME))
         return folder
 
 
@@ -339,7 +334,7 @@ def case_names() -> list[str]:
     return [case.name for case in cases()]
 
 
-def run(work: Path, families: list[str]) -> dict[str, Json]:
+def run(work: Path, families: Sequence[str]) -> Outcomes:
     start_vllm()
     load_plugins("")
     zoo = Zoo(work)
@@ -351,21 +346,8 @@ def run(work: Path, families: list[str]) -> dict[str, Json]:
             load_plugins("fp4moe")
             with_plugin = True
         zoo.case(case.name, partial(case.run, zoo), case.refusal)
-    return zoo.results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("results", type=Path, help="JSON file to write")
-    parser.add_argument("families", nargs="*", default=list(originals.NAMES))
-    arguments = parser.parse_args()
-    os.environ["VLLM_PLUGINS"] = ""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as work:
-        results = run(Path(work), arguments.families)
-    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(not all(result["ok"] for result in results.values()))
+    return zoo.outcomes
 
 
 if __name__ == "__main__":
-    main()
+    main(run, originals.NAMES)

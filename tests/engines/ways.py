@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from driver import Outcomes
+
 SERVERS = ("original", "converted", "original, no plugin")
 """What the server was started from. Without the plugin no converted checkpoint starts."""
 OFFERS = ("original", "converted", "another order")
@@ -39,8 +41,8 @@ class Case(NamedTuple):
         return not self.server.endswith("no plugin")
 
 
-def outcome(case: Case, run: Callable[[], str], stock_stops: str) -> dict[str, Any]:
-    """What became of a case, and whether that is right; a line of it is printed."""
+def attempt(outcomes: Outcomes, case: Case, run: Callable[[], str], stock_stops: str) -> None:
+    """Record what becomes of a case, and whether that is right."""
     expected = _expected(case, stock_stops)
     try:
         detail = run()
@@ -50,8 +52,7 @@ def outcome(case: Case, run: Callable[[], str], stock_stops: str) -> dict[str, A
         passed = expected is not None and re.search(expected, detail) is not None
         if not passed:
             traceback.print_exc()
-    print(f"{'ok  ' if passed else 'FAIL'} {case!s:64} {detail[:150]}", flush=True)
-    return {"passed": passed, "detail": detail}
+    outcomes.record(str(case), passed, detail)
 
 
 def _expected(case: Case, stock_stops: str) -> str | None:

@@ -1,0 +1,49 @@
+"""What failures of requests to the Hub mean, for reading and for writing alike."""
+
+from __future__ import annotations
+
+import http.client
+from json import JSONDecodeError
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from .http_answers import PASSING, asked_wait
+from .remote import TryAgainError
+
+HTTP_ERROR = HfHubHTTPError.__mro__[1]
+"""HTTPError of httpx or httpx2, whichever the library stands on."""
+
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
+    *(HTTP_ERROR, OSError),
+    *(http.client.HTTPException, JSONDecodeError),
+)
+"""All that requests raise; the library's own errors are among them. What is not JSON comes from
+somebody between, such as a network that wants a login."""
+
+LOG_IN = "set HF_TOKEN or run hf auth login"
+
+
+def passing(error: BaseException) -> TryAgainError | None:
+    """What a failure means that may pass; None if it is none of these."""
+    match error:
+        case OfflineModeIsEnabled():
+            return None
+        case HfHubHTTPError():
+            if error.response.status_code not in PASSING:
+                return None
+            return TryAgainError(answer(error), after=asked_wait(error.response.headers))
+    return connection_failed(error) if isinstance(error, TRANSPORT_ERRORS) else None
+
+
+def answer(error: HfHubHTTPError) -> str:
+    """The status and what the Hub says, in one line."""
+    said = error.server_message or error.response.reason_phrase
+    return f"the Hub answers {error.response.status_code} {' '.join(said.split())}"
+
+
+def connection_failed(error: BaseException) -> TryAgainError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, JSONDecodeError):
+        reason = "its answer is not JSON; is a proxy between?"
+    return TryAgainError(f"the connection to {constants.ENDPOINT} failed ({reason})")

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from . import layouts
 from .errors import CheckpointError
 from .format.contract import ConvertedSection, Geometry, LayoutRecord
-from .format.files import INDEX_NAME
+from .format.files import CONFIG_NAME, INDEX_NAME
 from .plan import layers_to_convert
 from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
@@ -93,6 +93,15 @@ def inspect(folder: str | Path | Store) -> Inspection:
     try:
         if is_converted(checkpoint):
             state = "converted"
+            converted = ConvertedSection.from_json(section)
+            layers = dict(converted.layers)
+            found, others = find_layers(checkpoint, converted=layers)
+            if found:
+                raise CheckpointError(
+                    f"{checkpoint.location}: {found[0].prefix!r} is as in an original, and "
+                    f"{CONFIG_NAME} says that it has passed through; convert the original again"
+                )
+            outlook = prospects(checkpoint, converted.source, layers)
         else:
             require_nvfp4(checkpoint)
             found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
@@ -107,12 +116,8 @@ def inspect(folder: str | Path | Store) -> Inspection:
     if state == "converted":
         if not checkpoint.has_index:
             raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
-        converted = ConvertedSection.from_json(section)
         layout = converted.layout
         layouts.layout_of(layout)
-        layers = dict(converted.layers)
-        _, others = find_layers(checkpoint, converted=layers)
-        outlook = prospects(checkpoint, converted.source, layers)
     return Inspection(
         folder=checkpoint.location,
         state=state,

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from . import layouts
 from .errors import CheckpointError
@@ -22,14 +22,16 @@ from .source.quantization import describe, require_nvfp4
 from .storage.opening import open_store
 from .storage.reader import Store
 
+State: TypeAlias = Literal["source", "converted", "unsupported"]
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What `inspect` found."""
 
     folder: str
-    state: str
-    """"source" (can be converted), "converted", or "unsupported"."""
+    state: State
+    """A source can be converted."""
     reason: str | None
     """Why it is unsupported."""
     quantization: str
@@ -81,12 +83,13 @@ def inspect(folder: str | Path | Store) -> Inspection:
             dtypes[tensor.dtype] += tensor.nbytes
     section = checkpoint.quantization or {}
     layout: LayoutRecord | None = None
-    state, reason = "source", None
+    state: State = "source"
+    reason = None
     layers: dict[str, Geometry] = {}
     families: dict[str, str] = {}
     others: list[PassedLayer] = []
     warnings: list[str] = []
-    outlook = Prospects({}, {}, {})
+    outlook = Prospects({})
     try:
         if is_converted(checkpoint):
             state = "converted"

@@ -33,6 +33,7 @@ from fp4moe_convert import (
     verify,
 )
 from fp4moe_convert.cli.commands import app
+from fp4moe_convert.format.manifest import FileIdentity
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage.header import read_header
 from fp4moe_convert.storage.hub import HubStore
@@ -397,7 +398,7 @@ def test_a_revision(hub: Hub, source: Path, revision: str | None) -> None:
     repository.refs["v1"] = repository.commit
     given = f"hf://{ID}" + (f"@{revision}" if revision else "")
     for store in (open_store(ID, revision=revision), open_store(given)):
-        assert store.provenance()["revision"] == repository.commit
+        assert store.provenance().revision == repository.commit
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -477,4 +478,4 @@ def test_no_path_leads_out(name: str) -> None:
         request = provenance = None  # type: ignore[assignment]
 
     with pytest.raises(CheckpointError, match="no path of a file"):
-        Store("somewhere", {name: {"bytes": 0}}, connections=1)
+        Store("somewhere", {name: FileIdentity(0)}, connections=1)

@@ -47,12 +47,13 @@ from huggingface_hub.utils import (
 
 from ..errors import CheckpointError, UnreachableError
 from ..format.files import CONFIG_NAME
+from ..format.manifest import HUB_PREFIX, FileIdentity, Provenance
 from .buffers import Bytes
 from .connection_pool import ConnectionPool
 from .http_answers import PASSING, Headers, asked_wait
 from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
 from .local import LocalFolder, UnlistedSnapshot
-from .reader import Identity, Store
+from .reader import Store
 from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
 MAX_SKIPPED_NBYTES = 16 * 2**20
@@ -136,19 +137,19 @@ def open_hub(
     )
 
 
-def listed_files(info: ModelInfo) -> tuple[dict[str, Identity], set[str]]:
+def listed_files(info: ModelInfo) -> tuple[dict[str, FileIdentity], set[str]]:
     """Size and ETag of each file of a model, and the names of those that lie in git, not in LFS.
 
     Raises:
         CheckpointError: the Hub does not say.
     """
-    files: dict[str, Identity] = {}
+    files: dict[str, FileIdentity] = {}
     is_plain: set[str] = set()
     for file in info.siblings or ():
         etag = file.lfs.sha256 if file.lfs else file.blob_id
         if file.size is None or etag is None:
             raise CheckpointError(f"{info.id}: the Hub does not say the size of {file.rfilename}")
-        files[file.rfilename] = {"bytes": file.size, "etag": etag}
+        files[file.rfilename] = FileIdentity(file.size, etag=etag)
         if file.lfs is None:
             is_plain.add(file.rfilename)
     return files, is_plain
@@ -175,7 +176,7 @@ def _latest_snapshot(
 
 def _cached_list(
     repo_id: str, commit: str, cache_dir: str | Path | None
-) -> dict[str, Identity] | None:
+) -> dict[str, FileIdentity] | None:
     """Size and blob of each file of a model, if `snapshot_download` has left a list of them. That
     of older releases does not."""
     try:
@@ -184,16 +185,16 @@ def _cached_list(
         )
     except (AttributeError, _NO_LIST):
         return None
-    return {file.path: {"bytes": file.size, "etag": file.blob_id} for file in entries}
+    return {file.path: FileIdentity(file.size, etag=file.blob_id) for file in entries}
 
 
 def _complete_snapshot(
-    repo_id: str, commit: str, files: Mapping[str, Identity], cache_dir: str | Path | None
+    repo_id: str, commit: str, files: Mapping[str, FileIdentity], cache_dir: str | Path | None
 ) -> LocalFolder | None:
     folder = ""
     for name, identity in files.items():
         found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
-        if not isinstance(found, str) or os.path.getsize(found) != identity["bytes"]:
+        if not isinstance(found, str) or os.path.getsize(found) != identity.nbytes:
             return None
         folder = found.removesuffix(name)
     return LocalFolder(Path(folder))
@@ -206,7 +207,7 @@ class HubStore(RemoteStore):
         self,
         repo_id: str,
         commit: str,
-        files: Mapping[str, Identity],
+        files: Mapping[str, FileIdentity],
         *,
         is_plain: set[str],
         connections: int,
@@ -221,7 +222,7 @@ class HubStore(RemoteStore):
             connections: as for `RemoteStore`.
             traffic: as for `RemoteStore`.
         """
-        super().__init__(f"hf://{repo_id}", files, connections=connections, traffic=traffic)
+        super().__init__(f"{HUB_PREFIX}{repo_id}", files, connections=connections, traffic=traffic)
         self._repo_id = repo_id
         self._commit = commit
         self._is_plain = is_plain
@@ -232,8 +233,8 @@ class HubStore(RemoteStore):
             _httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
 
-    def provenance(self) -> Mapping[str, str]:
-        return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
+    def provenance(self) -> Provenance:
+        return Provenance(self.location, self._repo_id, self._commit)
 
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         url = hf_hub_url(self._repo_id, name, revision=self._commit)
@@ -284,7 +285,7 @@ class HubStore(RemoteStore):
                     response.read()
                     hf_raise_for_status(response)
                 if (stated := _stated_etag(response.headers)) is not None:
-                    self._check_as_listed(name, self._files[name]["bytes"], stated)
+                    self._check_as_listed(name, self._files[name].nbytes, stated)
             _check_status(response.status_code, response.reason_phrase, response.headers)
             skip = self._check_answer(
                 name, response.status_code, response.headers, offset, into.size
@@ -304,11 +305,12 @@ class HubStore(RemoteStore):
                 self._addresses[name] = found.location
             return self._addresses[name]
 
-    def _check_as_listed(self, name: str, nbytes: object, etag: str | None) -> None:
-        stated = {"bytes": nbytes, "etag": etag}
-        if stated != self._files[name]:
+    def _check_as_listed(self, name: str, nbytes: int | None, etag: str | None) -> None:
+        listed = self._files[name]
+        if (nbytes, etag) != (listed.nbytes, listed.etag):
             raise CheckpointError(
-                f"{name}: is {stated}, but the Hub lists it as {dict(self._files[name])}"
+                f"{name}: has {nbytes} bytes and the ETag {etag}, but the Hub lists it with "
+                f"{listed.nbytes} and {listed.etag}"
             )
 
     def _check_answer(
@@ -317,7 +319,7 @@ class HubStore(RemoteStore):
         """Make sure that an answer has the bytes asked for; how many come before these."""
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{name}: comes compressed; is a proxy between?")
-        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name]['bytes']}"
+        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name].nbytes}"
         if status == HTTPStatus.PARTIAL_CONTENT:
             if (found := headers.get("Content-Range")) != expected:
                 raise TryAgainError(f"the answer has {found}, expected {expected}")

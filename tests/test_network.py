@@ -359,6 +359,21 @@ def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_pat
         convert(ID, tmp_path / "out")
 
 
+@pytest.mark.parametrize("stated", ["ETag", "X-Linked-Etag"])
+def test_a_small_file_that_is_not_as_listed_is_refused(
+    hub: Hub, source: Path, tmp_path: Path, stated: str
+) -> None:
+    listed = hub.add(ID, source).files["tokenizer.json"].etag
+    fault = Fault(f"{RESOLVE}.*tokenizer.json", 99, headers={stated: f'W/"{listed}"'})
+    hub.faults.append(fault)
+    convert(ID, tmp_path / "out")
+    fault.headers = {stated: '"5"'}
+    with pytest.raises(
+        CheckpointError, match=r"^tokenizer.json: .* the ETag 5, but the Hub lists it"
+    ):
+        verify(tmp_path / "out", ID)
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [

@@ -152,6 +152,10 @@ class LocalFolder:
         return Provenance(str(path))
 
 
+class UnlistedSnapshot(LocalFolder):
+    """A snapshot in the Hub's cache. What of it has never been downloaded cannot be told."""
+
+
 def files_below(root: Path, kind: type[ConvertError] = CheckpointError) -> Iterator[str]:
     """Everything in a folder and its sub-folders that is not a folder, and links to folders, as
     paths relative to it. `FOREIGN_FOLDERS` are left out.

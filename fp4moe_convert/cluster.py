@@ -24,12 +24,12 @@ from .conversion import ConversionReport, convert_with, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError
 from .execution.scatter import WriteRequest
 from .execution.work import Conversion
-from .format.manifest import Identity
+from .format.manifest import ShardIdentity
 from .plan import PlannedShard
 from .preparation import preview
 from .progress import Running, RunOptions
 from .storage.durable import WriteFile, partial_path
-from .storage.opening import address, open_store
+from .storage.opening import open_store
 from .storage.reader import Store
 
 if TYPE_CHECKING:
@@ -157,7 +157,6 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     if not (cpus := min((each for each in nodes if each), default=0)):
         raise ClusterError("the Ray cluster has no node with a CPU")
-    provenance = work.store.provenance()
     task = (
         ray.remote(_write_shard)
         .options(
@@ -167,7 +166,7 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
     )
     write = partial(
         task,
-        source=address(provenance["path"], provenance.get("revision")),
+        source=work.store.provenance().address,
         connections=work.store.connections,
         max_shard_nbytes=work.plan.max_shard_nbytes,
         out_dir=request.out_dir.absolute(),
@@ -225,7 +224,7 @@ def _write_shard(
     run: str,
     name: str,
     fingerprint: str,
-    sources: Mapping[str, Identity],
+    sources: Mapping[str, ShardIdentity],
     filled: Mapping[int, str],
 ) -> tuple[str, dict[str, str] | None, ConvertError | None, BaseException | None]:
     """A task: fill one shard's temporary file.

@@ -6,12 +6,12 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from . import layouts
 from .errors import CheckpointError
 from .format.contract import ConvertedSection, Geometry, LayoutRecord
-from .format.files import INDEX_NAME
+from .format.files import CONFIG_NAME, INDEX_NAME
 from .plan import layers_to_convert
 from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
@@ -22,14 +22,16 @@ from .source.quantization import describe, require_nvfp4
 from .storage.opening import open_store
 from .storage.reader import Store
 
+State: TypeAlias = Literal["source", "converted", "unsupported"]
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What `inspect` found."""
 
     folder: str
-    state: str
-    """"source" (can be converted), "converted", or "unsupported"."""
+    state: State
+    """A source can be converted."""
     reason: str | None
     """Why it is unsupported."""
     quantization: str
@@ -81,15 +83,25 @@ def inspect(folder: str | Path | Store) -> Inspection:
             dtypes[tensor.dtype] += tensor.nbytes
     section = checkpoint.quantization or {}
     layout: LayoutRecord | None = None
-    state, reason = "source", None
+    state: State = "source"
+    reason = None
     layers: dict[str, Geometry] = {}
     families: dict[str, str] = {}
     others: list[PassedLayer] = []
     warnings: list[str] = []
-    outlook = Prospects({}, {}, {})
+    outlook = Prospects({})
     try:
         if is_converted(checkpoint):
             state = "converted"
+            converted = ConvertedSection.from_json(section)
+            layers = dict(converted.layers)
+            found, others = find_layers(checkpoint, converted=layers)
+            if found:
+                raise CheckpointError(
+                    f"{checkpoint.location}: {found[0].prefix!r} is as in an original, and "
+                    f"{CONFIG_NAME} says that it has passed through; convert the original again"
+                )
+            outlook = prospects(checkpoint, converted.source, layers)
         else:
             require_nvfp4(checkpoint)
             found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
@@ -104,12 +116,8 @@ def inspect(folder: str | Path | Store) -> Inspection:
     if state == "converted":
         if not checkpoint.has_index:
             raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
-        converted = ConvertedSection.from_json(section)
         layout = converted.layout
         layouts.layout_of(layout)
-        layers = dict(converted.layers)
-        _, others = find_layers(checkpoint, converted=layers)
-        outlook = prospects(checkpoint, converted.source, layers)
     return Inspection(
         folder=checkpoint.location,
         state=state,

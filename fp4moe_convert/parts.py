@@ -22,7 +22,6 @@ from .plan import Part
 from .preparation import preview
 from .progress import Running, RunOptions
 from .report import Written, peak_rss
-from .storage.opening import address
 from .storage.reader import Store
 
 if TYPE_CHECKING:
@@ -72,12 +71,11 @@ def convert_part(
     options = RunOptions(**running)
     whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
     work = whole.only(part).work
-    provenance = work.store.provenance()
     division = Division(
         parts=part.count,
         plan=whole.work.plan.fingerprint,
         max_shard_nbytes=max_shard_nbytes,
-        source=address(provenance["path"], provenance.get("revision")),
+        source=work.store.provenance().address,
         sources=work.identities,
     )
     nbytes, kept = 0, len(work.shards)
@@ -164,4 +162,4 @@ def _recorded(out_dir: Path) -> tuple[str, int]:
         manifest = read_manifest(out_dir)
     except VerifyError as error:
         raise OutputError(f"{out_dir}: holds no part of a conversion") from error
-    return address(manifest.source.path, manifest.source.revision), manifest.max_shard_nbytes
+    return manifest.source.address, manifest.max_shard_nbytes

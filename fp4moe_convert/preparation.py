@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from . import defaults, layouts
 from .errors import CheckpointError
 from .execution.dropping import Dropping, remaining
@@ -58,7 +60,7 @@ class Preview:
         """The plan and what else there is to say, if the result lies in ``out_dir``."""
         part = {"part": self.part.number, "parts": self.part.count} if self.part else {}
         return {
-            "source": dict(self.work.store.provenance()),
+            "source": msgspec.to_builtins(self.work.store.provenance()),
             **part,
             **self.work.plan.as_json(),
             "to_fetch_bytes": self.to_fetch_nbytes,

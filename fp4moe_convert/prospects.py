@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from .engines import ENGINES, tensor_parallel_sizes
-from .engines.engine import Model
+from .engines.engine import Engine, Model
 from .errors import CheckpointError
 from .format.contract import Geometry
 from .source.checkpoint import Checkpoint
@@ -25,15 +24,51 @@ _DOWNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Prospects:
-    """What can be said of each engine without starting it. Each is in one of three places."""
+class CanServe:
+    """An engine can serve the model."""
 
-    tensor_parallel: dict[str, list[int]]
-    """The sizes at which an engine can serve the model."""
-    cannot_serve: dict[str, str]
-    """Why an engine cannot."""
-    not_tried: dict[str, str]
-    """Why nothing can be said of an engine."""
+    sizes: list[int]
+    """Of tensor parallelism."""
+
+
+@dataclass(frozen=True, slots=True)
+class CannotServe:
+    """It is known that an engine cannot serve the model."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotTried:
+    """Nothing can be said of an engine."""
+
+    reason: str
+
+
+Verdict: TypeAlias = CanServe | CannotServe | NotTried
+
+
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """What can be said of each engine without starting it."""
+
+    verdicts: Mapping[str, Verdict]
+    """By engine; empty where the model is not converted, and will not be."""
+
+    @property
+    def tensor_parallel(self) -> dict[str, list[int]]:
+        """The sizes at which the engines that can serve the model do so."""
+        return {name: v.sizes for name, v in self.verdicts.items() if isinstance(v, CanServe)}
+
+    @property
+    def cannot_serve(self) -> dict[str, str]:
+        """Why other engines cannot."""
+        return {name: v.reason for name, v in self.verdicts.items() if isinstance(v, CannotServe)}
+
+    @property
+    def not_tried(self) -> dict[str, str]:
+        """Why nothing can be said of the rest."""
+        return {name: v.reason for name, v in self.verdicts.items() if isinstance(v, NotTried)}
 
     def commands(self, folder: str) -> dict[str, str]:
         """The commands that serve a converted folder, of the engines that can."""
@@ -44,7 +79,11 @@ class Prospects:
         }
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {
+            "tensor_parallel": self.tensor_parallel,
+            "cannot_serve": self.cannot_serve,
+            "not_tried": self.not_tried,
+        }
 
     def require_one(self, location: str) -> None:
         """Refuse what no engine can serve.
@@ -88,25 +127,25 @@ def prospects(
     )
     sizes = tensor_parallel_sizes(geometries.values())
     heads = text.get("num_attention_heads")
-    can: dict[str, list[int]] = {}
-    cannot: dict[str, str] = {}
-    not_tried: dict[str, str] = {}
+    verdicts = {}
     for engine in ENGINES:
         own = sizes.get(engine.name, [])
         if type(heads) is int:  # attention is cut by heads
             own = [size for size in own if heads % size == 0]
-        if reason := engine.why_not(model) or engine.why_not_by_names(model):
-            cannot[engine.name] = reason
-        elif not own:
-            cannot[engine.name] = f"{engine.title} can cut its layers at no tensor-parallel size"
-        elif engine.models.first_of(model.architectures) is None:
-            not_tried[engine.name] = (
-                f"{engine.title} {engine.models.release} has no model "
-                f"{' or '.join(model.architectures) or 'for it: config.json names no architecture'}"
-            )
-        else:
-            can[engine.name] = own
-    return Prospects(can, cannot, not_tried)
+        verdicts[engine.name] = _verdict(engine, model, own)
+    return Prospects(verdicts)
+
+
+def _verdict(engine: Engine, model: Model, sizes: list[int]) -> Verdict:
+    """What can be said of an engine that can cut the model's layers and attention at ``sizes``."""
+    if reason := engine.why_not(model) or engine.why_not_by_names(model):
+        return CannotServe(reason)
+    if not sizes:
+        return CannotServe(f"{engine.title} can cut its layers at no tensor-parallel size")
+    if engine.models.first_of(model.architectures) is None:
+        names = " or ".join(model.architectures) or "for it: config.json names no architecture"
+        return NotTried(f"{engine.title} {engine.models.release} has no model {names}")
+    return CanServe(sizes)
 
 
 def _down_projections(checkpoint: Checkpoint, prefixes: Collection[str]) -> Iterator[str]:

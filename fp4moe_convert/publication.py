@@ -31,14 +31,13 @@ from .format.files import (
     is_journal,
     no_engine_reads,
 )
-from .format.manifest import Manifest
+from .format.manifest import FileIdentity, Manifest
 from .inspection import inspect
 from .model_card import front_matter, make_card
 from .progress import OnNote, OnProgress, tell, track
 from .source.recorded import is_source_card, keeps_source_card
 from .storage.hub_repository import Head, HubRepository
 from .storage.local import LocalFolder, files_below
-from .storage.reader import Identity
 from .storage.remote import FIRST_TRIES, Backoff, TryAgainError
 from .verification import verify
 
@@ -257,7 +256,7 @@ class _Result:
     """By path in the repository."""
     sizes: Mapping[str, int]
     """Bytes of each."""
-    identities: Mapping[str, Identity]
+    identities: Mapping[str, FileIdentity]
     """Of those that are files here."""
     warnings: list[str]
 
@@ -300,7 +299,7 @@ class _Result:
             if isinstance(file, Path)
         }
         sizes = {
-            name: len(file) if isinstance(file, bytes) else int(identities[name]["bytes"])
+            name: len(file) if isinstance(file, bytes) else identities[name].nbytes
             for name, file in files.items()
         }
         return cls(repo_id, folder, manifest, files, sizes, identities, warnings)

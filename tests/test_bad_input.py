@@ -775,7 +775,7 @@ TO_RESTORE: dict[str, tuple[Damage, str]] = {
         r"{model_dir}: has the row order xxh3_128:00, this release of fp4moe-convert knows .*",
     ),
     "shard of the source with a path for a name": (
-        forged_manifest("source", "shards", "../x.safetensors", value={"bytes": 4}),
+        forged_manifest("source", "shards", "../x.safetensors", value={"bytes": 4, "header": "00"}),
         rf"{MANIFEST}: '\.\./x\.safetensors' is no name of a shard",
     ),
     "file on record that is none of the source's configuration": (

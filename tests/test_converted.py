@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.folders import INDEX, MANIFEST, edit_json
 from support.make_checkpoint import make_checkpoint
+from support.model_zoo import FAMILIES, write_family
 from support.specs import TINY
 from support.tensors import StoredTensor, read_tensors, write_tensors
 
@@ -139,4 +140,49 @@ def test_layers_that_are_never_converted_may_have_single_experts(
     shutil.copy(folders / "converted" / MANIFEST, folder)
     assert inspect(folder).state == "converted"
     edit_json(folder / "config.json", num_hidden_layers=4)
-    assert "holds shards of an original" in str(inspect(folder).reason)
+    assert inspect(folder).state == "unsupported"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """An original of which one layer is weight-only, so that it passes through."""
+    folder = tmp_path / "mixed"
+    write_family(folder, FAMILIES["deepseek_v3-ct"])
+    dropped = re.compile(r"model\.layers\.1\.mlp\.experts\..*\.input_global_scale")
+    for path in folder.glob("*.safetensors"):
+        tensors = read_tensors(path)
+        write_tensors(path, {n: t for n, t in tensors.items() if not dropped.fullmatch(n)})
+    index = json.loads((folder / INDEX).read_text())
+    for name in [*filter(dropped.fullmatch, index["weight_map"])]:
+        del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def test_layers_that_have_passed_through_are_as_in_an_original(mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = convert(mixed, out, verify=True)
+    assert list(report.passed_layers) == ["model.layers.1.mlp.experts"]
+    found = inspect(out)
+    assert (found.state, found.passed_layers) == ("converted", report.passed_layers)
+    assert list(found.layers) == ["model.layers.2.mlp.experts"]
+    with pytest.raises(CheckpointError, match=r"/out: is already converted$"):
+        convert(out, tmp_path / "again")
+
+
+def test_a_layer_that_is_said_to_have_passed_through_and_need_not(
+    folders: Path, tmp_path: Path
+) -> None:
+    """Shards of another conversion, of fewer layers."""
+    original, converted = (read_tensors(folders / name) for name in ("original", "converted"))
+    kept = {n: t for n, t in original.items() if not n.startswith("model.layers.2.mlp.experts.")}
+    added = {n: t for n, t in converted.items() if n.startswith("model.layers.2.mlp.experts.")}
+    folder = merge(
+        folders, tmp_path / "model", "converted", {**kept, **added, MARKER: converted[MARKER]}
+    )
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["layers"]["model.layers.1.mlp.experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect(folder)
+    assert found.state == "unsupported"
+    assert "'model.layers.1.mlp.experts' is as in an original" in str(found.reason)

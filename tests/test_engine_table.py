@@ -24,7 +24,7 @@ from fp4moe_convert.engines.engine import Engine, Model
 from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
-from fp4moe_convert.prospects import Prospects
+from fp4moe_convert.prospects import CannotServe, CanServe, Prospects
 
 NAMES = [engine.name for engine in ENGINES]
 
@@ -82,7 +82,7 @@ def test_without_layers_there_are_no_sizes() -> None:
     assert tensor_parallel_sizes([]) == {}
 
 
-EVERYWHERE = Prospects({name: [1] for name in NAMES}, {}, {})
+EVERYWHERE = Prospects({name: CanServe([1]) for name in NAMES})
 
 
 @by_engine
@@ -104,7 +104,8 @@ def test_serve_commands() -> None:
         "--moe-runner-backend flashinfer_trtllm",
         "vllm": "vllm serve '/models/my out' --moe-backend flashinfer_trtllm",
     }
-    assert Prospects({"vllm": [1]}, {"sglang": "why"}, {}).commands("x").keys() == {"vllm"}
+    outlook = Prospects({"vllm": CanServe([1]), "sglang": CannotServe("why")})
+    assert outlook.commands("x").keys() == {"vllm"}
 
 
 # --- why an engine cannot serve a model -----------------------------------------------------------

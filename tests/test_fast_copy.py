@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,6 +260,7 @@ def test_threads_of_a_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(fast_copy, "CPU_LIMIT", Path("/none"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
@@ -266,6 +268,29 @@ def test_threads_of_a_rank(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     else:
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert fast_copy.load_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("max 100000\n", 12),
+        ("400000 100000\n", 4),
+        ("450000 100000\n", 4),
+        ("50000 100000\n", 1),
+        ("9900000 100000\n", 12),
+        ("", 12),
+        (None, 12),
+    ],
+)
+def test_threads_in_a_container(
+    limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(fast_copy, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert fast_copy.load_threads() == expected
 
 

@@ -14,10 +14,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import close_session, constants, snapshot_download
 from support.folders import MANIFEST, every_file, flip_bit, without_source
-from support.hub import Hub
+from support.hub import Fault, Hub
 from support.make_checkpoint import Spec, make_checkpoint
 from support.specs import SMALL_SHARD_NBYTES
 from typer.testing import CliRunner, Result
@@ -33,6 +34,8 @@ from fp4moe_convert import (
     verify,
 )
 from fp4moe_convert.cli.commands import app
+from fp4moe_convert.format.manifest import FileIdentity
+from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage.header import read_header
 from fp4moe_convert.storage.hub import HubStore
 from fp4moe_convert.storage.local import LocalFolder, LocalReader
@@ -323,10 +326,65 @@ def test_offline(hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert hub.requests == []
 
 
+def leave_no_list(snapshot: Path) -> None:
+    """As older releases of huggingface_hub do."""
+    shutil.rmtree(snapshot.parent.parent / "trees", ignore_errors=True)
+    with suppress(AttributeError):
+        huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE.clear()
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_snapshot_that_is_not_complete_is_not_used_while_the_hub_does_not_answer(
+    hub: Hub,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_offline: bool,
+) -> None:
+    hub.add(ID, source)
+    snapshot = Path(snapshot_download(ID))
+    if is_offline:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        down(hub)
+    expected = documented()["offline, and not in the cache" if is_offline else "no network"]
+    expected = expected.replace("CACHE", constants.HF_HUB_CACHE)
+    expected = expected.replace("https://huggingface.co", hub.endpoint)
+
+    def refused() -> None:
+        result = run("convert", ID, tmp_path / "out")
+        assert (result.exit_code, result.stderr.strip()) == (1 if is_offline else 75, expected)
+
+    first = min(weights(snapshot).values())
+    content = first.read_bytes()
+    first.unlink()
+    refused()
+    first.write_bytes(content[:100])
+    refused()
+    first.write_bytes(content)
+    (snapshot / "tokenizer.json").unlink()
+    refused()
+    # Nothing tells whether a file is missing: so it is said.
+    leave_no_list(snapshot)
+    result = run("convert", ID, tmp_path / "out", "-q")
+    assert (result.exit_code, result.stderr.strip()) == (0, warned(snapshot))
+    [warning] = json.loads(run("inspect", ID, "--json").stdout)["warnings"]
+    assert f"warning: {warning}" == warned(snapshot)
+    for shard in weights(snapshot).values():
+        shard.unlink()
+    refused()
+
+
+def warned(snapshot: Path) -> str:
+    text = (Path(__file__).parent.parent / "docs" / "hub.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("warning: ")]
+    return line.replace("SNAPSHOT", str(snapshot))
+
+
 def test_the_cache_serves_while_the_hub_does_not(hub: Hub, source: Path) -> None:
     hub.add(ID, source)
     snapshot_download(ID)
-    hub.__exit__()
+    down(hub)
     assert isinstance(open_store(ID), LocalFolder)
 
 
@@ -342,13 +400,34 @@ def test_a_token_opens_a_private_model(
     fetched_once(hub, source)
 
 
+@pytest.mark.parametrize("is_proxied", [False, True])
+def test_a_private_mirror_that_sends_large_files_itself(
+    hub: Hub,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_proxied: bool,
+) -> None:
+    hub.add(ID, source).private = True
+    hub.leads_away = False
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr(hub_store.ConnectionPool, "reach", lambda *_: not is_proxied)
+    convert(ID, tmp_path / "out")
+    fetched_once(hub, source)
+    # A token that is withdrawn meanwhile is the Hub's to speak of.
+    hub.faults.append(Fault("/resolve/", float("inf"), status=403))
+    result = run("verify", tmp_path / "out", "--source", ID)
+    assert result.exit_code == 1
+    assert "the Hub answers 403" in result.stderr
+
+
 @pytest.mark.parametrize("revision", ["main", "v1", None])
 def test_a_revision(hub: Hub, source: Path, revision: str | None) -> None:
     repository = hub.add(ID, source)
     repository.refs["v1"] = repository.commit
     given = f"hf://{ID}" + (f"@{revision}" if revision else "")
     for store in (open_store(ID, revision=revision), open_store(given)):
-        assert store.provenance()["revision"] == repository.commit
+        assert store.provenance().revision == repository.commit
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -374,6 +453,7 @@ def private(hub: Hub) -> None:
 
 def down(hub: Hub) -> None:
     hub.__exit__()
+    close_session()  # its connections would still be answered
 
 
 REFUSED = {
@@ -427,4 +507,4 @@ def test_no_path_leads_out(name: str) -> None:
         request = provenance = None  # type: ignore[assignment]
 
     with pytest.raises(CheckpointError, match="no path of a file"):
-        Store("somewhere", {name: {"bytes": 0}}, connections=1)
+        Store("somewhere", {name: FileIdentity(0)}, connections=1)

@@ -3,13 +3,16 @@ are in test_checkpoint.py."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.faulty_disk import needs_root
 
 from fp4moe_convert.errors import CheckpointError, MissingFileError
+from fp4moe_convert.format.manifest import FileIdentity, Provenance, ShardIdentity
 from fp4moe_convert.storage.local import LocalFolder
 from fp4moe_convert.storage.reader import read_all
 
@@ -58,7 +61,7 @@ def test_a_file_is_opened_under_the_name_it_is_listed_by(
     (folder / "link").symlink_to("b/a")
     reader = LocalFolder(folder).open(name, direct=direct)
     assert (reader.name, reader.nbytes) == (name, 3)
-    assert reader.identity == {"bytes": 3, "modified_ns": (folder / "b/a").stat().st_mtime_ns}
+    assert reader.identity == FileIdentity.of((folder / "b/a").stat())
     assert read_all(reader, 3) == b"b/a"
     with pytest.raises(CheckpointError, match=f"^{name}: has 3 bytes, the limit is 2$"):
         read_all(reader, 2)
@@ -100,15 +103,28 @@ def test_a_folder_may_be_reached_by_a_link(folder: Path, tmp_path: Path) -> None
     assert store.location == str(tmp_path / "link")
     assert store.local_path == tmp_path / "link"
     assert read_all(store.open("b/a"), 3) == b"b/a"
-    assert store.provenance() == {"path": str(folder)}
+    assert store.provenance() == Provenance(str(folder))
 
 
 def test_a_snapshot_of_the_hub_says_which_it_is(folder: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--nvidia--DeepSeek--V3" / "snapshots" / "0123abcd"
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
-    assert LocalFolder(snapshot).provenance() == {
-        "path": str(snapshot),
-        "hub_id": "nvidia/DeepSeek/V3",
-        "revision": "0123abcd",
-    }
+    known = LocalFolder(snapshot).provenance()
+    assert known == Provenance(str(snapshot), "nvidia/DeepSeek/V3", "0123abcd")
+    assert known.address == str(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (FileIdentity(5, modified_ns=7), '{"bytes": 5, "header": "ab", "modified_ns": 7}'),
+        (FileIdentity(5, etag="e"), '{"bytes": 5, "header": "ab", "etag": "e"}'),
+        (FileIdentity(5), '{"bytes": 5, "header": "ab"}'),
+    ],
+)
+def test_an_identity_in_a_manifest(file: FileIdentity, expected: str) -> None:
+    identity = ShardIdentity.of(file, "ab")
+    assert json.dumps(msgspec.to_builtins(identity)) == expected
+    assert msgspec.convert(json.loads(expected), ShardIdentity) == identity
+    assert identity.file == file

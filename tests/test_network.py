@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from functools import partial
@@ -34,6 +34,7 @@ from typer.testing import Result
 from fp4moe_convert import CheckpointError, Progress, UnreachableError, convert, verify
 from fp4moe_convert.execution import output_folder
 from fp4moe_convert.execution.crew import Crew
+from fp4moe_convert.format.manifest import FileIdentity, Provenance
 from fp4moe_convert.storage import hub as hub_store
 from fp4moe_convert.storage import prefetch, remote
 from fp4moe_convert.storage.buffers import Bytes, block_buffer
@@ -50,7 +51,7 @@ class Made(RemoteStore):
     """A store of one file, and what it is asked for."""
 
     def __init__(self, connections: int = 3) -> None:
-        super().__init__("made", {"file": {"bytes": CONTENT.size}}, connections=connections)
+        super().__init__("made", {"file": FileIdentity(CONTENT.size)}, connections=connections)
         self.asked: list[tuple[int, int]] = []
 
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
@@ -63,8 +64,8 @@ class Made(RemoteStore):
         for start in range(0, len(data), 1000):
             yield data[start : start + 1000]
 
-    def provenance(self) -> Mapping[str, str]:
-        return {"path": "made"}
+    def provenance(self) -> Provenance:
+        return Provenance("made")
 
 
 @contextmanager
@@ -354,8 +355,23 @@ def test_through_a_proxy(
 def test_a_file_that_is_not_as_listed_is_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add(ID, source)
     hub.faults.append(Fault(f"HEAD.*{RESOLVE}", 1, headers={"X-Linked-Size": "5"}))
-    with pytest.raises(CheckpointError, match="but the Hub lists it as"):
+    with pytest.raises(CheckpointError, match=r"has 5 bytes .* lists it with \d+ and "):
         convert(ID, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stated", ["ETag", "X-Linked-Etag"])
+def test_a_small_file_that_is_not_as_listed_is_refused(
+    hub: Hub, source: Path, tmp_path: Path, stated: str
+) -> None:
+    listed = hub.add(ID, source).files["tokenizer.json"].etag
+    fault = Fault(f"{RESOLVE}.*tokenizer.json", 99, headers={stated: f'W/"{listed}"'})
+    hub.faults.append(fault)
+    convert(ID, tmp_path / "out")
+    fault.headers = {stated: '"5"'}
+    with pytest.raises(
+        CheckpointError, match=r"^tokenizer.json: .* the ETag 5, but the Hub lists it"
+    ):
+        verify(tmp_path / "out", ID)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,20 @@ def test_a_record_without_a_config(converted: Path, tmp_path: Path) -> None:
         restore(converted, tmp_path / "out")
 
 
+@pytest.mark.parametrize("nbytes", [None, "5", -1], ids=["missing", "text", "negative"])
+def test_the_size_of_a_shard_must_be_known(converted: Path, tmp_path: Path, nbytes: object) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        shard = min(content["source"]["shards"].values(), key=str)
+        del shard["bytes"]
+        if nbytes is not None:
+            shard["bytes"] = nbytes
+
+    change_manifest(converted, edit)
+    with pytest.raises(VerifyError, match=rf"^{MANIFEST}: is malformed: .*bytes"):
+        restore(converted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["copied", "recorded", "a shard"])
 @pytest.mark.parametrize("name", ["../evil.md", "../converted/evil.md", "{}/evil.md"])
 def test_no_name_in_a_manifest_leads_out(

@@ -25,7 +25,7 @@ import msgspec
 
 from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.files import SOURCE_NAME
-from ..format.manifest import ShardRecord, SourceRecord
+from ..format.manifest import FileIdentity, ShardRecord, SourceRecord
 from ..layouts.base import Move
 from ..plan import PlannedShard, check_moves_cover
 from ..source.checkpoint import open_checkpoint
@@ -64,7 +64,7 @@ def remaining(store: Store, out_dir: Path) -> Store:
         return store
     store.check_exists()
     if (name := _changed(store, source, gone)) is not None:
-        if store.provenance()["path"] != source.path:  # another model
+        if store.provenance().path != source.path:  # another model
             return store
         raise CheckpointError(
             f"{name}: is not as it was when --drop-source deleted {min(gone)}; put back the file"
@@ -94,10 +94,8 @@ def _changed(store: LocalFolder, source: SourceRecord, gone: Container[str]) -> 
         if not (store.local_path / name).is_file() or record_of(store.open(name)) != record:
             return name
     for name, identity in source.shards.items():
-        if name not in gone:
-            found = store.open(name).identity
-            if any(identity.get(key) != value for key, value in found.items()):
-                return name
+        if name not in gone and store.open(name).identity != identity.file:
+            return name
     return None
 
 
@@ -272,6 +270,5 @@ class Dropping:
                 f"{shard.name}: has {status.st_nlink} names (hard links), so --drop-source would "
                 "make no room; delete the others first"
             )
-        found = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        if not stat.S_ISREG(status.st_mode) or found != shard.file_identity:
+        if not stat.S_ISREG(status.st_mode) or FileIdentity.of(status) != shard.file_identity:
             raise CheckpointError(f"{shard.name}: has changed since it was read, so it stays")

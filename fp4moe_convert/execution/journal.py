@@ -33,7 +33,7 @@ import msgspec
 
 from ..errors import OutputError, naming
 from ..format.files import JOURNAL_NAME, is_journal, part_journal_name
-from ..format.manifest import Identity, ShardRecord, SourceRecord
+from ..format.manifest import ShardIdentity, ShardRecord, SourceRecord
 from ..format.untrusted import decode
 from ..plan import Part
 from ..storage.durable import remove_file, sync_folder
@@ -50,7 +50,7 @@ class FinishedShard(msgspec.Struct, frozen=True, tag_field="line", tag="shard"):
     row_order: str
     plan: str
     """The shard's fingerprint: which bytes go where, from which offsets of which files."""
-    sources: dict[str, Identity]
+    sources: dict[str, ShardIdentity]
     """Of each source file it was read from."""
 
 
@@ -63,7 +63,7 @@ class Division(msgspec.Struct, frozen=True, tag_field="line", tag="division"):
     max_shard_nbytes: int
     source: str
     """Where it lies; on another machine that may be elsewhere."""
-    sources: dict[str, Identity]
+    sources: dict[str, ShardIdentity]
     """Of each source file."""
 
     def difference(self, other: Division) -> str | None:

@@ -1,9 +1,9 @@
 """The output folder of a conversion: whose it is, what in it is kept, what has to go.
 
 A folder is ours if it is empty, or holds nothing but what conversions left there (`folder_files`).
-Nothing else in it is ever deleted, or written beside. What no engine
-reads is the user's: it may lie there, and stays. Where a person has changed a file that engines do
-read, nothing is written at all.
+Nothing else in it is ever deleted, or written beside. What no engine reads is the user's: it may
+lie there, and stays. Where a person has changed a file that engines do read, nothing is written at
+all.
 
 A run takes the folder through states, each a type that offers only what is allowed in it:
 
@@ -34,11 +34,7 @@ from types import TracebackType
 import xxhash
 
 from ..errors import NoSpaceError, OutputError, VerifyError, naming
-from ..format.files import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    SOURCE_NAME,
-)
+from ..format.files import CONFIG_NAME, INDEX_NAME, SOURCE_NAME
 from ..format.manifest import Manifest, ShardRecord, SourceRecord
 from ..plan import Part
 from ..storage.buffers import Bytes

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import msgspec
 import xxhash
 
 from ..format.contract import FORMAT_VERSION
 from ..format.files import GENERATED
-from ..format.manifest import FileRecord, Identity, Manifest, ShardRecord
+from ..format.manifest import FileRecord, Manifest, ShardIdentity, ShardRecord
 from ..plan import Plan
 from ..source.checkpoint import Checkpoint
 from ..source.identity import source_difference
@@ -102,7 +103,7 @@ class Work(ABC):
         """How this work differs from that which left a manifest; None if it does not."""
 
     @cached_property
-    def identities(self) -> dict[str, Identity]:
+    def identities(self) -> dict[str, ShardIdentity]:
         """Of each shard that is read."""
         return {shard.name: shard.identity for shard in self.sources}
 
@@ -127,7 +128,7 @@ class Work(ABC):
         """Of each shard that is made: equal keys mean that its moves write equal bytes."""
         keys = {}
         for shard in self.shards:
-            sources = [self.identities[name] for name in shard.source_files]
+            sources = msgspec.to_builtins([self.identities[name] for name in shard.source_files])
             made_of = [FORMAT_VERSION, self.row_order, shard.fingerprint, sources]
             keys[shard.name] = xxhash.xxh3_128_hexdigest(json.dumps(made_of).encode())
         return keys
@@ -136,7 +137,7 @@ class Work(ABC):
     def origin(self) -> str | None:
         """The model and the commit that are read, where they are known."""
         known = self.store.provenance()
-        return f"{known['hub_id']}@{known['revision']}" if "revision" in known else None
+        return f"{known.hub_id}@{known.revision}" if known.revision else None
 
     def check_unchanged(self, sources: Container[str]) -> None:
         """Make sure that source files are still what they were when their headers were read.

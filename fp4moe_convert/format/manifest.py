@@ -6,6 +6,7 @@ The manifest's last entry is a checksum of its other entries (docs/format.md, se
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -19,8 +20,62 @@ from .untrusted import decode_object
 
 CHECKSUM = "xxh3_128"
 
-Identity = dict[str, str | int]
-"""Of a source file (`storage.reader`), as JSON values."""
+HUB_PREFIX = "hf://"
+"""Begins the path of a model on the Hub."""
+
+
+class FileIdentity(msgspec.Struct, frozen=True):
+    """The size of a source file, and values that change when its bytes do."""
+
+    nbytes: int
+    modified_ns: int | None = None
+    """Time of its last change, of a local file."""
+    etag: str | None = None
+    """Of a remote one, where the server tells."""
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        """That of a local file."""
+        return cls(status.st_size, modified_ns=status.st_mtime_ns)
+
+
+class ShardIdentity(msgspec.Struct, frozen=True, omit_defaults=True, rename={"nbytes": "bytes"}):
+    """A `FileIdentity` and the digest of the header: at least one value changes whenever the bytes
+    of the shard do."""
+
+    nbytes: Annotated[int, msgspec.Meta(ge=0)]
+    header: str
+    """XXH3-128 of the header, length word included."""
+    modified_ns: int | None = None
+    etag: str | None = None
+
+    @classmethod
+    def of(cls, file: FileIdentity, header: str) -> ShardIdentity:
+        return cls(file.nbytes, header, file.modified_ns, file.etag)
+
+    @property
+    def file(self) -> FileIdentity:
+        return FileIdentity(self.nbytes, self.modified_ns, self.etag)
+
+    @property
+    def content(self) -> tuple[int, str]:
+        """What a copy has as well; its times and ETags are its own."""
+        return self.nbytes, self.header
+
+
+class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a checkpoint lies."""
+
+    path: str
+    hub_id: str | None = None
+    revision: str | None = None
+    """Hub id and commit, where the path tells."""
+
+    @property
+    def address(self) -> str:
+        """What `storage.opening.open_store` takes for it, on any machine."""
+        on_hub = self.revision and self.path.startswith(HUB_PREFIX)
+        return f"{self.path}@{self.revision}" if on_hub else self.path
 
 
 class FileRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes", "checksum": CHECKSUM}):
@@ -51,16 +106,12 @@ class ShardRecord(msgspec.Struct, frozen=True, rename={"nbytes": "bytes"}):
         return cls(nbytes, xxhash.xxh3_128_hexdigest(header), dict(tensors))
 
 
-class SourceRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SourceRecord(Provenance, frozen=True, kw_only=True, omit_defaults=True):
     """Which checkpoint was converted."""
 
-    path: str
-    hub_id: str | None = None
-    revision: str | None = None
-    """Hub id and commit, where the path tells."""
     dropped: bool = False
     """Whether shards of it were deleted once they had been converted (`execution.dropping`)."""
-    shards: dict[str, Identity]
+    shards: dict[str, ShardIdentity]
     files: dict[str, FileRecord]
     """config.json, hf_quant_config.json and the index, where there is one."""
 

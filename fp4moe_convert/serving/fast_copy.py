@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import torch
@@ -33,6 +34,8 @@ MIN_NBYTES = 1 << 20
 
 THREADS_VARIABLE = "FP4MOE_LOAD_THREADS"
 MAX_THREADS = 16
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time in a period, and the period."""
 GPUS_OF_A_HOST = 8
 """At most this many ranks are taken to share a host, where a rank sees only its own GPU."""
 
@@ -237,14 +240,22 @@ def load_threads() -> int:
         ServingError: `THREADS_VARIABLE` is set, and is not a number.
     """
     if (wanted := os.environ.get(THREADS_VARIABLE, "")) == "":
-        cores = len(os.sched_getaffinity(0))
-        return max(1, min(MAX_THREADS, cores // _ranks_of_host()))
+        return max(1, min(MAX_THREADS, _cores() // _ranks_of_host()))
     if not wanted.isdecimal():
         raise refusal(
             f"{THREADS_VARIABLE} is {wanted!r}, not a number of threads",
             f"unset {THREADS_VARIABLE}",
         )
     return int(wanted)
+
+
+def _cores() -> int:
+    """What `taskset` and the limit of a container (of cgroups, version 2) leave to this process."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # there is none, or it is "max"
+        quota, period = CPU_LIMIT.read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    return cores
 
 
 def _ranks_of_host() -> int:

@@ -14,6 +14,7 @@ from itertools import islice
 from ..errors import CheckpointError
 from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
+from ..storage.local import UnlistedSnapshot
 from .checkpoint import Checkpoint, missing_by_name
 from .names import is_mtp_by_name, original_layer, stacked_layer
 from .text_config import TextConfig
@@ -44,6 +45,12 @@ def warnings_on(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
         CheckpointError: something is missing without which no model works.
     """
     lines = [f"{name}: {why}, left out" for name, why in checkpoint.left_out.items()]
+    if isinstance(checkpoint.store, UnlistedSnapshot):
+        lines.insert(
+            0,
+            f"{checkpoint.location}: the cache has no list of this snapshot's files, so a "
+            "tokenizer or another file may be missing unnoticed; download the model to be certain",
+        )
     decoder = _Decoder(checkpoint, prefixes)
     try:
         decoder.check()

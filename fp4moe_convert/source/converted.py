@@ -3,6 +3,8 @@ from different folders."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..errors import CheckpointError
 from ..format.contract import MARKER_NAME, QUANT_METHOD
 from ..format.files import CONFIG_NAME
@@ -16,8 +18,11 @@ def is_converted(checkpoint: Checkpoint) -> bool:
     Raises:
         CheckpointError: config.json and the shards say different things, or the shards do.
     """
-    marker, stacked, original = _telltales(checkpoint)
-    section = (checkpoint.quantization or {}).get("quant_method") == QUANT_METHOD
+    description = checkpoint.quantization or {}
+    section = description.get("quant_method") == QUANT_METHOD
+    # Layers that config.json does not call converted have passed through as they were.
+    layers = description.get("layers") if section else None
+    marker, stacked, original = _telltales(checkpoint, layers if isinstance(layers, dict) else None)
     converted = stacked or marker
     if converted and original:
         raise CheckpointError(
@@ -43,9 +48,11 @@ def is_converted(checkpoint: Checkpoint) -> bool:
     return section
 
 
-def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | None]:
+def _telltales(
+    checkpoint: Checkpoint, layers: Collection[str] | None
+) -> tuple[str | None, str | None, str | None]:
     """The marker, the first stacked weight of experts, and the first NVFP4 weight of experts of the
-    decoder as an original has them, each with its shard."""
+    decoder as an original has them, in one of ``layers`` if that is given; each with its shard."""
     layer_count = checkpoint.text.layer_count
     marker = stacked = original = None
     for shard in checkpoint.shards:
@@ -57,8 +64,9 @@ def _telltales(checkpoint: Checkpoint) -> tuple[str | None, str | None, str | No
                 continue
             elif stacked_layer(tensor.name) is not None:
                 stacked = stacked or where
-            elif not original and original_layer(tensor.name) is not None:
+            elif not original and (layer := original_layer(tensor.name)) is not None:
                 number = layer_number(tensor.name)
                 of_decoder = number is not None and number < (layer_count or 0)
-                original = where if of_decoder and not is_mtp_by_name(tensor.name) else None
+                if of_decoder and not is_mtp_by_name(tensor.name):
+                    original = where if layers is None or layer in layers else None
     return marker, stacked, original

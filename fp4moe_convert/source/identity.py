@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 
 from ..format.files import no_engine_reads
 from ..format.manifest import Manifest, SourceRecord
 from ..storage.copying import record_of
-from ..storage.reader import DIFFERS_IN_COPIES
 from .checkpoint import Checkpoint
 from .recorded import DroppedSource
 
@@ -19,7 +17,7 @@ def describe_source(checkpoint: Checkpoint) -> SourceRecord:
     """Where a checkpoint lies, the identity of each shard, and size and checksum of the
     configurations and the index."""
     return SourceRecord(
-        **checkpoint.store.provenance(),
+        **msgspec.structs.asdict(checkpoint.store.provenance()),
         dropped=isinstance(checkpoint.store, DroppedSource),
         shards={shard.name: shard.identity for shard in checkpoint.shards},
         files=dict(checkpoint.config_files),
@@ -49,26 +47,24 @@ def source_difference(
         if found.hub_id == recorded.hub_id:
             advice = f" (--revision {recorded.revision} of {recorded.hub_id} is)"
         return f"revision {found.revision} is not {recorded.revision}{advice}"
-    copied = manifest.copied_records
     there = {name: record_of(checkpoint.store.open(name)) for name in checkpoint.other_files}
     for before, now in (
-        (recorded.shards, found.shards),
-        (_as_json(recorded.files), _as_json(found.files)),
-        (_as_json(copied), _as_json(there)),
+        (_contents(recorded), _contents(found)),
+        (recorded.files, found.files),
+        (manifest.copied_records, there),
     ):
         for name in sorted(before.keys() | now.keys()):
             if no_engine_reads(name) and not same_files:
                 continue
             if name not in before or name not in now:
                 return f"{name} is {'missing' if name in before else 'new'}"
-            keys = before[name].keys() | now[name].keys()
-            differing = {key for key in keys if before[name].get(key) != now[name].get(key)}
-            if differing - DIFFERS_IN_COPIES:
+            if before[name] != now[name]:
                 return f"{name} differs"
-            if differing and same_files:
-                return f"{name} has been written again since"
+    for name, identity in recorded.shards.items():
+        if same_files and identity != found.shards[name]:
+            return f"{name} has been written again since"
     return None
 
 
-def _as_json(records: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: msgspec.to_builtins(record) for name, record in records.items()}
+def _contents(source: SourceRecord) -> Mapping[str, object]:
+    return {name: identity.content for name, identity in source.shards.items()}

@@ -15,7 +15,7 @@ the machine, and reading it back would need a limit.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..format.files import (
     SOURCE_CARD_NAME,
     SOURCE_NAME,
 )
-from ..format.manifest import FileRecord, Identity, Manifest, SourceRecord
+from ..format.manifest import FileIdentity, FileRecord, Manifest, Provenance, SourceRecord
 from ..storage.buffers import Bytes
 from ..storage.copying import record_of
 from ..storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES, header_nbytes
@@ -124,10 +124,8 @@ class RecordedSource:
             return self.converted.open(name, direct=direct)
         raise MissingFileError(f"{name}: is not on record")
 
-    def provenance(self) -> Mapping[str, str]:
-        source = self.source
-        known = {"path": source.path, "hub_id": source.hub_id, "revision": source.revision}
-        return {key: value for key, value in known.items() if value is not None}
+    def provenance(self) -> Provenance:
+        return Provenance(self.source.path, self.source.hub_id, self.source.revision)
 
     @cached_property
     def _places(self) -> dict[str, RecordedFile]:
@@ -147,7 +145,7 @@ class RecordedSource:
         places: dict[str, RecordedFile] = {}
         position = 0
 
-        def take(name: str, nbytes: int, identity: Identity) -> None:
+        def take(name: str, nbytes: int, identity: FileIdentity) -> None:
             nonlocal position
             if position + nbytes > record.nbytes:
                 raise CheckpointError(f"{SOURCE_NAME}: ends inside {name!r}")
@@ -157,14 +155,13 @@ class RecordedSource:
         for name, file in source.files.items():
             if name not in (CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME):
                 raise CheckpointError(f"{MANIFEST_NAME}: {name!r} is no file that is on record")
-            take(name, file.nbytes, {"bytes": file.nbytes})
+            take(name, file.nbytes, FileIdentity(file.nbytes))
         for name, identity in source.shards.items():
             if name != os.path.basename(name):
                 raise CheckpointError(f"{MANIFEST_NAME}: {name!r} is no name of a shard")
             length = min(LENGTH_NBYTES, record.nbytes - position)
             claimed = header_nbytes(read_bytes(record, position, length))
-            file_identity = {key: value for key, value in identity.items() if key != "header"}
-            take(name, min(claimed, LENGTH_NBYTES + MAX_HEADER_NBYTES), file_identity)
+            take(name, min(claimed, LENGTH_NBYTES + MAX_HEADER_NBYTES), identity.file)
         if position != record.nbytes:
             raise CheckpointError(
                 f"{SOURCE_NAME}: has {record.nbytes} bytes, what the manifest lists has {position}"
@@ -182,12 +179,11 @@ class RecordedFile:
     """Of its first byte in the record."""
     kept: int
     """How many of its bytes are on record."""
-    identity: Identity
+    identity: FileIdentity
 
     @property
     def nbytes(self) -> int:
-        nbytes = self.identity.get("bytes")
-        return nbytes if isinstance(nbytes, int) else 0
+        return self.identity.nbytes
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         if offset + nbytes > self.kept:
@@ -230,5 +226,5 @@ class DroppedSource:
             return self.record.open(name)
         return self.folder.open(name, direct=direct)
 
-    def provenance(self) -> Mapping[str, str]:
+    def provenance(self) -> Provenance:
         return self.folder.provenance()

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import xxhash
 
 from ..errors import CheckpointError
+from ..format.manifest import FileIdentity, ShardIdentity
 from ..storage.header import Header, TensorInfo, spec_nbytes
-from ..storage.reader import Identity, Store, read_bytes
+from ..storage.reader import Store, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +19,12 @@ class Shard:
 
     name: str
     header: Header
-    file_identity: Identity
+    file_identity: FileIdentity
     """As of just before its header was read."""
 
     @property
-    def identity(self) -> dict[str, str | int]:
-        """Size, header digest and time of the last change, as JSON values: at least one changes
-        whenever the file's bytes do."""
-        file = dict(self.file_identity)
-        return {"bytes": file.pop("bytes"), "header": self.header.digest, **file}
+    def identity(self) -> ShardIdentity:
+        return ShardIdentity.of(self.file_identity, self.header.digest)
 
     def raw_header(self, store: Store) -> bytes:
         """The header's bytes, length word included.

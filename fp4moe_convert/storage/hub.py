@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import huggingface_hub
 from huggingface_hub import (
     HfApi,
     ModelInfo,
@@ -45,12 +46,14 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import CheckpointError, UnreachableError
+from ..format.files import CONFIG_NAME
+from ..format.manifest import HUB_PREFIX, FileIdentity, Provenance
 from .buffers import Bytes
 from .connection_pool import ConnectionPool
 from .http_answers import PASSING, Headers, asked_wait
 from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
-from .local import LocalFolder
-from .reader import Identity, Store
+from .local import LocalFolder, UnlistedSnapshot
+from .reader import Store
 from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
 MAX_SKIPPED_NBYTES = 16 * 2**20
@@ -61,6 +64,9 @@ _httpx = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0])
 PIECE_NBYTES = 2**20
 """Of an answer, until progress is noted. What a connection that stalls has brought of one is asked
 for again."""
+
+_NO_LIST = getattr(huggingface_hub.errors, "CachedRepoTreeNotFoundError", AttributeError)
+"""The cache has no list of a snapshot's files; older releases know of no such list."""
 
 LIBRARY: Any = {
     "library_name": "fp4moe-convert",
@@ -131,19 +137,19 @@ def open_hub(
     )
 
 
-def listed_files(info: ModelInfo) -> tuple[dict[str, Identity], set[str]]:
+def listed_files(info: ModelInfo) -> tuple[dict[str, FileIdentity], set[str]]:
     """Size and ETag of each file of a model, and the names of those that lie in git, not in LFS.
 
     Raises:
         CheckpointError: the Hub does not say.
     """
-    files: dict[str, Identity] = {}
+    files: dict[str, FileIdentity] = {}
     is_plain: set[str] = set()
     for file in info.siblings or ():
         etag = file.lfs.sha256 if file.lfs else file.blob_id
         if file.size is None or etag is None:
             raise CheckpointError(f"{info.id}: the Hub does not say the size of {file.rfilename}")
-        files[file.rfilename] = {"bytes": file.size, "etag": etag}
+        files[file.rfilename] = FileIdentity(file.size, etag=etag)
         if file.lfs is None:
             is_plain.add(file.rfilename)
     return files, is_plain
@@ -152,23 +158,43 @@ def listed_files(info: ModelInfo) -> tuple[dict[str, Identity], set[str]]:
 def _latest_snapshot(
     repo_id: str, revision: str | None, cache_dir: str | Path | None
 ) -> LocalFolder | None:
-    """What the cache has of a revision, as far as it knows that, if it is complete."""
+    """What the cache has of a revision, as far as it knows that, if it is complete or cannot be
+    told to be incomplete."""
     try:
         folder = snapshot_download(
             repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
-    return LocalFolder(Path(folder))
+    snapshot = Path(folder)
+    if listed := _cached_list(repo_id, snapshot.name, cache_dir):
+        return _complete_snapshot(repo_id, snapshot.name, listed, cache_dir)
+    if not (snapshot / CONFIG_NAME).is_file() or not any(snapshot.glob("*.safetensors")):
+        return None  # as what has asked for the configuration alone leaves it
+    return UnlistedSnapshot(snapshot)
+
+
+def _cached_list(
+    repo_id: str, commit: str, cache_dir: str | Path | None
+) -> dict[str, FileIdentity] | None:
+    """Size and blob of each file of a model, if `snapshot_download` has left a list of them. That
+    of older releases does not."""
+    try:
+        entries = huggingface_hub.get_cached_repo_tree(
+            repo_id, revision=commit, cache_dir=cache_dir
+        )
+    except (AttributeError, _NO_LIST):
+        return None
+    return {file.path: FileIdentity(file.size, etag=file.blob_id) for file in entries}
 
 
 def _complete_snapshot(
-    repo_id: str, commit: str, files: Mapping[str, Identity], cache_dir: str | Path | None
+    repo_id: str, commit: str, files: Mapping[str, FileIdentity], cache_dir: str | Path | None
 ) -> LocalFolder | None:
     folder = ""
     for name, identity in files.items():
         found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
-        if not isinstance(found, str) or os.path.getsize(found) != identity["bytes"]:
+        if not isinstance(found, str) or os.path.getsize(found) != identity.nbytes:
             return None
         folder = found.removesuffix(name)
     return LocalFolder(Path(folder))
@@ -181,7 +207,7 @@ class HubStore(RemoteStore):
         self,
         repo_id: str,
         commit: str,
-        files: Mapping[str, Identity],
+        files: Mapping[str, FileIdentity],
         *,
         is_plain: set[str],
         connections: int,
@@ -196,7 +222,7 @@ class HubStore(RemoteStore):
             connections: as for `RemoteStore`.
             traffic: as for `RemoteStore`.
         """
-        super().__init__(f"hf://{repo_id}", files, connections=connections, traffic=traffic)
+        super().__init__(f"{HUB_PREFIX}{repo_id}", files, connections=connections, traffic=traffic)
         self._repo_id = repo_id
         self._commit = commit
         self._is_plain = is_plain
@@ -207,8 +233,8 @@ class HubStore(RemoteStore):
             _httpx.create_ssl_context, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
 
-    def provenance(self) -> Mapping[str, str]:
-        return {"path": self.location, "hub_id": self._repo_id, "revision": self._commit}
+    def provenance(self) -> Provenance:
+        return Provenance(self.location, self._repo_id, self._commit)
 
     def request(self, name: str, offset: int, into: Bytes) -> Iterator[int]:
         url = hf_hub_url(self._repo_id, name, revision=self._commit)
@@ -216,13 +242,13 @@ class HubStore(RemoteStore):
             "Accept-Encoding": "identity",
             "Range": f"bytes={offset}-{offset + into.size - 1}",
         }
+        is_plain = name in self._is_plain
         with _explained(self._repo_id, self._commit):
-            if name in self._is_plain:
-                yield from self._through_library(name, url, headers, offset, into)
-                return
-            address = self._signed_address(name, url)
+            address = url if is_plain else self._address(name, url)
+            if _is_hubs(address):
+                headers |= build_hf_headers(**LIBRARY)
             try:
-                if self._is_direct and self._pool.reach(address):
+                if not is_plain and self._is_direct and self._pool.reach(address):
                     yield from self._directly(name, address, headers, offset, into)
                 else:
                     yield from self._through_library(name, address, headers, offset, into)
@@ -230,7 +256,7 @@ class HubStore(RemoteStore):
                 with self._resolving[name]:
                     if self._addresses.get(name) == address:
                         del self._addresses[name]
-                raise TryAgainError(f"its signed address is refused ({refusal})", after=0) from None
+                raise TryAgainError(f"its address is refused ({refusal})", after=0) from None
 
     def _directly(
         self, name: str, address: str, headers: Mapping[str, str], offset: int, into: Bytes
@@ -249,38 +275,43 @@ class HubStore(RemoteStore):
                 yield count
 
     def _through_library(
-        self, name: str, address: str, headers: dict[str, str], offset: int, into: Bytes
+        self, name: str, address: str, headers: Mapping[str, str], offset: int, into: Bytes
     ) -> Iterator[int]:
-        is_hubs = urlsplit(address).netloc == urlsplit(constants.ENDPOINT).netloc
-        if is_hubs:  # a token is for the Hub alone
-            headers = {**headers, **build_hf_headers(**LIBRARY)}
         with get_session().stream(
             "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
-            if is_hubs and response.status_code >= 400:
-                response.read()
-                hf_raise_for_status(response)
+            if name in self._is_plain:
+                if response.status_code >= 400:
+                    response.read()
+                    hf_raise_for_status(response)
+                if (stated := _stated_etag(response.headers)) is not None:
+                    self._check_as_listed(name, self._files[name].nbytes, stated)
             _check_status(response.status_code, response.reason_phrase, response.headers)
             skip = self._check_answer(
                 name, response.status_code, response.headers, offset, into.size
             )
             yield from fill_from(_without_first(response.iter_raw(), skip), into)
 
-    def _signed_address(self, name: str, url: str) -> str:
-        """Where the Hub leads to from the ``url`` of a large file."""
+    def _address(self, name: str, url: str) -> str:
+        """Where the Hub leads to from the ``url`` of a large file: a signed address, or its own
+        where it sends such files itself, as mirrors may."""
         with self._resolving[name]:
             if name not in self._addresses:
                 with self.traffic:
                     found = get_hf_file_metadata(
                         url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **LIBRARY
                     )
-                stated = {"bytes": found.size, "etag": found.etag}
-                if stated != self._files[name]:
-                    raise CheckpointError(
-                        f"{name}: is {stated}, but the Hub lists it as {dict(self._files[name])}"
-                    )
+                self._check_as_listed(name, found.size, found.etag)
                 self._addresses[name] = found.location
             return self._addresses[name]
+
+    def _check_as_listed(self, name: str, nbytes: int | None, etag: str | None) -> None:
+        listed = self._files[name]
+        if (nbytes, etag) != (listed.nbytes, listed.etag):
+            raise CheckpointError(
+                f"{name}: has {nbytes} bytes and the ETag {etag}, but the Hub lists it with "
+                f"{listed.nbytes} and {listed.etag}"
+            )
 
     def _check_answer(
         self, name: str, status: int, headers: Headers, offset: int, nbytes: int
@@ -288,7 +319,7 @@ class HubStore(RemoteStore):
         """Make sure that an answer has the bytes asked for; how many come before these."""
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError(f"{name}: comes compressed; is a proxy between?")
-        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name]['bytes']}"
+        expected = f"bytes {offset}-{offset + nbytes - 1}/{self._files[name].nbytes}"
         if status == HTTPStatus.PARTIAL_CONTENT:
             if (found := headers.get("Content-Range")) != expected:
                 raise TryAgainError(f"the answer has {found}, expected {expected}")
@@ -299,7 +330,23 @@ class HubStore(RemoteStore):
 
 
 class _RefusedError(Exception):
-    """A signed address leads nowhere any more."""
+    """An address leads nowhere any more."""
+
+
+def _is_hubs(address: str) -> bool:
+    """Whether it is the Hub that answers there: a token is for the Hub alone."""
+    return _origin(address) == _origin(constants.ENDPOINT)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _stated_etag(headers: Headers) -> str | None:
+    """As the Hub lists it."""
+    etag = headers.get(constants.HUGGINGFACE_HEADER_X_LINKED_ETAG) or headers.get("ETag")
+    return None if etag is None else etag.removeprefix("W/").strip('"')
 
 
 def _check_status(status: int, reason: str, headers: Headers) -> None:
@@ -307,7 +354,8 @@ def _check_status(status: int, reason: str, headers: Headers) -> None:
 
     Raises:
         TryAgainError: it is busy.
-        _RefusedError: the address has expired, or is wrong.
+        _RefusedError: the address has expired, or is wrong. Where it leads is asked again then, and
+            a Hub that refuses the file says so.
     """
     if status in PASSING:
         raise TryAgainError(f"the storage answers {status} {reason}", after=asked_wait(headers))

@@ -95,7 +95,7 @@ class HubRepository:
         return Head(
             info.sha,
             bool(info.private),
-            {name: int(identity["bytes"]) for name, identity in files.items()},
+            {name: identity.nbytes for name, identity in files.items()},
             HubStore(
                 *(self.repo_id, info.sha, files),
                 is_plain=is_plain,

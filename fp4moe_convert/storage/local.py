@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError, ConvertError, MissingFileError, naming
 from ..format.files import FOREIGN_FOLDERS
+from ..format.manifest import FileIdentity, Provenance
 from ..format.sizes import round_up
 from .buffers import BLOCK, Bytes
 from .files import LocalFile, refuses_direct
-from .reader import Identity, Listing
+from .reader import Listing
 
 _SMALL_NBYTES = 64 * 1024
 """Reads below this (scalars, norms) are buffered: they lie side by side, and one block in the page
@@ -36,7 +37,7 @@ class LocalReader(LocalFile):
             super().__init__(path, os.O_RDONLY, direct=direct)
             status = os.fstat(self._fd)
         self.nbytes = status.st_size
-        self.identity: Identity = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        self.identity = FileIdentity.of(status)
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         with naming(self.name):
@@ -141,15 +142,18 @@ class LocalFolder:
         # Not where a link called "blobs" leads: that may be anywhere.
         return own, os.path.join(os.path.dirname(snapshots), "blobs")
 
-    def provenance(self) -> Mapping[str, str]:
+    def provenance(self) -> Provenance:
         path = self.local_path.resolve()
-        provenance = {"path": str(path)}
         # A Hub cache keeps revisions as models--ORG--NAME/snapshots/REVISION.
         repo = path.parent.parent.name
         if path.parent.name == "snapshots" and repo.startswith("models--"):
-            provenance["hub_id"] = repo.removeprefix("models--").replace("--", "/")
-            provenance["revision"] = path.name
-        return provenance
+            hub_id = repo.removeprefix("models--").replace("--", "/")
+            return Provenance(str(path), hub_id, path.name)
+        return Provenance(str(path))
+
+
+class UnlistedSnapshot(LocalFolder):
+    """A snapshot in the Hub's cache. What of it has never been downloaded cannot be told."""
 
 
 def files_below(root: Path, kind: type[ConvertError] = CheckpointError) -> Iterator[str]:

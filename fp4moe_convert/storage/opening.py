@@ -8,10 +8,10 @@ from pathlib import Path
 
 from .. import defaults
 from ..errors import CheckpointError
+from ..format.manifest import HUB_PREFIX
 from .local import LocalFolder
 from .reader import Store
 
-_HUB_PREFIX = "hf://"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -41,7 +41,7 @@ def open_store(
     if isinstance(location, str) and _is_on_hub(location):
         from .hub import open_hub
 
-        repo_id, _, given = location.removeprefix(_HUB_PREFIX).partition("@")
+        repo_id, _, given = location.removeprefix(HUB_PREFIX).partition("@")
         return open_hub(
             repo_id,
             revision=revision or given or None,
@@ -57,11 +57,6 @@ def open_store(
     return LocalFolder(Path(location))
 
 
-def address(path: str, revision: str | None) -> str:
-    """What `open_store` takes, on any machine, for a source of this provenance."""
-    return f"{path}@{revision}" if revision and path.startswith(_HUB_PREFIX) else path
-
-
 def _is_on_hub(location: str) -> bool:
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location, re.ASCII) is not None
-    return location.startswith(_HUB_PREFIX) or (is_id and not os.path.exists(location))
+    return location.startswith(HUB_PREFIX) or (is_id and not os.path.exists(location))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .buffers import Bytes
-from .reader import Identity, Opener, Store, keep_open
+from .reader import Opener, Store, keep_open
 from .remote import RemoteReader, RemoteStore, StoppedError
 
 REQUEST_NBYTES = 4 * 2**20
@@ -192,6 +192,7 @@ class _Prefetcher:
 
     @contextmanager
     def _saying_why(self) -> Iterator[None]:
+        """A read that was stopped raises what has stopped it, if that was a failure to fetch."""
         try:
             yield
         except StoppedError:
@@ -273,7 +274,7 @@ class _PrefetchedReader:
     def __init__(self, prefetcher: _Prefetcher, reader: RemoteReader) -> None:
         self._prefetcher, self._reader = prefetcher, reader
         self.name, self.nbytes = reader.name, reader.nbytes
-        self.identity: Identity = reader.identity
+        self.identity = reader.identity
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         view = buffer[:nbytes]

@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
 from ..errors import CheckpointError
+from ..format.manifest import FileIdentity, Provenance
 from .buffers import Bytes, block_buffer
-
-Identity: TypeAlias = Mapping[str, str | int]
-"""Size (``bytes``), and values that change when the file's bytes change, as JSON values. For a
-local file that is the time of its last change, for a remote one the ETag."""
-
-
-DIFFERS_IN_COPIES = frozenset({"modified_ns", "etag"})
-"""Values of an identity that a copy of the same bytes need not have."""
 
 
 class Reader(Protocol):
@@ -38,7 +31,7 @@ class Reader(Protocol):
         """Size when it was opened."""
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> FileIdentity:
         """As of when it was opened."""
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
@@ -102,8 +95,8 @@ class Store(Protocol):
             CheckpointError: it cannot be read, or is not a file of the store's own.
         """
 
-    def provenance(self) -> Mapping[str, str]:
-        """``path`` and, where known, ``hub_id`` and ``revision``."""
+    def provenance(self) -> Provenance:
+        """Where it is, as a manifest records it."""
 
 
 Item = TypeVar("Item")

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..errors import CheckpointError, MissingFileError, UnreachableError
 from ..format.files import FOREIGN_FOLDERS
+from ..format.manifest import FileIdentity, Provenance
 from .buffers import Bytes
-from .reader import Identity, Listing, Store
+from .reader import Listing, Store
 
 TRIES = 8
 """Failures in a row, without a byte between them, until a store counts as unreachable: about two
@@ -168,7 +169,7 @@ class RemoteStore(ABC):
     def __init__(
         self,
         location: str,
-        files: Mapping[str, Identity],
+        files: Mapping[str, FileIdentity],
         *,
         connections: int,
         traffic: Traffic | None = None,
@@ -211,7 +212,7 @@ class RemoteStore(ABC):
         """
 
     @abstractmethod
-    def provenance(self) -> Mapping[str, str]:
+    def provenance(self) -> Provenance:
         """As `reader.Store` has it."""
 
     def check_exists(self) -> None:
@@ -239,7 +240,7 @@ class RemoteStore(ABC):
         self,
         name: str,
         stopped: threading.Event | None = None,  # noqa: ARG002 (nothing is asked here)
-    ) -> Identity:
+    ) -> FileIdentity:
         """Of a file of the store, as it is now; raises what `fetch` does."""
         return self._files[name]
 
@@ -330,14 +331,12 @@ class RemoteReader:
 
     store: RemoteStore
     name: str
-    identity: Identity
+    identity: FileIdentity
     stopped: threading.Event | None = None
 
     @property
     def nbytes(self) -> int:
-        nbytes = self.identity["bytes"]
-        assert isinstance(nbytes, int)
-        return nbytes
+        return self.identity.nbytes
 
     def read(self, buffer: Bytes, offset: int, nbytes: int) -> Bytes:
         if offset + nbytes > self.nbytes:

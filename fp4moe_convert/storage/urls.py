@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import fsspec
 
 from ..errors import CheckpointError, MissingFileError
+from ..format.manifest import FileIdentity, Provenance
 from .buffers import Bytes
 from .http_answers import PASSING, Headers, asked_wait
-from .reader import Identity, in_parallel
+from .reader import in_parallel
 from .remote import FIRST_TRIES, Backoff, RemoteStore, TryAgainError, fill_from
 
 _CHANGES = (
@@ -76,10 +77,10 @@ class UrlStore(RemoteStore):
             raise self._meaning(error, self.location) from error
         return found
 
-    def provenance(self) -> Mapping[str, str]:
-        return {"path": self.location}
+    def provenance(self) -> Provenance:
+        return Provenance(self.location)
 
-    def identity(self, name: str, stopped: threading.Event | None = None) -> Identity:
+    def identity(self, name: str, stopped: threading.Event | None = None) -> FileIdentity:
         return self._ask(lambda: _identity(self._fs.info(self._paths[name])), name, stopped)
 
     def _ask(
@@ -157,17 +158,15 @@ def _files_below(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _identity(info: Mapping[str, Any]) -> Identity:
+def _identity(info: Mapping[str, Any]) -> FileIdentity:
     """
     Raises:
         ValueError: the size is not known.
     """
     if info.get("size") is None:
         raise ValueError("its size is not stated")
-    identity: dict[str, str | int] = {"bytes": int(info["size"])}
-    if (value := next(filter(None, map(info.get, _CHANGES)), None)) is not None:
-        identity["etag"] = str(value)
-    return identity
+    value = next(filter(None, map(info.get, _CHANGES)), None)
+    return FileIdentity(int(info["size"]), etag=None if value is None else str(value))
 
 
 def _lacks_credentials(error: BaseException) -> bool:

@@ -136,7 +136,7 @@ def converted_folder() -> tuple[bytes, ...]:
     content = manifest.Manifest(
         source=manifest.SourceRecord(
             path="x",
-            shards={SHARDS[0]: {"bytes": 1, "header": "00", "modified_ns": 1}},
+            shards={SHARDS[0]: manifest.ShardIdentity(1, "00", modified_ns=1)},
             files={CONFIG: manifest.FileRecord(1, "00")},
         ),
         versions={"fp4moe-convert": "0.1.0", "flashinfer": "0.7.2"},

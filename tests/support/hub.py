@@ -142,6 +142,8 @@ class Hub:
         """Further ones (`hub_upload`)."""
         self.detour = False
         """Signed addresses lead on to others."""
+        self.leads_away = True
+        """Large files are sent from signed addresses; a mirror may send them itself."""
         self._sent_nbytes = 0
         self.stopping = threading.Event()
         self._lock = threading.Lock()
@@ -356,10 +358,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "EntryNotFound", "Entry not found")
         file = repository.files[name]
         about = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
-        if not file.is_large:
+        hub = self.server.hub
+        if not (file.is_large and hub.leads_away):
             self.send_file(name, file, about)
             return
-        hub = self.server.hub
         until = int(time.time()) + SIGNED_SECONDS
         signed = "/signed/" + "/".join(quote(each, safe="") for each in (repo_id, commit, name))
         query = f"until={until}&signature={_signature(signed, until, hub.epoch)}"

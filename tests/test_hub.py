@@ -240,6 +240,17 @@ def test_verify_finds_a_byte_that_differs(hub: Hub, source: Path, tmp_path: Path
         verify(tmp_path / "out", ID)
 
 
+def test_one_revision_is_meant(hub: Hub, source: Path, tmp_path: Path) -> None:
+    commit = hub.add(ID, source).commit
+    url = f"hf://{ID}@{commit}"
+    stopped = run("convert", url, tmp_path / "out", "--revision", "main")
+    assert (stopped.exit_code, stopped.stderr) == (
+        1,
+        f"error: {url}: --revision main is another; give one of them\n",
+    )
+    assert run("convert", url, tmp_path / "out", "--revision", commit).exit_code == 0
+
+
 def test_verify_wants_the_commit_that_was_converted(hub: Hub, source: Path, tmp_path: Path) -> None:
     first = hub.add(ID, source).commit
     convert(ID, tmp_path / "out")

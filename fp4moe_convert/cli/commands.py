@@ -75,7 +75,12 @@ def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> 
         return
     say(f"{store.location}: {foreseen.dropping}")
     say(f"Then {out_dir} has the only copy. fp4moe restore writes the shards again.")
-    if not typer.confirm("Delete them?", default=False, err=True):
+    try:
+        confirmed = typer.confirm("Delete them?", default=False, err=True)
+    except typer.Abort:  # Ctrl-D
+        typer.echo(err=True)
+        confirmed = False
+    if not confirmed:
         say("error: not confirmed; nothing has been written or deleted", style="red")
         raise typer.Exit(1)
 
@@ -181,6 +186,12 @@ def convert_command(
             from ..publication import push
 
             pushed = push(out_dir, push_to_hub, private=private, **options)
+    if push_to_hub is not None and whole is None and not quiet:
+        say(
+            f"nothing is pushed to {push_to_hub} yet: the part that finishes the folder does that, "
+            f"or fp4moe finish {out_dir} --push-to-hub {push_to_hub}"
+            f"{' --private' if private else ''}"
+        )
     warn(whole.warnings if whole else [])
     print_with_push(report.as_json(), list(conversion_tables(report)), pushed, as_json=as_json)
 
@@ -229,6 +240,8 @@ def finish_command(
         bool,
         typer.Option("--verify", help="Read all of the result and compare it with the source."),
     ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -240,17 +253,22 @@ def finish_command(
     from ..storage.opening import open_store
     from .display import report_table
 
+    _check_repository(push_to_hub, private=private)
     store = open_store(
         source or source_of(out_dir),
         revision=revision,
         cache_dir=cache_dir,
         connections=connections,
     )
-
+    pushed = None
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
+        if push_to_hub is not None:
+            from ..publication import push
+
+            pushed = push(out_dir, push_to_hub, private=private, **options)
     warn(report.warnings)
-    print_result(report.as_json() if as_json else [report_table(report)])
+    print_with_push(report.as_json(), [report_table(report)], pushed, as_json=as_json)
 
 
 @app.command("ci")

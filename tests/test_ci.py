@@ -23,6 +23,8 @@ from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import surroundings
 from fp4moe_convert.execution.output_folder import OutputFolder
 
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -256,6 +258,8 @@ def test_a_report_that_cannot_be_written_stops_the_job_before_it_begins(
     assert (result.exit_code, result.stdout) == (1, "")
     message = BAD_REPORTS[report].replace("out", out)
     assert result.stderr.startswith(f"error: {report}: {message}")
+    if report == "out/config.json":
+        assert f"| 1 | `{result.stderr.strip()}` |" in DOCUMENTED
     assert result.stderr.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -271,6 +275,7 @@ def test_a_folder_without_a_name(
     assert (result.exit_code, result.stdout) == (1, "")
     why = "has no name to call the report by; name it with --report"
     assert result.stderr == f"error: {out}: {why}\n"
+    assert f"| 1 | `error: /: {why}` |" in DOCUMENTED
 
 
 @needs_root
@@ -282,6 +287,7 @@ def test_a_mounted_folder_in_a_read_only_one(source: Path, tmp_path: Path) -> No
         result = job(source, image / "out")
         assert result.exit_code == 1
         assert result.stderr == f"error: {image}/out.report.json: Read-only file system\n"
+        assert f"| 1 | `{result.stderr.strip().replace(f'{tmp_path}/', '')}` |" in DOCUMENTED
         assert not list((image / "out").iterdir())
         assert job(source, image / "out", "--report", str(tmp_path / "r")).exit_code == 0
 

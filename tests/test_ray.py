@@ -30,7 +30,6 @@ from typer.testing import CliRunner
 
 from fp4moe_convert import (
     CheckpointError,
-    ClusterError,
     ConvertError,
     Progress,
     cluster,
@@ -44,6 +43,7 @@ from fp4moe_convert.storage.reader import Store
 from fp4moe_convert.storage.urls import UrlStore
 
 RAY = environments("ray")
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
 SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
 MAX_SHARD_NBYTES = 300_000
 """So many shards that both nodes are at work before one could have done them all."""
@@ -253,20 +253,45 @@ def test_an_address_where_no_cluster_is(
     assert caught.value.try_again is try_again
 
 
-def test_a_machine_that_is_away(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def lost(*_: object) -> None:
+    raise TimeoutError("timed out")
+
+
+def connected(*_: object) -> SimpleNamespace:
+    return SimpleNamespace(close=lambda: None)
+
+
+NO_INSTANCE = ConnectionError("Could not find any running Ray instance. Please specify the one")
+
+
+@pytest.mark.parametrize(
+    ("case", "address", "connect", "init"),
+    [
+        ("nothing answers", "head:6379", lost, None),
+        ("what answers is no cluster", "head:6379", connected, lambda *_, **__: time.sleep(5)),
+        ("no cluster runs here", None, lost, fail(NO_INSTANCE)),
+        ("no address", "head", lost, None),
+        ("Ray is not installed", "head:6379", lost, None),
+    ],
+)
+def test_documented_refusals(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    address: str | None,
+    connect: Callable[..., object],
+    init: Callable[..., object] | None,
 ) -> None:
-    """Packets to it are lost."""
-
-    def lost(_: object, timeout: float) -> socket.socket:
-        assert timeout <= 10
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(socket, "create_connection", lost)
-    ray = SimpleNamespace(is_initialized=lambda: False)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    with pytest.raises(ClusterError, match=r"^Ray at 'far:6379': does not answer: timed out$"):
-        convert_on_ray(tiny, tmp_path / "out", "far:6379")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(cluster, "JOINING_SECONDS", 0.1)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", None if "installed" in case else ray)
+    words = [str(source), str(tmp_path / "out"), "--ray", *([address] if address else [])]
+    result = CliRunner().invoke(convert_app, words)
+    line = result.stderr.strip().replace("0.1 s", "60 s")
+    assert f"| {case} | {result.exit_code} | `{line}` |" in DOCUMENTED
 
 
 @pytest.mark.parametrize(

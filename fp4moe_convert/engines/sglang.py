@@ -11,6 +11,13 @@ from .engine import Engine, KnownModels, Model
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
 """Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
 
+_NOT_SERVED = {
+    "AfmoeForCausalLM": "has a module for each expert, and no fused MoE layers",
+    "LagunaForCausalLM": "insists on having loaded tensors of each expert",
+}
+"""models/afmoe.py:254 and laguna.py:813 in 0.5.23."""
+
+_KIMI_K3 = {"KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM"}
 
 NO_UNGATED = "SGLang lays out experts of compressed-tensors as if they had a gate"
 """schemes/compressed_tensors_w4a4_nvfp4_moe.py:77 and :215 in 0.5.23."""
@@ -26,6 +33,10 @@ def _why_not(model: Model) -> str | None:
         return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
     if not is_modelopt and not model.gated:
         return NO_UNGATED
+    # models/kimi_k3.py:3209 in 0.5.23 looks for packed weights under other names, and
+    # schemes/compressed_tensors_w4a4_nvfp4_moe.py:269 knows no SiTU.
+    if not is_modelopt and _KIMI_K3 & set(model.architectures):
+        return "SGLang does not load a Kimi K3 whose NVFP4 experts are of compressed-tensors"
     # configs/model_config.py:788 in 0.5.23.
     complete = (model.section.get("quant_algo"), model.section.get("group_size"))
     if is_fp8_hybrid(model.section) and complete != ("MIXED_PRECISION", GROUP_SIZE):
@@ -33,6 +44,9 @@ def _why_not(model: Model) -> str | None:
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
+    for name, reason in _NOT_SERVED.items():
+        if name in model.architectures:
+            return f"SGLang's {name} {reason}"
     return None
 
 

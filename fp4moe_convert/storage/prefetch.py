@@ -192,6 +192,7 @@ class _Prefetcher:
 
     @contextmanager
     def _saying_why(self) -> Iterator[None]:
+        """A read that was stopped raises what has stopped it, if that was a failure to fetch."""
         try:
             yield
         except StoppedError:

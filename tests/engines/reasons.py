@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -183,10 +184,39 @@ def names_in_sglang() -> None:
                     nameless |= set(record_models.entry_classes(tree))
     expert_models = {name for name in nameless if "Dense" not in name}
     assert expert_models
+    others = {"AfmoeForCausalLM", "LagunaForCausalLM", "MixtralForCausalLM"}
     for name in SGLANG.models.downs:
-        assert bool(SGLANG.why_not(Model((name,), {}, {}))) == (
-            name in expert_models or name == "MixtralForCausalLM"
-        ), name
+        assert bool(SGLANG.why_not(Model((name,), {}, {}))) == (name in expert_models | others), (
+            name
+        )
+
+
+def other_models_in_sglang() -> None:
+    """Laguna alone counts the tensors of each expert, and Trinity's experts are not fused."""
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.models import afmoe
+
+    counting = {
+        path.stem
+        for path in Path(afmoe.__file__).parent.glob("*.py")
+        if "routed-expert tensors were not loaded" in path.read_text()
+    }
+    assert counting == {"laguna"}
+    assert FusedMoE not in vars(afmoe).values()
+    assert "get_moe_impl_class" not in vars(afmoe)
+
+
+def kimi_k3_in_sglang() -> None:
+    """Where experts are of compressed-tensors, it computes the scalars of SwiGLU for SiTU."""
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w4a4_nvfp4_moe as nvfp4,
+    )
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod
+
+    assert "situ" in inspect.getsource(ModelOptNvFp4FusedMoEMethod)
+    assert "situ" not in inspect.getsource(nvfp4)
+    section = {"quant_method": "compressed-tensors"}
+    assert SGLANG.why_not(Model(("KimiK3ForConditionalGeneration",), {}, section))
 
 
 def makes_fused_layer(call: ast.Call) -> bool:
@@ -209,6 +239,8 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "experts amid FP8": amid_fp8_in_sglang,
         "Mixtral": mixtral_in_sglang,
         "layers without names": names_in_sglang,
+        "Laguna and Trinity": other_models_in_sglang,
+        "Kimi K3": kimi_k3_in_sglang,
     },
 }
 

@@ -57,6 +57,9 @@ DRAFTS = (
 UNLOADABLE = {
     "modelopt-gpt_oss": "Expected 2D tensors",
     **dict.fromkeys(originals.BATCHED, "expand(CPUFloat8_e4m3fnType{[8, 8, 256]}, size=[256, 8])"),
+    # It takes the experts' packed weights for plain ones, and does not know its own list of ignored
+    # modules, whose names have another prefix there.
+    "kimi_k3-ct": "KeyError: 'model.layers.0.mlp.gate_up_proj.weight'",
     "llmcompressor-minimax_m2": "not set: ['model.layers.0.block_sparse_moe.experts.",
     # It gives these layers other names than their list of ignored ones.
     "llmcompressor-glm4_moe": "'MergedColumnParallelLinear' object has no attribute 'weight'",
@@ -72,6 +75,10 @@ UNLOADABLE_EACH = {"modelopt-llama4": "shape '[2, 32, 2, 256]' is invalid for in
 queries, which are NVFP4, as if they were not packed (`permute_qk_weight_for_rotary`,
 models/mllama4.py:606 in 0.5.23)."""
 
+MISTAKEN = [
+    name for name in model_zoo.FAMILIES if name not in UNLOADABLE or name in originals.BATCHED
+]
+
 UNSET = {"hunyuan_v1_moe": r"^lm_head\."}
 """What SGLang leaves unset of an original: Hunyuan v1 hands no names to the quantization, so that
 no ignore list applies, and its lm_head, which is the embedding, becomes NVFP4."""
@@ -81,7 +88,9 @@ NOT_SERVED = {
     "modelopt-mixtral": "SGLang's QuantMixtralForCausalLM has no fused MoE layer",
     "llmcompressor-nemotron_h": "SGLang lays out experts of compressed-tensors as if",
     "hunyuan_v1_moe": "SGLang's HunYuanMoEV1ForCausalLM has no fused MoE layer",
+    "laguna": "routed-expert tensors were not loaded",
 }
+"""What becomes of a converted one: what the plugin says, or, of Laguna, SGLang."""
 
 STOPS = (
     r"TypeError: FusedMoE\.weight_loader\(\) missing 3 required positional arguments"
@@ -148,13 +157,12 @@ CASES = {
     "Transformers backend: original": TRANSFORMERS("original"),
     **{
         f"{name}: mistake, {label}": Case(name, "mistake", setup)
-        for name in model_zoo.FAMILIES
+        for name in MISTAKEN
         for label, setup in OF_TWO.items()
     },
     "Transformers backend: mistake": TRANSFORMERS("mistake"),
     **{
-        f"{name}: mistake, with the plugin": Case(name, "mistake", plugin=True)
-        for name in model_zoo.FAMILIES
+        f"{name}: mistake, with the plugin": Case(name, "mistake", plugin=True) for name in MISTAKEN
     },
     "Transformers backend: mistake, with the plugin": TRANSFORMERS("mistake", plugin=True),
     **{
@@ -188,10 +196,11 @@ def case_names() -> list[str]:
 
 
 class Group(sglang_cpu.Group):
-    """Nemotron-H asks a device group for its rank and size."""
+    """Nemotron-H asks a device group for its rank and size, Kimi K3 a group for a communicator."""
 
     def __init__(self, size: int, rank: int | None = None) -> None:
         super().__init__(size, rank)
+        self.ca_comm = None
         self.device_group = SimpleNamespace(rank=lambda: rank or 0, size=lambda: size)
 
 
@@ -338,7 +347,7 @@ class Run:
                 found = differences(self.stock[key(case)][rank], own)
             except Exception as error:
                 detail = one_line(error)
-                return Outcome(refusal is not None and f"fp4moe: {refusal}" in detail, detail)
+                return Outcome(refusal is not None and refusal in detail, detail)
             if found:
                 return Outcome(False, f"rank {rank}: {found} differ")
             values += len(own)
@@ -374,6 +383,10 @@ def one_line(error: Exception) -> str:
 def run(work: Path, families: Sequence[str]) -> Outcomes:
     start_sglang()
     sglang_cpu.more_models()
+    import torch
+
+    # Kimi K3 makes streams, on whatever device.
+    torch.cuda.Stream = mock.MagicMock  # type: ignore[assignment, misc]
     with mock.patch.object(sglang_cpu, "Group", Group):
         cases = Run(work, families)
         cases()

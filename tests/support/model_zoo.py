@@ -110,6 +110,9 @@ class Family:
     rename: Mapping[str, str] = field(default_factory=dict)
     """Patterns and replacements, in order, for names of tensors and of ignored modules, in the end.
     All patterns above are of names before that."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Patterns and replacements, in order, of which each adds names to those of quantized layers:
+    what engines call them."""
     section: Literal[
         "modelopt", "mixed by module", "mixed by linear", "amid fp8", "compressed-tensors"
     ] = "modelopt"
@@ -599,6 +602,147 @@ STEP_3_7 = replace(
     rename={**STEP_3_5.rename, r"^model\.(?!vi)": "model.language_model."},
 )
 
+# Kimi K3: latent experts with the SiTU activation, behind a layer of each kind of attention.
+KIMI_K3 = Family(
+    replace(QWEN, layers=3, intermediate=1024),
+    {
+        "architectures": None,
+        "model_type": "kimi_linear",
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 2,
+        "first_k_dense_replace": 1,
+        "hidden_act": "situ",
+        "kv_lora_rank": 64,
+        "latent_moe_use_norm": True,
+        "linear_attn_config": {
+            "full_attn_layers": [2],
+            "gate_lower_bound": -5.0,
+            "head_dim": 128,
+            "kda_layers": [1, 3],
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+            "use_full_rank_gate": True,
+        },
+        "mla_use_nope": True,
+        "mla_use_output_gate": True,
+        "moe_layer_freq": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_expert_group": 1,
+        "num_experts_per_tok": None,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "q_lora_rank": 64,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "routed_expert_hidden_size": 128,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 1,
+        "use_grouped_topk": True,
+        "v_head_dim": 128,
+    },
+    top={
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "model_type": "kimi_k3",
+        "media_placeholder_token_id": 63,
+        "vision_config": {
+            "init_pos_emb_height": 4,
+            "init_pos_emb_width": 4,
+            "model_type": "kimi_k3_vision",
+            "qkv_hidden_size": 64,
+            "text_hidden_size": H,
+            "vt_hidden_size": 64,
+            "vt_intermediate_size": 128,
+            "vt_num_attention_heads": 4,
+            "vt_num_hidden_layers": 1,
+        },
+    },
+    extra=(
+        *many("model.layers.{0,2}.self_attn.g_proj.weight", Q, H),
+        *many("model.layers.{0,2}.self_attn.{q,k,v}_conv1d.weight", Q, 1, 4),
+        *many("model.layers.{0,2}.self_attn.b_proj.weight", 4, H),
+        *many("model.layers.{0,2}.self_attn.f_a_proj.weight", 128, H),
+        *many("model.layers.{0,2}.self_attn.f_b_proj.weight", Q, 128),
+        *many("model.layers.{0,2}.self_attn.o_norm.weight", 128),
+        *(f32(f"model.layers.{n}.self_attn.A_log", 4) for n in (0, 2)),
+        *(f32(f"model.layers.{n}.self_attn.dt_bias", Q) for n in (0, 2)),
+        *many("model.layers.1.self_attn.q_a_proj.weight", 64, H),
+        *many("model.layers.1.self_attn.{q,kv}_a_layernorm.weight", 64),
+        *many("model.layers.1.self_attn.q_b_proj.weight", 4 * 192, 64),
+        *many("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", 128, H),
+        *many("model.layers.1.self_attn.kv_b_proj.weight", 4 * 256, 64),
+        *many("model.layers.1.self_attn.g_proj.weight", Q, H),
+        *many("model.layers.{0,1,2}.{self_attention,mlp}_res_norm.weight", H),
+        *many("model.layers.{0,1,2}.{self_attention,mlp}_res_proj.weight", 1, H),
+        *many("model.output_attn_res_norm.weight", H),
+        *many("model.output_attn_res_proj.weight", 1, H),
+        *gated_mlp(QWEN, "model.layers.0.mlp", 8 * 1024, False),
+        *(f32(f"model.layers.{n}.mlp.gate.e_score_correction_bias", E) for n in (1, 2)),
+        *many("model.layers.{1,2}.mlp.shared_experts.{gate,up}_proj.weight", 1024, H),
+        *many("model.layers.{1,2}.mlp.shared_experts.down_proj.weight", H, 1024),
+        *many("model.layers.{1,2}.mlp.routed_expert_down_proj.weight", 128, H),
+        *many("model.layers.{1,2}.mlp.routed_expert_norm.weight", 128),
+        *many("model.layers.{1,2}.mlp.routed_expert_up_proj.weight", H, 128),
+        *many("vision_tower.patch_embed.proj.weight", 64, 3, 14, 14),
+        *many("vision_tower.patch_embed.pos_emb.weight", 4, 4, 64),
+        *many("vision_tower.encoder.blocks.0.{norm0,norm1}.weight", 64),
+        *many("vision_tower.encoder.blocks.0.mlp.fc0.weight", 128, 64),
+        *many("vision_tower.encoder.blocks.0.mlp.fc1.weight", 64, 128),
+        *many("vision_tower.encoder.blocks.0.wqkv.weight", 192, 64),
+        *many("vision_tower.encoder.blocks.0.wo.weight", 64, 64),
+        *many("vision_tower.encoder.final_layernorm.weight", 64),
+        *many("mm_projector.proj.0.weight", 256, 256),
+        *many("mm_projector.proj.2.weight", H, 256),
+        *many("mm_projector.post_norm.weight", H),
+    ),
+    without=(
+        r"^model\.layers\.0\.mlp\.(experts|gate)\b|\.self_attn\.[qk]_norm"
+        r"|^model\.layers\.1\.self_attn\.[qkv]_proj"
+    ),
+    shapes={
+        r"\.experts\.\d+\.(gate|up)_proj\.weight$": (1024, 64),
+        r"\.experts\.\d+\.(gate|up)_proj\.weight_scale$": (1024, 8),
+        r"\.experts\.\d+\.down_proj\.weight$": (128, 512),
+        r"\.experts\.\d+\.down_proj\.weight_scale$": (128, 64),
+    },
+    rename={
+        r"^(model\.layers\.[12])\.mlp\b(?!_)": r"\1.block_sparse_moe",
+        **{
+            rf"(\.experts\.\d+)\.{old}\b": rf"\1.{new}"
+            for old, new in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        },
+        r"^(?=model|lm_head)": "language_model.",
+    },
+    ignore=(
+        "model.layers.{0,1,2}.self_attn*",
+        "model.layers.0.mlp*",
+        "model.layers.{1,2}.mlp.{shared_experts,routed_expert}*",
+        "vision_tower*",
+        "mm_projector*",
+    ),
+    section="mixed by module",
+    aliases={"block_sparse_moe": "mlp", r"^language_model\.": ""},
+)
+
+# Sparse attention: an indexer chooses what a token looks at.
+DEEPSEEK_V32 = Family(
+    DEEPSEEK,
+    {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "index_head_dim": 128,
+        "index_n_heads": 4,
+        "index_topk": 512,
+    },
+    extra=(
+        *many("model.layers.{0,1,2}.self_attn.indexer.wq_b.weight", 4 * 128, 64),
+        *many("model.layers.{0,1,2}.self_attn.indexer.wk.weight", 128, H),
+        *many("model.layers.{0,1,2}.self_attn.indexer.weights_proj.weight", 4, H),
+        *many("model.layers.{0,1,2}.self_attn.indexer.k_norm.{weight,bias}", 128),
+    ),
+)
+
 # With a layer of each kind of attention, the first of those that route by the token alone, and
 # one of multi-token prediction, which stays in MXFP4.
 DEEPSEEK_V4 = Family(
@@ -868,6 +1012,13 @@ FAMILIES: dict[str, Family] = {
         without=r"\.[qk]_norm\.weight$",
     ),
     "deepseek_v3": Family(replace(DEEPSEEK, mtp=True, kv_scales=True), {}),
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": replace(
+        DEEPSEEK_V32,
+        config=DEEPSEEK_V32.config
+        | {"architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa"},
+    ),
+    "kimi_k2": Family(DEEPSEEK, {"model_type": "kimi_k2"}, remote=True),
     "deepseek_v3-ct": Family(DEEPSEEK, {}, section="compressed-tensors"),
     "qwen3_moe": Family(QWEN, {}),
     "qwen3_moe-ct": Family(
@@ -934,6 +1085,61 @@ FAMILIES: dict[str, Family] = {
             r"\.k_norm\b": ".key_layernorm",
             r"\.mlp\.gate\b": ".mlp.gate.wg",
         },
+    ),
+    # Hy3 as llm-compressor writes it, with all but its experts in FP8. Each engine reads keys of
+    # its own.
+    "hy_v3-ct-fp8": Family(
+        replace(QWEN, layers=3),
+        {
+            "architectures": ["HYV3ForCausalLM"],
+            "model_type": "hy_v3",
+            "expert_hidden_dim": I,
+            "first_k_dense_replace": 1,
+            "num_shared_experts": 1,
+            "qk_norm": True,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            "rope_scaling": None,
+            "rope_theta": None,
+            "route_norm": True,
+            "router_scaling_factor": 2.826,
+        },
+        extra=(
+            *gated_mlp(QWEN, "model.layers.0.mlp", QWEN.dense_intermediate, False),
+            *shared_expert("model.layers.{1,2}.mlp.shared_mlp", quantized=False),
+            *(f32(f"model.layers.{n}.mlp.expert_bias", E) for n in (1, 2)),
+        ),
+        without=r"^model\.layers\.0\.mlp\.(experts|gate)\b",
+        rename={r"\.mlp\.gate\b": ".mlp.router.gate"},
+        section="compressed-tensors",
+        fp8=r"\.self_attn\b|\.shared_mlp\b|\.layers\.0\.mlp\b",
+    ),
+    "kimi_k3-mixed": KIMI_K3,
+    "kimi_k3-ct": replace(KIMI_K3, section="compressed-tensors"),
+    "laguna": Family(
+        replace(QWEN, dense_layers=1),
+        {
+            "architectures": ["LagunaForCausalLM"],
+            "model_type": "laguna",
+            "gating": "per-head",
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "moe_apply_router_weight_on_input": False,
+            "moe_routed_scaling_factor": 2.5,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 500000.0, "rope_type": "default"},
+                "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+            },
+            "rope_scaling": None,
+            "rope_theta": None,
+            "shared_expert_intermediate_size": I,
+            "sliding_window": 512,
+        },
+        extra=(
+            *shared_expert("model.layers.{1,2}.mlp.shared_expert"),
+            *(f32(f"model.layers.{n}.mlp.experts.e_score_correction_bias", E) for n in (1, 2)),
+            *many("model.layers.{0,1,2}.self_attn.g_proj.weight", 4, H),
+        ),
+        ignore=("model.layers.{0,1,2}.self_attn.g_proj",),
     ),
     "bailing_moe": Family(
         replace(QWEN, dense_layers=1),
@@ -1198,11 +1404,13 @@ def quantized_layers(family: Family) -> Json:
             layers[module] = {"quant_algo": "MXFP8", "group_size": 32}
         else:
             layers[module] = {"quant_algo": "FP8"}
+    for pattern, replacement in family.aliases.items():
+        layers |= {re.sub(pattern, replacement, name): layer for name, layer in layers.items()}
     return layers
 
 
 def compressed_section(family: Family, ignore: list[str]) -> Json:
-    groups = compressed_groups({tensor.name: tensor for tensor in tensors_of_family(family)})
+    groups = compressed_groups(family)
     formats = {group["format"] for group in groups}
     return {
         "config_groups": {f"group_{n}": group for n, group in enumerate(groups)},
@@ -1214,7 +1422,7 @@ def compressed_section(family: Family, ignore: list[str]) -> Json:
     }
 
 
-def compressed_groups(tensors: Mapping[str, Tensor]) -> list[Json]:
+def compressed_groups(family: Family) -> list[Json]:
     """What llm-compressor says of NVFP4 modules, and of FP8 ones where there are any."""
     float_ = {"symmetric": True, "type": "float"}
     blocks = {"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, **float_}
@@ -1224,18 +1432,13 @@ def compressed_groups(tensors: Mapping[str, Tensor]) -> list[Json]:
         "input_activations": {"dynamic": "local", **blocks},
         "targets": ["Linear"],
     }
-    modules = sorted(
-        name.removesuffix(".weight")
-        for name, each in tensors.items()
-        if each.dtype == "F8_E4M3" and name.endswith(".weight")
-    )
-    if not modules:
+    if family.fp8 == Family.fp8:
         return [nvfp4_group]
     fp8_group = {
         "format": "float-quantized",
         "weights": {"dynamic": False, "num_bits": 8, "strategy": "channel", **float_},
         "input_activations": {"dynamic": True, "num_bits": 8, "strategy": "token", **float_},
-        "targets": modules,
+        "targets": [f"re:.*({family.fp8})"],
     }
     return [nvfp4_group | {"targets": [r"re:.*\.experts\..*"]}, fp8_group]
 

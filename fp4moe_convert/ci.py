@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import defaults
 from .conversion import ConversionReport, convert
 from .errors import CheckpointError, OutputError, naming
+from .execution.folder_files import check_place
 from .format.files import MANIFEST_NAME
 from .format.manifest import to_json
 from .format.untrusted import decode_object
@@ -16,6 +19,7 @@ from .progress import Running
 from .storage.copying import record_of
 from .storage.durable import make_folder, partial_path, write_file
 from .storage.local import LocalReader
+from .storage.opening import open_store
 from .storage.reader import Store, read_all
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ class JobReport:
     manifest: str
     """XXH3-128 of the manifest of the folder that is verified now."""
     conversion: ConversionReport
+    path: Path
+    """Where the report lies."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -44,37 +50,44 @@ class JobReport:
         }
 
 
-def report_path(out_dir: str | Path) -> Path:
-    """Where a job's report lies: beside the folder, in which only the conversion's files may be."""
-    out_dir = Path(out_dir).absolute()
-    return out_dir.with_name(f"{out_dir.name}.report.json")
-
-
 def run_job(
     model_dir: str | Path | Store,
     out_dir: str | Path,
+    report: str | Path | None = None,
     *,
     max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
+    overwrite: bool = False,
     **running: Unpack[Running],
 ) -> JobReport:
-    """Convert and verify, unless that has been done; write the report beside the folder.
+    """Convert and verify, unless that has been done; write a report.
 
-    Arguments and errors are those of `conversion.convert`. A folder that a report calls verified is
-    looked at as `convert` looks at any finished folder: at names, sizes, headers, and all of the
-    files beside the shards.
+    A folder that a report calls verified is looked at as `convert` looks at any finished folder: at
+    names, sizes, headers, and all of the files beside the shards.
+
+    Args:
+        report: a file, in neither of the folders; None for ``OUT_DIR.report.json``, beside that.
+
+    The other arguments, and the errors, are those of `conversion.convert`. In particular:
+
+    Raises:
+        OutputError: the report cannot be written; that is tried before anything else is done.
     """
-    out_dir, report = Path(out_dir), report_path(out_dir)
+    store, out_dir = open_store(model_dir), Path(out_dir)
+    check_place(out_dir, store.local_path)
+    report = _beside(out_dir) if report is None else Path(report)
+    _try_place(report, out_dir, store.local_path)
 
     def run(*, verify: bool) -> ConversionReport:
         return convert(
-            model_dir,
+            store,
             out_dir,
             max_shard_nbytes=max_shard_nbytes,
             verify=verify,
+            overwrite=overwrite,
             **running,
         )
 
-    verified = _verified_before(out_dir, report)
+    verified = None if overwrite else _verified_before(out_dir, report)
     conversion = run(verify=verified is None)
     if verified and (conversion.bytes_written or _checksum(out_dir) != verified):
         # A shard had been lost, or another release has written the manifest again.
@@ -84,13 +97,37 @@ def run_job(
         unchanged=verified is not None,
         manifest=_checksum(out_dir),
         conversion=conversion,
+        path=report,
     )
     with naming(report, OutputError):
-        make_folder(report.parent)
         # A job that was killed while it wrote its report has left this.
         partial_path(report).unlink(missing_ok=True)
     write_file(report, to_json(job.as_json()))
     return job
+
+
+def _beside(out_dir: Path) -> Path:
+    """Where a job's report lies, unless another place is named."""
+    path = out_dir.absolute()
+    if path.name in ("", ".."):
+        raise OutputError(f"{out_dir}: has no name to call the report by; name it with --report")
+    return path.with_name(f"{path.name}.report.json")
+
+
+def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
+    """Raises OutputError: no report can be written there, or one would be in a folder's way."""
+    place = Path(os.path.realpath(report))
+    for folder in filter(None, (out_dir, source)):
+        inside = Path(os.path.realpath(folder))
+        if inside == place or inside in place.parents or place in inside.parents:
+            raise OutputError(f"{report}: is in the way of {folder}; name another with --report")
+    with naming(report, OutputError):
+        if report.is_symlink() or (report.exists() and not report.is_file()):
+            raise OutputError(f"{report}: is not a regular file")
+        make_folder(report.parent)
+        # Its name is as long as that of the unfinished report, which another job may be writing.
+        with tempfile.NamedTemporaryFile(dir=report.parent, prefix=report.name):
+            pass
 
 
 def _verified_before(out_dir: Path, report: Path) -> str | None:

@@ -7,13 +7,17 @@ costs the shards that it was at: Ray runs their tasks again elsewhere.
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert_with, write_here
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
 RETRIES = 5
 """Of a task whose node or process has died."""
 STOPPING_SECONDS = 10
+ANSWER_SECONDS = 5
+"""Until a machine is taken to be away."""
+JOINING_SECONDS = 60
+"""Until what answers is taken to be no cluster. Ray itself tries for 14 minutes, and longer."""
 
 
 def convert_on_ray(
@@ -51,13 +59,15 @@ def convert_on_ray(
     All of them see the output folder, and the source if it is a folder, under the same paths.
 
     Args:
-        cluster: its address, as `ray.init` takes it.
+        cluster: its address, as `ray.init` takes it: HOST:PORT, or ``auto`` for that in the
+            variable RAY_ADDRESS, or else for the cluster that runs on this machine.
 
     The other arguments, and the errors, are those of `conversion.convert`. In particular:
 
     Raises:
         ClusterError: the cluster cannot be reached, or nodes have died too often.
-        ConvertError: Ray is not installed.
+        ConvertError: Ray, or what it needs for such an address, is not installed, or of another
+            version than on the cluster; or that is no address.
     """
     options = RunOptions(**running)
     try:
@@ -68,10 +78,7 @@ def convert_on_ray(
         ) from None
     with ExitStack() as stack:
         if not ray.is_initialized():
-            try:
-                ray.init(cluster, log_to_driver=False, logging_level="error")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ClusterError(f"Ray at {cluster!r}: {str(error).splitlines()[0]}") from error
+            _join(ray, cluster)
             stack.callback(ray.shutdown)
         return convert_with(
             options,
@@ -82,6 +89,65 @@ def convert_on_ray(
             overwrite=overwrite,
             write_shards=_write_on_ray,
         )
+
+
+def _join(ray: Any, cluster: str) -> None:
+    """`ray.init`, with errors that name the cluster, and an end.
+
+    Raises:
+        ClusterError: it does not answer.
+        ConvertError: it cannot be asked.
+    """
+    named = f"Ray at {cluster!r}"
+    address = os.environ.get("RAY_ADDRESS") or "auto" if cluster == "auto" else cluster
+    if address not in ("auto", "local"):
+        _find(address, named if address == cluster else f"{named}, which is {address!r}")
+    joined: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            joined.set_result(ray.init(cluster, log_to_driver=False, logging_level="error"))
+        except BaseException as error:
+            joined.set_exception(error)
+
+    # In a thread, which is left behind where Ray goes on trying.
+    thread = Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(JOINING_SECONDS)
+    if thread.is_alive():
+        raise ClusterError(f"{named}: has not answered for {JOINING_SECONDS} s")
+    try:
+        joined.result()
+    except (ImportError, ValueError) as error:
+        raise ConvertError(f"{named}: {_one_line(error)}") from error
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        if "mismatch" in str(error):  # of Ray's or Python's versions
+            raise ConvertError(f"{named}: {_one_line(error)}") from error
+        # What Ray advises next is about its own commands.
+        why = _one_line(error).partition(". ")[0].removesuffix(".")
+        raise ClusterError(f"{named}: {why}; --ray HOST:PORT names a cluster") from error
+
+
+def _find(address: str, named: str) -> None:
+    """Make sure that a machine answers there. Ray would try for long, and print each time."""
+    match = re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address)
+    if match is None and "://" in address:  # Ray knows more of these
+        return
+    try:
+        if match is None or not 0 < int(match[2]) < 2**16:
+            raise ValueError
+        where = match[1].strip("[]"), int(match[2])
+        socket.create_connection(where, ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(f"{named}: does not answer: {error.strerror or error}") from error
+    except ValueError:  # UnicodeError is one, and means that there is no such name
+        raise ConvertError(
+            f"{named}: is no address such as HOST:PORT; auto finds the cluster that runs here"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) -> None:

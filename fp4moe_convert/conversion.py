@@ -189,7 +189,9 @@ def convert_with(
     foreseen = preview(model_dir, out_dir, max_shard_nbytes=max_shard_nbytes)
     work, plan, store = foreseen.work, foreseen.work.plan, foreseen.work.store
     dropping = Dropping(work) if drop_source and work.is_there else None
-    with OutputFolder(out_dir, source=store.local_path) as opened:
+    with OutputFolder(
+        out_dir, source=store.local_path, can_overwrite=not must_be_complete
+    ) as opened:
         written = fill(
             opened,
             work,

@@ -69,7 +69,7 @@ def convert_part(
     started = time.perf_counter()
     out_dir = Path(out_dir)
     options = RunOptions(**running)
-    whole = preview(model_dir, max_shard_nbytes=max_shard_nbytes)
+    whole = preview(model_dir, out_dir, max_shard_nbytes=max_shard_nbytes)
     work = whole.only(part).work
     division = Division(
         parts=part.count,
@@ -82,6 +82,11 @@ def convert_part(
     with OutputFolder(out_dir, source=work.store.local_path, part=part) as opened:
         missing = []
         if not opened.folder.files.has_index:
+            if gone := whole.work.gone:
+                raise OutputError(
+                    f"{out_dir}: --drop-source has deleted {min(gone)}, and no part goes on with "
+                    "that; convert without --part"
+                )
             opened.join(division)
             written = fill(opened, work, options, verify=verify)
             nbytes, kept = written.nbytes, written.kept

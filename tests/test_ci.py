@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faulty_disk import mounted, needs_root
 from support.folders import contents, flip_bit
 from support.hub import Hub
 from support.processes import kill_at_rename
@@ -20,6 +22,8 @@ from fp4moe_convert import convert, verification
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import surroundings
 from fp4moe_convert.execution.output_folder import OutputFolder
+
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
 
 
 @pytest.fixture
@@ -210,6 +214,104 @@ def test_a_job_that_was_killed_while_it_wrote_its_report(
     assert unfinished.exists()
     assert done(source, out)["conversion"]["bytes_written"] == 0
     assert not unfinished.exists()
+    assert done(source, out)["unchanged"] is True
+
+
+def test_another_place_for_the_report(source: Path, tmp_path: Path) -> None:
+    """Made where it is not there; the next job finds it."""
+    out, report = tmp_path / "out", tmp_path / "new" / "report"
+    for unchanged in (False, True):
+        result = job(source, out, "--report", str(report), "--json")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert json.loads(report.read_text()) == json.loads(result.stdout)
+        assert json.loads(result.stdout)["unchanged"] is unchanged
+    assert [path.name for path in report.parent.iterdir()] == ["report"]
+    assert not (tmp_path / "out.report.json").exists()
+
+
+BAD_REPORTS = {
+    "new": "is in the way of out",
+    "out": "is in the way of out",
+    "out/config.json": "is in the way of out",
+    "link/../out/r": "is in the way of out",
+    "source/config.json": "is in the way of source",
+    ".": "is in the way of out",
+    "file/report": "File exists",
+    "link": "is not a regular file",
+    "folder": "is not a regular file",
+    "/dev/null": "is not a regular file",
+    "r" * 250: "File name too long",
+}
+
+
+@pytest.mark.parametrize("report", BAD_REPORTS)
+def test_a_report_that_cannot_be_written_stops_the_job_before_it_begins(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    out = "new/out" if report == "new" else "out"
+    result = job(source.name, Path(out), "--report", report)
+    assert (result.exit_code, result.stdout) == (1, "")
+    message = BAD_REPORTS[report].replace("out", out)
+    assert result.stderr.startswith(f"error: {report}: {message}")
+    if report == "out/config.json":
+        assert f"| 1 | `{result.stderr.strip()}` |" in DOCUMENTED
+    assert result.stderr.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("out", ["/", ".."])
+def test_a_folder_without_a_name(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    hub.add("org/model", source)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = job("org/model", Path(out))
+    assert (result.exit_code, result.stdout) == (1, "")
+    why = "has no name to call the report by; name it with --report"
+    assert result.stderr == f"error: {out}: {why}\n"
+    assert f"| 1 | `error: /: {why}` |" in DOCUMENTED
+
+
+@needs_root
+def test_a_mounted_folder_in_a_read_only_one(source: Path, tmp_path: Path) -> None:
+    """As containers have it."""
+    image = tmp_path / "image"
+    with mounted(image, "tmpfs", "size=1m"), mounted(image / "out", "tmpfs", "size=16m"):
+        subprocess.run(["mount", "-o", "remount,ro", image], check=True)
+        result = job(source, image / "out")
+        assert result.exit_code == 1
+        assert result.stderr == f"error: {image}/out.report.json: Read-only file system\n"
+        assert f"| 1 | `{result.stderr.strip().replace(f'{tmp_path}/', '')}` |" in DOCUMENTED
+        assert not list((image / "out").iterdir())
+        assert job(source, image / "out", "--report", str(tmp_path / "r")).exit_code == 0
+
+
+def test_advice_for_another_size(source: Path, tmp_path: Path) -> None:
+    done(source, tmp_path / "out")
+    stopped = job(source, tmp_path / "out", "--max-shard-size", "1MB")
+    size = SMALL_SHARD_NBYTES
+    assert f"its files have at most {size:,} bytes (--max-shard-size {size}); choose" in str(
+        stopped.stderr
+    )
+
+
+def test_afresh(source: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """Whatever lies there, and each time."""
+    out = tmp_path / "out"
+    done(source, out)
+    os.utime(sorted(source.glob("*.safetensors"))[0])
+    assert "--overwrite starts afresh" in job(source, out).stderr
+    for _ in range(2):
+        report = json.loads(job(source, out, "--overwrite", "--json").stdout)
+        assert report["unchanged"] is False
+        assert report["conversion"]["bytes_written"] == report["conversion"]["bytes_out"]
+    assert contents(out).keys() == expected.keys()
     assert done(source, out)["unchanged"] is True
 
 

@@ -808,6 +808,24 @@ def test_a_part_of_it_is_refused(source: Path, tmp_path: Path) -> None:
         assert "--drop-source is for one machine" in done.stderr
 
 
+def test_no_part_goes_on_with_what_is_half_gone(half: Path, source: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in half.iterdir()}
+    done = command(source, half, "--part", "1/2")
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"error: {half}: --drop-source has deleted model-00001-of-00003.safetensors, and no part "
+        "goes on with that; convert without --part\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in half.iterdir()} == before
+
+
+def test_a_part_finds_what_is_gone_finished(half: Path, source: Path) -> None:
+    run(source, half)
+    done = command(source, half, "--part", "1/2", "--json", "--quiet")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["whole"]["bytes_written"] == 0
+
+
 # --- asking ---------------------------------------------------------------------------------------
 
 
@@ -820,13 +838,16 @@ def test_without_a_terminal_it_wants_yes(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 1), ("", 1)])
+CTRL_D = "\x04"
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 1), ("\n", 1), (CTRL_D, 1)])
 def test_on_a_terminal_it_asks(source: Path, tmp_path: Path, answer: str, code: int) -> None:
     before = every_file(source)
     ours, theirs = os.openpty()
     call = [*FP4MOE_CONVERT, source, tmp_path / "out", "--drop-source", "--quiet"]
     with subprocess.Popen(call, stdin=theirs, stderr=subprocess.PIPE, text=True) as process:
-        os.write(ours, f"{answer}\n".encode())
+        os.write(ours, answer.encode())
         assert process.stderr is not None
         said = process.stderr.read()
         assert process.wait(timeout=60) == code

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -239,13 +240,52 @@ def test_verify_finds_a_byte_that_differs(hub: Hub, source: Path, tmp_path: Path
         verify(tmp_path / "out", ID)
 
 
+def test_one_revision_is_meant(hub: Hub, source: Path, tmp_path: Path) -> None:
+    commit = hub.add(ID, source).commit
+    url = f"hf://{ID}@{commit}"
+    stopped = run("convert", url, tmp_path / "out", "--revision", "main")
+    assert (stopped.exit_code, stopped.stderr) == (
+        1,
+        f"error: {url}: --revision main is another; give one of them\n",
+    )
+    assert run("convert", url, tmp_path / "out", "--revision", commit).exit_code == 0
+
+
 def test_verify_wants_the_commit_that_was_converted(hub: Hub, source: Path, tmp_path: Path) -> None:
     first = hub.add(ID, source).commit
     convert(ID, tmp_path / "out")
-    (source / "tokenizer.json").write_text("{}")
-    second = hub.add(ID, source).commit
-    with pytest.raises(VerifyError, match=f"revision {second} is not {first}"):
+    newer = Path(shutil.copytree(source, tmp_path / "newer"))
+    (newer / "tokenizer.json").write_text("{}")
+    second = hub.add(ID, newer).commit
+    advice = re.escape(f"(--revision {first} of {ID} is)")
+    with pytest.raises(VerifyError, match=f"revision {second} is not {first} {advice}"):
         verify(tmp_path / "out", ID)
+    assert run("verify", tmp_path / "out", "--source", ID, "--revision", first).exit_code == 0
+
+
+def test_no_revision_of_another_model_is_the_one(hub: Hub, source: Path, tmp_path: Path) -> None:
+    first = hub.add(ID, source).commit
+    convert(ID, tmp_path / "out")
+    (source / "README.md").write_text("other words")
+    second = hub.add("org/other", source).commit
+    with pytest.raises(VerifyError, match=rf"revision {second} is not {first} \(converted from"):
+        verify(tmp_path / "out", "org/other")
+
+
+def test_advice_for_a_job_whose_branch_has_moved(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """Both ways out are options of the command that names them."""
+    first = hub.add(ID, source).commit
+    job = ("ci", ID, tmp_path / "out")
+    assert run(*job).exit_code == 0
+    (source / "README.md").write_text("better words")
+    second = hub.add(ID, source).commit
+    stopped = run(*job)
+    assert stopped.exit_code == 1
+    assert f"revision {second} is not {first} (--revision {first} of {ID} is)" in stopped.stderr
+    assert stopped.stderr.endswith("; choose another folder, or --overwrite starts afresh\n")
+    assert json.loads(run(*job, "--revision", first, "--json").stdout)["unchanged"] is True
+    assert run(*job, "--overwrite").exit_code == 0
+    assert json.loads(run(*job, "--json").stdout)["unchanged"] is True
 
 
 def test_inspect(hub: Hub, source: Path) -> None:

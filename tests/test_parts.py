@@ -154,6 +154,18 @@ def test_a_finished_folder_is_left_as_it_is(source: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+def test_advice_is_for_the_command_at_hand(source: Path, tmp_path: Path) -> None:
+    """Neither a part nor `finish` takes --overwrite."""
+    out = tmp_path / "out"
+    convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    (out / "config.json").write_text("{}")
+    for call in (lambda: run(source, out, 2), lambda: finish(out)):
+        with pytest.raises(OutputError, match="put it right, or fp4moe-convert --overwrite starts"):
+            call()
+    with pytest.raises(OutputError, match="put it right, or --overwrite starts afresh"):
+        convert(source, out)
+
+
 def test_a_part_repairs_no_finished_folder(source: Path, tmp_path: Path) -> None:
     """Its shards may be another part's."""
     out = tmp_path / "out"

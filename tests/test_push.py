@@ -680,6 +680,35 @@ def test_the_last_part_pushes(uploads: Uploads, original: Path, tmp_path: Path) 
     assert INDEX in there(uploads)
 
 
+def test_finish_pushes(uploads: Uploads, original: Path, tmp_path: Path) -> None:
+    """The parts lie apart, so none of them can. Each says so."""
+    uploads.hub.add(SOURCE_ID, original)
+    push_to = ("--push-to-hub", ID, "--private")
+    for part in ("1/2", "2/2"):
+        own = tmp_path / part[0]
+        arguments = ("convert", SOURCE_ID, own, "--part", part, *push_to)
+        result = run(*arguments, "--max-shard-size", SMALL_SHARD_NBYTES)
+        assert result.exit_code == 0, result.stderr
+        assert f"nothing is pushed to {ID} yet: " in result.stderr
+        assert f", or fp4moe finish {own} --push-to-hub {ID} --private\n" in result.stderr
+        shutil.copytree(own, tmp_path / "out", dirs_exist_ok=True)
+    assert ID not in uploads.hub.repositories
+    result = run("finish", tmp_path / "out", *push_to, "--json", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["pushed"]["repo_id"] == ID
+    pushed_whole(uploads, tmp_path / "out")
+    assert uploads.hub.repositories[ID].private
+
+
+def test_a_repository_is_looked_at_before_parts_are_finished(
+    uploads: Uploads, original: Path, tmp_path: Path
+) -> None:
+    uploads.add(ID, {"config.json": b"{}"})
+    convert(original, tmp_path / "out")
+    assert "holds something else" in run("finish", tmp_path / "out", "--push-to-hub", ID).stderr
+    assert run("finish", tmp_path / "out", "--private").exit_code == 2
+
+
 def test_a_job_pushes(
     uploads: Uploads, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,6 @@ from typer.testing import CliRunner
 
 from fp4moe_convert import (
     CheckpointError,
-    ClusterError,
     ConvertError,
     Progress,
     cluster,
@@ -38,9 +39,11 @@ from fp4moe_convert import (
 )
 from fp4moe_convert.cli.commands import convert_app
 from fp4moe_convert.storage.buffers import Bytes
+from fp4moe_convert.storage.reader import Store
 from fp4moe_convert.storage.urls import UrlStore
 
 RAY = environments("ray")
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
 SPEC = dataclasses.replace(MANY_SHARDS, layers=8, experts=8)
 MAX_SHARD_NBYTES = 300_000
 """So many shards that both nodes are at work before one could have done them all."""
@@ -120,6 +123,38 @@ def test_what_a_task_finds_wrong_is_told(folder: Path, found: dict[str, Any]) ->
     assert not (folder / "bad" / INDEX).exists()
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("address", "code", "why"),
+    [
+        ("127.0.0.1:1", os.EX_TEMPFAIL, "does not answer: Connection refused"),
+        ("ray://127.0.0.1:1", os.EX_TEMPFAIL, "does not answer: Connection refused"),
+        ("ray://127.0.0.1:OPEN", 1, "Ray Client requires pip package `ray[client]`."),
+        ("nonsense", 1, "is no address such as HOST:PORT;"),
+        (None, os.EX_TEMPFAIL, "does not answer: Connection refused"),
+    ],
+)
+def test_one_line_where_no_cluster_is(
+    source: Path, tmp_path: Path, address: str | None, code: int, why: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        arguments = [] if address is None else [address.replace("OPEN", str(port))]
+        command = [RAY / "bin" / "python", "-m", "fp4moe_convert", "convert", source]
+        done = subprocess.run(
+            [*command, tmp_path / "out", "--ray", *arguments],
+            env={**finding_support(), "RAY_ADDRESS": "127.0.0.1:1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stdout) == (code, "")
+    named = repr(arguments[0]) if arguments else "'auto', which is '127.0.0.1:1'"
+    assert done.stderr.startswith(f"error: Ray at {named}: {why}")
+    assert done.stderr.count("\n") == 1
+
+
 # --- without Ray ----------------------------------------------------------------------------------
 
 
@@ -130,18 +165,179 @@ def test_without_ray(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cluster_that_is_not_there(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail(error: BaseException) -> Callable[..., None]:
     def init(*_: object, **__: object) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
+        raise error
 
+    return init
+
+
+@pytest.mark.parametrize(
+    ("init", "why", "try_again"),
+    [
+        (
+            fail(ConnectionError("Could not find any running Ray instance. Please\n--address")),
+            "Could not find any running Ray instance; --ray HOST:PORT names a cluster",
+            True,
+        ),
+        (fail(ValueError("Ray Client requires\nray[client]")), "Ray Client requires ray[c", False),
+        (fail(ImportError("No module named 'grpc'")), "No module named 'grpc'", False),
+        (fail(RuntimeError("Version mismatch: Ray:\n2.40")), "Version mismatch: Ray: 2.40", False),
+        (lambda *_, **__: time.sleep(5), "has not answered for 0.1 s", True),
+    ],
+    ids=["none", "client", "package", "version", "silent"],
+)
+def test_a_cluster_that_cannot_be_joined(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    init: Callable[..., None],
+    why: str,
+    try_again: bool,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "JOINING_SECONDS", 0.1 if "0.1" in why else 60)
     ray = SimpleNamespace(is_initialized=lambda: False, init=init)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    with pytest.raises(ClusterError, match=r"^Ray at 'auto': Could not find [\w ]+\.$") as caught:
+    with pytest.raises(ConvertError) as caught:
         convert_on_ray(tiny, tmp_path / "out")
-    assert caught.value.try_again
+    assert str(caught.value).startswith(f"Ray at 'auto': {why}")
+    assert "\n" not in str(caught.value)
+    assert caught.value.try_again is try_again
     assert not (tmp_path / "out").exists()
+
+
+NO_ADDRESS = "is no address such as HOST:PORT; auto finds the cluster that runs here"
+
+
+@pytest.mark.parametrize(
+    ("address", "why", "try_again"),
+    [
+        ("127.0.0.1:CLOSED", "does not answer: Connection refused", True),
+        ("ray://localhost:CLOSED", "does not answer: Connection refused", True),
+        ("[::1]:CLOSED", "does not answer: ", True),
+        ("nobody.invalid:6379", "does not answer: ", True),
+        ("nonsense", NO_ADDRESS, False),
+        ("", NO_ADDRESS, False),
+        ("head:port", NO_ADDRESS, False),
+        ("head:65536", NO_ADDRESS, False),
+        ("a..b:6379", NO_ADDRESS, False),
+        ("/head:6379", NO_ADDRESS, False),
+    ],
+)
+@pytest.mark.parametrize("variable", [False, True])
+def test_an_address_where_no_cluster_is(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+    why: str,
+    try_again: bool,
+    variable: bool,
+) -> None:
+    """Ray is not even asked: it would try for a quarter of an hour."""
+    with socket.socket() as bound:  # nobody listens there
+        bound.bind(("127.0.0.1", 0))
+        address = address.replace("CLOSED", str(bound.getsockname()[1]))
+        if variable:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        ray = SimpleNamespace(is_initialized=lambda: False, init=fail(ConnectionError("x")))
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        with pytest.raises(ConvertError) as caught:
+            convert_on_ray(tiny, tmp_path / "out", "auto" if variable else address)
+    if variable and not address:
+        assert str(caught.value).startswith("Ray at 'auto': x")
+        return
+    named = f"'auto', which is {address!r}" if variable else repr(address)
+    assert str(caught.value).startswith(f"Ray at {named}: {why}")
+    assert caught.value.try_again is try_again
+
+
+def lost(*_: object) -> None:
+    raise TimeoutError("timed out")
+
+
+def connected(*_: object) -> SimpleNamespace:
+    return SimpleNamespace(close=lambda: None)
+
+
+NO_INSTANCE = ConnectionError("Could not find any running Ray instance. Please specify the one")
+
+
+@pytest.mark.parametrize(
+    ("case", "address", "connect", "init"),
+    [
+        ("nothing answers", "head:6379", lost, None),
+        ("what answers is no cluster", "head:6379", connected, lambda *_, **__: time.sleep(5)),
+        ("no cluster runs here", None, lost, fail(NO_INSTANCE)),
+        ("no address", "head", lost, None),
+        ("Ray is not installed", "head:6379", lost, None),
+    ],
+)
+def test_documented_refusals(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    address: str | None,
+    connect: Callable[..., object],
+    init: Callable[..., object] | None,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(cluster, "JOINING_SECONDS", 0.1)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", None if "installed" in case else ray)
+    words = [str(source), str(tmp_path / "out"), "--ray", *([address] if address else [])]
+    result = CliRunner().invoke(convert_app, words)
+    line = result.stderr.strip().replace("0.1 s", "60 s")
+    assert f"| {case} | {result.exit_code} | `{line}` |" in DOCUMENTED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        ("MODEL OUT --ray", "auto"),
+        ("--ray MODEL OUT", "auto"),
+        ("MODEL --ray OUT", "auto"),
+        ("--ray --quiet MODEL OUT", "auto"),
+        ("MODEL --threads 2 --ray OUT --quiet", "auto"),
+        ("--ray -- MODEL OUT", "auto"),
+        ("MODEL OUT --ray auto", "auto"),
+        ("--ray auto MODEL OUT", "auto"),
+        ("MODEL OUT --ray=head:1", "head:1"),
+        ("MODEL OUT --ray head:1", "head:1"),
+        ("--ray head:1 MODEL OUT", "head:1"),
+        ("MODEL --ray ray://head:1 OUT", "ray://head:1"),
+        ("MODEL OUT --ray nonsense", "nonsense"),
+        ("--ray nonsense MODEL OUT", "nonsense"),
+        ("MODEL --ray head:1", None),
+        ("--ray auto OUT", None),
+        ("--ray MODEL", None),
+        ("MODEL OUT more --ray", None),
+        ("MODEL OUT -- --ray", None),
+        ("MODEL OUT --ray --part 1/2", None),
+        ("MODEL OUT --ray --drop-source", None),
+    ],
+)
+def test_the_address_may_be_left_out(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    address: str | None,
+) -> None:
+    asked: list[object] = []
+
+    def stop(store: Store, out: Path, ray: str, **_: object) -> None:
+        asked.extend([store.location, out, ray])
+        raise ConvertError("far enough")
+
+    monkeypatch.setattr(cluster, "convert_on_ray", stop)
+    words = {"MODEL": str(source), "OUT": str(tmp_path / "out")}
+    result = CliRunner().invoke(convert_app, [words.get(w, w) for w in arguments.split()])
+    assert result.exit_code == (2 if address is None else 1), result.stderr
+    assert asked == ([] if address is None else [str(source), tmp_path / "out", address])
 
 
 def task(model: Path, out: Path, **changes: Any) -> Any:

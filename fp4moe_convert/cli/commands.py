@@ -23,10 +23,12 @@ from .options import (
     MaxShardSize,
     Model,
     OutDir,
+    Overwrite,
     Private,
     PushToHub,
     Quiet,
     Revision,
+    TakesBareRay,
     Threads,
     argument,
     parse_part,
@@ -73,13 +75,18 @@ def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> 
         return
     say(f"{store.location}: {foreseen.dropping}")
     say(f"Then {out_dir} has the only copy. fp4moe restore writes the shards again.")
-    if not typer.confirm("Delete them?", default=False, err=True):
+    try:
+        confirmed = typer.confirm("Delete them?", default=False, err=True)
+    except typer.Abort:  # Ctrl-D
+        typer.echo(err=True)
+        confirmed = False
+    if not confirmed:
         say("error: not confirmed; nothing has been written or deleted", style="red")
         raise typer.Exit(1)
 
 
-@app.command("convert")
-@convert_app.command()
+@app.command("convert", cls=TakesBareRay)
+@convert_app.command(cls=TakesBareRay)
 @fails_plainly
 def convert_command(
     model: Model,
@@ -98,12 +105,7 @@ def convert_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
-        ),
-    ] = False,
+    overwrite: Overwrite = False,
     drop_source: Annotated[
         bool,
         typer.Option(
@@ -128,9 +130,9 @@ def convert_command(
     ray: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS",
+            metavar="[ADDRESS]",
             show_default=False,
-            help="Convert with the nodes of this Ray cluster; auto finds the one that runs here.",
+            help="Convert with the nodes of this Ray cluster, or of the one that runs here (auto).",
         ),
     ] = None,
     push_to_hub: PushToHub = None,
@@ -146,9 +148,9 @@ def convert_command(
 
     if part and overwrite:
         raise typer.BadParameter("--overwrite would delete the other parts; take a new folder")
-    if part and ray:
+    if part and ray is not None:
         raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
-    if drop_source and (part or ray):
+    if drop_source and (part or ray is not None):
         raise typer.BadParameter("--drop-source is for one machine; others may need the source")
     if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
         raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
@@ -184,6 +186,12 @@ def convert_command(
             from ..publication import push
 
             pushed = push(out_dir, push_to_hub, private=private, **options)
+    if push_to_hub is not None and whole is None and not quiet:
+        say(
+            f"nothing is pushed to {push_to_hub} yet: the part that finishes the folder does that, "
+            f"or fp4moe finish {out_dir} --push-to-hub {push_to_hub}"
+            f"{' --private' if private else ''}"
+        )
     warn(whole.warnings if whole else [])
     print_with_push(report.as_json(), list(conversion_tables(report)), pushed, as_json=as_json)
 
@@ -203,7 +211,7 @@ def _convert(
         from ..parts import convert_part
 
         return convert_part(store, out_dir, part, **options)
-    if ray:
+    if ray is not None:
         from ..cluster import convert_on_ray
 
         # Ray prints what befalls its nodes, and not on stderr.
@@ -232,6 +240,8 @@ def finish_command(
         bool,
         typer.Option("--verify", help="Read all of the result and compare it with the source."),
     ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     direct_io: DirectIo = True,
@@ -243,17 +253,22 @@ def finish_command(
     from ..storage.opening import open_store
     from .display import report_table
 
+    _check_repository(push_to_hub, private=private)
     store = open_store(
         source or source_of(out_dir),
         revision=revision,
         cache_dir=cache_dir,
         connections=connections,
     )
-
+    pushed = None
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
+        if push_to_hub is not None:
+            from ..publication import push
+
+            pushed = push(out_dir, push_to_hub, private=private, **options)
     warn(report.warnings)
-    print_result(report.as_json() if as_json else [report_table(report)])
+    print_with_push(report.as_json(), [report_table(report)], pushed, as_json=as_json)
 
 
 @app.command("ci")
@@ -264,6 +279,16 @@ def ci_command(
     revision: Revision = None,
     cache_dir: CacheDir = None,
     max_shard_size: MaxShardSize = defaults.MAX_SHARD_SIZE,  # type: ignore[assignment]  # as above
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            readable=False,
+            show_default=False,
+            help="Where the report goes, if not to OUT_DIR.report.json. The next job looks there.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
     as_json: AsJson = False,
@@ -283,7 +308,12 @@ def ci_command(
         _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
         with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
-            job = run_job(store, out_dir, max_shard_nbytes=max_shard_size, **options)
+            job = run_job(
+                *(store, out_dir, report),
+                max_shard_nbytes=max_shard_size,
+                overwrite=overwrite,
+                **options,
+            )
             if push_to_hub is not None:
                 from ..publication import push
 

@@ -23,7 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from ..ci import JobReport, report_path
+from ..ci import JobReport
 from ..conversion import ConversionReport
 from ..errors import printable
 from ..format.contract import Geometry
@@ -156,7 +156,7 @@ def job_table(job: JobReport) -> Table:
     """What a job found or did."""
     table = report_table(job.conversion)
     table.add_row("job", "unchanged, verified before" if job.unchanged else "converted, verified")
-    table.add_row("report", _cell(str(report_path(job.conversion.out_dir))))
+    table.add_row("report", _cell(str(job.path)))
     return table
 
 

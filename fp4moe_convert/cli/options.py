@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from ..plan import Part
@@ -34,6 +35,27 @@ def parse_part(text: str) -> Part:
         return Part(int(number), int(count))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a part such as 2/4") from None
+
+
+class TakesBareRay(TyperCommand):
+    """A command whose --ray may stand alone, for --ray auto. Typer has no such options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before_dashes = args.index("--") if "--" in args else len(args)
+        if "--ray" in args[:before_dashes]:
+            at = args.index("--ray")
+            following = args[at + 1] if at + 1 < before_dashes else "--"
+            if following.startswith("-") or self._is_argument(ctx, args, following):
+                args[at] = "--ray=auto"
+        return super().parse_args(ctx, args)
+
+    def _is_argument(self, ctx: Any, args: list[str], word: str) -> bool:
+        """Whether a word after --ray is MODEL or OUT_DIR: the command would lack one without it,
+        and it does not look like an address."""
+        if re.fullmatch(r"auto|local|(ray://)?[^/]+:\d+", word):
+            return False
+        values, _, _ = self.make_parser(ctx).parse_args([*args])
+        return not isinstance(values.get("out_dir"), str)
 
 
 # readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
@@ -65,6 +87,12 @@ OutDir = Annotated[
 ]
 MaxShardSize = Annotated[
     int, typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Start afresh: delete what earlier conversions left in OUT_DIR."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]

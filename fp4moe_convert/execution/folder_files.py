@@ -29,8 +29,6 @@ from .journal import Journal
 from .surroundings import names_in_manifest, read_manifest
 from .work import Work
 
-AFRESH = "--overwrite starts afresh"
-
 
 def check_place(path: Path, source: Path | None) -> None:
     """Raises OutputError: there can be no output folder, or it and the source are in each other."""
@@ -62,9 +60,17 @@ def check_known(path: Path) -> None:
 class FolderFiles:
     """The files of an output folder whose lock is held."""
 
-    def __init__(self, path: Path, journal: Journal) -> None:
+    def __init__(self, path: Path, journal: Journal, *, can_overwrite: bool) -> None:
+        """
+        Args:
+            path: of the folder.
+            journal: of the run that has the lock.
+            can_overwrite: whether the command at hand takes ``--overwrite``.
+        """
         self.path = path
         self._journal = journal
+        self.afresh = f"{'' if can_overwrite else 'fp4moe-convert '}--overwrite starts afresh"
+        """Advice, for the end of a message."""
         self.ours: set[str] = set()
         """Names that a conversion has left, or is about to."""
         self.manifest: Manifest | None = None
@@ -163,7 +169,7 @@ class FolderFiles:
         present = set(files_below(self.path, OutputError))
         looks_finished = MANIFEST_NAME in work.generated and self.has_index
         if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
-            raise OutputError(f"{self.path}: {self._no_manifest}; {AFRESH}")
+            raise OutputError(f"{self.path}: {self._no_manifest}; {self.afresh}")
         beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.other_files}
         for name in sorted(name for name in beside if not no_engine_reads(name)):
             if name in present and not self._is_as_left(name, work):
@@ -172,7 +178,7 @@ class FolderFiles:
                 what = "is missing"
             else:
                 continue
-            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {AFRESH}")
+            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {self.afresh}")
 
     def refuse_other_origin(self, work: Work) -> None:
         """A run that goes on reads what the runs before it have read.
@@ -182,9 +188,12 @@ class FolderFiles:
         """
         begun, now = self._journal.origin, work.origin
         if begun is not None and now is not None and begun != now:
+            model, _, revision = begun.rpartition("@")
+            same_model = now.startswith(f"{model}@")
             raise OutputError(
                 f"{self.path}: was begun from {begun}, and this is {now}; "
-                f"--revision {begun.rpartition('@')[2]} goes on with that, {AFRESH}"
+                f"{f'--revision {revision}' if same_model else f'hf://{begun}'} goes on with that, "
+                f"{self.afresh}"
             )
 
     def users_own(self, work: Work) -> set[str]:

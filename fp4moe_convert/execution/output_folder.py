@@ -58,13 +58,22 @@ SYNC_NBYTES = 256 * 2**20
 class OutputFolder:
     """An output folder, locked for as long as the ``with`` block lasts."""
 
-    def __init__(self, path: Path, *, source: Path | None, part: Part | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        source: Path | None,
+        part: Part | None = None,
+        can_overwrite: bool = True,
+    ) -> None:
         """Make the folder if need be, and lock it.
 
         Args:
             path: of the folder.
             source: the source folder, where it is a local one; neither may lie in the other.
             part: lock this part only.
+            can_overwrite: whether the command at hand takes ``--overwrite``; that of a part does
+                not.
 
         Raises:
             InUseError: another process holds the folder, or the part.
@@ -78,7 +87,7 @@ class OutputFolder:
             make_folder(path)
             check_known(path)
         self.journal = Journal(path, part)
-        self.files = FolderFiles(path, self.journal)
+        self.files = FolderFiles(path, self.journal, can_overwrite=can_overwrite and part is None)
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:
             self.files.read()
@@ -203,7 +212,7 @@ def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str
     if files.has_index:
         raise OutputError(
             f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; choose another folder, or --overwrite it"
+            f"other options: {difference}; choose another folder, or {files.afresh}"
         )
     return {}
 

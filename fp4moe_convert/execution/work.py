@@ -195,7 +195,8 @@ class Conversion(Work):
         if difference is not None:
             return f"in the source, {difference}"
         if manifest.max_shard_nbytes != self.plan.max_shard_nbytes:
-            return f"its files have at most {manifest.max_shard_nbytes:,} bytes"
+            size = manifest.max_shard_nbytes
+            return f"its files have at most {size:,} bytes (--max-shard-size {size})"
         names = {shard.name for shard in self.plan.shards}
         if manifest.plan != self.plan.fingerprint or manifest.shards.keys() != names:
             return "it was planned by another release"

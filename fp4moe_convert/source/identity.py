@@ -44,7 +44,10 @@ def source_difference(
     """
     recorded, found = manifest.source, describe_source(checkpoint)
     if found.revision and recorded.revision and found.revision != recorded.revision:
-        return f"revision {found.revision} is not {recorded.revision}"
+        advice = ""
+        if found.hub_id == recorded.hub_id:
+            advice = f" (--revision {recorded.revision} of {recorded.hub_id} is)"
+        return f"revision {found.revision} is not {recorded.revision}{advice}"
     there = {name: record_of(checkpoint.store.open(name)) for name in checkpoint.other_files}
     for before, now in (
         (_contents(recorded), _contents(found)),

@@ -42,6 +42,8 @@ def open_store(
         from .hub import open_hub
 
         repo_id, _, given = location.removeprefix(HUB_PREFIX).partition("@")
+        if given and revision not in (None, given):
+            raise CheckpointError(f"{location}: --revision {revision} is another; give one of them")
         return open_hub(
             repo_id,
             revision=revision or given or None,

@@ -125,7 +125,8 @@ def _join(ray: Any, cluster: str) -> None:
             raise ConvertError(f"{named}: {_one_line(error)}") from error
         # What Ray advises next is about its own commands.
         why = _one_line(error).partition(". ")[0].removesuffix(".")
-        raise ClusterError(f"{named}: {why}; --ray HOST:PORT names a cluster") from error
+        advice = "; --ray HOST:PORT names a cluster" if address == "auto" else ""
+        raise ClusterError(f"{named}: {why}{advice}") from error
 
 
 def _find(address: str, named: str) -> None:

@@ -261,6 +261,7 @@ def connected(*_: object) -> SimpleNamespace:
     return SimpleNamespace(close=lambda: None)
 
 
+NO_CLUSTER = ConnectionError("Failed to connect to Ray cluster at head:6379")
 NO_INSTANCE = ConnectionError("Could not find any running Ray instance. Please specify the one")
 
 
@@ -269,6 +270,7 @@ NO_INSTANCE = ConnectionError("Could not find any running Ray instance. Please s
     [
         ("nothing answers", "head:6379", lost, None),
         ("what answers is no cluster", "head:6379", connected, lambda *_, **__: time.sleep(5)),
+        ("it is none, or wants a token", "head:6379", connected, fail(NO_CLUSTER)),
         ("no cluster runs here", None, lost, fail(NO_INSTANCE)),
         ("no address", "head", lost, None),
         ("Ray is not installed", "head:6379", lost, None),

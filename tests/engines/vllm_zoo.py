@@ -85,9 +85,7 @@ NO_RELOAD = dict.fromkeys(
 )
 """Families that vLLM cannot load again into a running engine, and what it says."""
 
-SPARSE = "Sparse Attention is not supported on CPU."
 UNLOADABLE = {
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), SPARSE),
     "step3p5": "kernel does not support MoEActivation.SWIGLUSTEP activation",
     # transformers' configuration of its vision tower says it otherwise.
     "step3p7": "'Step3p7VisionConfig' object has no attribute 'width'",

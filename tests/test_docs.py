@@ -80,12 +80,12 @@ def test_an_export_stands_in_the_documented_row(name: str) -> None:
 @pytest.mark.parametrize("row", table("models.md", "Parallel sizes"), ids=lambda row: row[0])
 def test_parallel_sizes(row: list[str]) -> None:
     model, experts, hidden, intermediate, *documented = row
-    families = {own[0]: names(own[2]) for own in CONVERTED}
-    [projections] = [
-        each.projections
-        for each in FAMILIES
-        if [each.name] == families[re.sub(r" \(\w+\)$", "", model)]
+    [(family, engines)] = [
+        (names(own[2]), own[3].split(", "))
+        for own in CONVERTED
+        if own[0] == re.sub(r" \(\w+\)$", "", model)
     ]
+    [projections] = [each.projections for each in FAMILIES if [each.name] == family]
     geometry = Geometry(
         experts=int(experts),
         hidden=int(hidden),
@@ -94,7 +94,10 @@ def test_parallel_sizes(row: list[str]) -> None:
     )
     sizes = tensor_parallel_sizes([geometry])
     assert documented == [
-        ", ".join(str(size) for size in sizes[engine.name] if size in POWERS) for engine in ENGINES
+        ", ".join(str(size) for size in sizes[engine.name] if size in POWERS)
+        if engine.title in engines
+        else "-"
+        for engine in ENGINES
     ]
 
 

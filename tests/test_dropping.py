@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 from support.faulty_disk import mount, mounted, needs_root, unmount_later
 from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip_bit
-from support.hub import Hub
+from support.hub import Hub, snapshot_without_links
 from support.hub_upload import Uploads
 from support.make_checkpoint import make_checkpoint
 from support.processes import FP4MOE_CONVERT, kill_at_rename, run_kills
@@ -396,6 +396,34 @@ def test_a_run_resumes_without_what_is_gone(
         assert "checksums on record" in report.verified_with
     assert as_without(half) == expected
     assert_way_back(half, pristine)
+
+
+@pytest.mark.parametrize("way", ["the same command", "no longer", "the cache is pruned"])
+def test_a_snapshot_goes_on_by_its_id(
+    hub: Hub, source: Path, pristine: Path, tmp_path: Path, way: str
+) -> None:
+    """A cache without links, whose snapshot is no longer complete when the first shard is gone."""
+    hub.add("org/model", source)
+    snapshot = snapshot_without_links("org/model")
+    out = run_half(snapshot, tmp_path / "out")
+    made = {path.name: path.stat().st_ino for path in out.glob("*.safetensors")}
+    hub.forget()
+    drop = ("--drop-source", "--yes")
+    if way == "the cache is pruned":
+        shutil.rmtree(snapshot.parent)
+        refused = command("org/model", out, *drop)
+        assert (refused.exit_code, refused.stderr.strip()) == (1, documented()["model on the Hub"])
+    result = command("org/model", out, *(drop if way == "the same command" else ()))
+    assert result.exit_code == 0, result.stderr
+    assert "written again" not in result.stderr
+    assert made.items() <= {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}.items()
+    if way == "the cache is pruned":
+        verify(out, "org/model")
+    else:
+        assert not [name for name in hub.served() if name.endswith(".safetensors")]
+        assert len(shards_of(snapshot)) == (0 if way == "the same command" else 2)
+    assert command("org/model", out).exit_code == 0
+    assert_way_back(out, pristine)
 
 
 def test_a_finished_folder_whose_source_was_going(

@@ -25,7 +25,7 @@ import msgspec
 
 from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.files import SOURCE_NAME
-from ..format.manifest import FileIdentity, ShardRecord, SourceRecord
+from ..format.manifest import FileIdentity, ShardIdentity, ShardRecord, SourceRecord
 from ..layouts.base import Move
 from ..plan import PlannedShard, check_moves_cover
 from ..source.checkpoint import open_checkpoint
@@ -48,7 +48,8 @@ def remaining(store: Store, out_dir: Path) -> Store:
     """A source with the shards that have been deleted since ``out_dir`` was made from it.
 
     Returns:
-        ``store`` itself, if none has been.
+        ``store`` itself, if none has been. Where they were of a snapshot in the Hub's cache,
+        ``store`` may be the same commit on the Hub.
 
     Raises:
         CheckpointError: what is left of the source is not as it was.
@@ -56,8 +57,14 @@ def remaining(store: Store, out_dir: Path) -> Store:
     """
     if isinstance(store, DroppedSource):
         store = store.folder
-    if not isinstance(store, LocalFolder) or (source := _recorded_in(out_dir)) is None:
+    if (source := _recorded_in(out_dir)) is None:
         return store
+    if not isinstance(store, LocalFolder):
+        # A model on the Hub whose snapshot in the cache is no longer complete, because it is that.
+        is_same = source.origin is not None and source.origin == store.provenance().origin
+        if not is_same or not os.path.isdir(source.path):
+            return store
+        store = LocalFolder(Path(source.path))
     path = store.local_path
     gone = frozenset(name for name in source.shards if not os.path.lexists(path / name))
     if not gone:
@@ -93,8 +100,13 @@ def _changed(store: LocalFolder, source: SourceRecord, gone: Container[str]) -> 
     for name, record in source.files.items():
         if not (store.local_path / name).is_file() or record_of(store.open(name)) != record:
             return name
-    for name, identity in source.shards.items():
-        if name not in gone and store.open(name).identity != identity.file:
+    there = {
+        name: ShardIdentity.of(store.open(name).identity, identity.header)
+        for name, identity in source.shards.items()
+        if name not in gone
+    }
+    for name in source.changed(store.provenance(), there):
+        if name not in gone:
             return name
     return None
 

@@ -279,11 +279,8 @@ class Planned:
         folder, files = self.folder, self.folder.files
         if (source := files.dropped) is None:
             return
-        gone = {
-            name
-            for name, identity in source.shards.items()
-            if name in self.work.gone or self.work.identities.get(name) != identity
-        }
+        there = {shard.name: shard.identity for shard in self.work.sources}
+        gone = {*self.work.gone, *source.changed(self.work.store.provenance(), there)}
         holding = {name: set(line.sources) for name, line in folder.journal.finished.items()}
         if files.manifest:
             holding |= dict.fromkeys(files.manifest.shards.keys() - holding.keys(), gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from ..format.files import (
     SOURCE_NAME,
     no_engine_reads,
 )
-from ..format.manifest import FileRecord, Manifest, ShardRecord, to_json
+from ..format.manifest import FileRecord, Manifest, ShardRecord, SourceRecord, to_json
 from ..format.untrusted import decode_object
 from ..layouts.base import RowOrder
 from ..plan import Plan
@@ -105,7 +106,7 @@ def write_surroundings(
     for name, content in ((SOURCE_NAME, source), (CONFIG_NAME, config), (INDEX_NAME, index)):
         files[name] = FileRecord.of(content)
     manifest = Manifest(
-        source=describe_source(checkpoint),
+        source=_description(checkpoint, out_dir),
         versions={"fp4moe-convert": VERSION, "flashinfer": row_order.flashinfer},
         row_order=row_order.fingerprint,
         max_shard_nbytes=plan.max_shard_nbytes,
@@ -123,6 +124,18 @@ def write_surroundings(
     write_file(out_dir / MANIFEST_NAME, manifest)
     write_file(out_dir / CONFIG_NAME, config)
     write_file(out_dir / INDEX_NAME, index)
+
+
+def _description(checkpoint: Checkpoint, out_dir: Path) -> SourceRecord:
+    """The source, as the manifest of a finished folder has it where it is the same commit: that it
+    lies elsewhere now is no reason to write another."""
+    found = describe_source(checkpoint)
+    with contextlib.suppress(VerifyError):  # it is not finished
+        recorded = read_manifest(out_dir).source
+        is_same = found.origin is not None and recorded.origin == found.origin
+        if is_same and recorded.dropped == found.dropped:
+            return recorded
+    return found
 
 
 def copy_files(store: Store, names: Iterable[str], out_dir: Path) -> dict[str, FileRecord]:

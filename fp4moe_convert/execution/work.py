@@ -104,8 +104,9 @@ class Work(ABC):
 
     @cached_property
     def identities(self) -> dict[str, ShardIdentity]:
-        """Of each shard that is read."""
-        return {shard.name: shard.identity for shard in self.sources}
+        """Of each shard that is read, for later runs."""
+        found = {shard.name: shard.identity for shard in self.sources}
+        return self.store.provenance().lasting(found)
 
     @cached_property
     def copied_nbytes(self) -> dict[str, int]:
@@ -136,8 +137,7 @@ class Work(ABC):
     @property
     def origin(self) -> str | None:
         """The model and the commit that are read, where they are known."""
-        known = self.store.provenance()
-        return f"{known.hub_id}@{known.revision}" if known.revision else None
+        return self.store.provenance().origin
 
     def check_unchanged(self, sources: Container[str]) -> None:
         """Make sure that source files are still what they were when their headers were read.

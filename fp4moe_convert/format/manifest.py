@@ -72,6 +72,24 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """Hub id and commit, where the path tells."""
 
     @property
+    def origin(self) -> str | None:
+        """The model and the commit, where they are known."""
+        return f"{self.hub_id}@{self.revision}" if self.revision else None
+
+    def lasting(self, shards: Mapping[str, ShardIdentity]) -> dict[str, ShardIdentity]:
+        """Identities by which later runs know shards that lie here.
+
+        At one commit a file has the same bytes, streamed, in the cache and in a copy of that. So
+        the commit stands there for times and ETags.
+        """
+        if self.origin is None:
+            return dict(shards)
+        return {
+            name: ShardIdentity(shard.nbytes, shard.header, etag=self.origin)
+            for name, shard in shards.items()
+        }
+
+    @property
     def address(self) -> str:
         """What `storage.opening.open_store` takes for it, on any machine."""
         on_hub = self.revision and self.path.startswith(HUB_PREFIX)
@@ -114,6 +132,17 @@ class SourceRecord(Provenance, frozen=True, kw_only=True, omit_defaults=True):
     shards: dict[str, ShardIdentity]
     files: dict[str, FileRecord]
     """config.json, hf_quant_config.json and the index, where there is one."""
+
+    def changed(self, now: Provenance, shards: Mapping[str, ShardIdentity]) -> list[str]:
+        """Names of the shards that are not the same among those that lie at ``now``, sorted.
+
+        A commit may have moved into the cache since, or out of it, or been copied, which changes
+        the times of all files. Where one is as it was, it has not, and other times mean edits.
+        """
+        before = self.shards
+        if not any(shards.get(name) == identity for name, identity in before.items()):
+            before, shards = self.lasting(before), now.lasting(shards)
+        return sorted(name for name, identity in before.items() if shards.get(name) != identity)
 
 
 class Manifest(msgspec.Struct, frozen=True, rename={"max_shard_nbytes": "max_shard_bytes"}):

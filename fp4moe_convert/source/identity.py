@@ -32,8 +32,9 @@ def source_difference(
     Args:
         checkpoint: may be that one.
         manifest: of the result.
-        same_files: it must be the very files that were converted, not a copy: their times of
-            change must agree, too, and so must files that no engine reads.
+        same_files: it must be the very files that were converted, or the same commit on the Hub,
+            not another copy: their times of change must agree, too, and so must files that no
+            engine reads.
 
     Returns:
         None: there is no difference, unless it is in the tensors.
@@ -60,9 +61,8 @@ def source_difference(
                 return f"{name} is {'missing' if name in before else 'new'}"
             if before[name] != now[name]:
                 return f"{name} differs"
-    for name, identity in recorded.shards.items():
-        if same_files and identity != found.shards[name]:
-            return f"{name} has been written again since"
+    if same_files and (changed := recorded.changed(found, found.shards)):
+        return f"{changed[0]} has been written again since"
     return None
 
 

@@ -60,6 +60,7 @@ UNLOADABLE = {
     # It takes the experts' packed weights for plain ones, and does not know its own list of ignored
     # modules, whose names have another prefix there.
     "kimi_k3-ct": "KeyError: 'model.layers.0.mlp.gate_up_proj.weight'",
+    "llmcompressor-gemma4": "not set: ['vision_tower.encoder.layers.0.self_attn.",
     "llmcompressor-minimax_m2": "not set: ['model.layers.0.block_sparse_moe.experts.",
     # It gives these layers other names than their list of ignored ones.
     "llmcompressor-glm4_moe": "'MergedColumnParallelLinear' object has no attribute 'weight'",

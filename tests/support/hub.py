@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -445,6 +446,18 @@ def running(models: Mapping[str, Path], **options: Any) -> Iterator[Hub]:
         for repo_id, folder in models.items():
             hub.add(repo_id, folder)
         yield hub
+
+
+def snapshot_without_links(repo_id: str) -> Path:
+    """A model in the cache, as HF_HUB_DISABLE_SYMLINKS leaves it, and copies that follow links."""
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(snapshot_download(repo_id))
+    copy = shutil.copytree(snapshot, snapshot.with_name("copy"))
+    shutil.rmtree(snapshot)
+    copy.rename(snapshot)
+    shutil.rmtree(snapshot.parent.parent / "blobs")
+    return snapshot
 
 
 def main() -> None:

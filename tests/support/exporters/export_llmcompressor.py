@@ -40,7 +40,7 @@ for name in sys.argv[2:]:
                 scheme=scheme or "NVFP4",
                 ignore=[
                     *("re:.*lm_head", "re:.*gate$", "re:.*router", "re:.*self_attn.*"),
-                    *("re:.*vision_model.*", "re:.*multi_modal_projector.*"),
+                    *("re:.*vision.*", "re:.*visual.*", "re:.*multi_modal_projector.*"),
                 ],
             ),
             num_calibration_samples=len(tokens),

@@ -25,6 +25,30 @@ COMMON: dict[str, Any] = {
 }
 DENSE = {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": I}
 MIXTRAL = {"intermediate_size": I, "num_local_experts": E}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 32,
+    "shared_expert_intermediate_size": I,
+}
+QWEN_TOKENS = {
+    "image_token_id": 500,
+    "video_token_id": 501,
+    "vision_end_token_id": 502,
+    "vision_start_token_id": 503,
+}
+QWEN_VISION = {
+    "deepstack_visual_indexes": [],
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "num_position_embeddings": 16,
+    "out_hidden_size": H,
+    "patch_size": 16,
+}
 
 
 def deepseek_v3() -> Any:
@@ -44,6 +68,45 @@ def deepseek_v3() -> Any:
         v_head_dim=32,
     )
     return transformers.DeepseekV3ForCausalLM(config)
+
+
+def ernie4_5_moe() -> Any:
+    config = transformers.Ernie4_5_MoeConfig(
+        **{key: size for key, size in COMMON.items() if key != "num_experts_per_tok"},
+        **DENSE,
+        moe_k=2,
+        moe_layer_start_index=1,
+        moe_num_experts=E,
+        moe_num_shared_experts=1,
+    )
+    return transformers.Ernie4_5_MoeForCausalLM(config)
+
+
+def gemma4() -> Any:
+    text = (COMMON | DENSE) | {
+        "enable_moe_block": True,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 0,
+        "intermediate_size": I,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": E,
+        "num_kv_shared_layers": 0,
+        "pad_token_id": 0,
+        "top_k_experts": 2,
+        "vocab_size_per_layer_input": 512,
+    }
+    vision = {
+        "head_dim": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "patch_size": 16,
+        "position_embedding_size": 16,
+    }
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    return transformers.Gemma4ForConditionalGeneration(config)
 
 
 def glm4_moe() -> Any:
@@ -111,24 +174,59 @@ def nemotron_h() -> Any:
     return transformers.NemotronHForCausalLM(config)
 
 
+def qwen2_moe() -> Any:
+    config = transformers.Qwen2MoeConfig(
+        **COMMON,
+        intermediate_size=256,
+        moe_intermediate_size=I,
+        num_experts=E,
+        shared_expert_intermediate_size=I,
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def qwen3_5_moe() -> Any:
+    config = transformers.Qwen3_5MoeConfig(
+        # SGLang reads the interval, and that deepstack_visual_indexes are none. Published models
+        # have both, transformers writes neither.
+        text_config={
+            **COMMON,
+            **DENSE,
+            **LINEAR_ATTENTION,
+            "full_attention_interval": 2,
+            "num_experts": E,
+        },
+        vision_config=QWEN_VISION,
+        **QWEN_TOKENS,
+    )
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
 def qwen3_moe() -> Any:
     config = transformers.Qwen3MoeConfig(**COMMON, **DENSE, num_experts=E)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
 def qwen3_next() -> Any:
-    config = transformers.Qwen3NextConfig(
-        **COMMON,
-        **DENSE,
-        layer_types=["linear_attention", "full_attention"],
-        linear_key_head_dim=32,
-        linear_num_key_heads=4,
-        linear_num_value_heads=8,
-        linear_value_head_dim=32,
-        num_experts=E,
-        shared_expert_intermediate_size=I,
-    )
+    config = transformers.Qwen3NextConfig(**COMMON, **DENSE, **LINEAR_ATTENTION, num_experts=E)
     return transformers.Qwen3NextForCausalLM(config)
+
+
+def qwen3_vl_moe() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [12, 10, 10]}
+    config = transformers.Qwen3VLMoeConfig(
+        # vLLM reads norm_topk_prob. Published models have it, transformers does not write it.
+        text_config={
+            **COMMON,
+            **DENSE,
+            "norm_topk_prob": True,
+            "num_experts": E,
+            "rope_scaling": rope,
+        },
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        **QWEN_TOKENS,
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
 
 
 # Both releases of transformers ask this of a Llama 4 that has been given no image.
@@ -136,14 +234,19 @@ MoeCausalLMOutputWithPast.image_outputs = None
 
 MAKERS: tuple[Callable[[], Any], ...] = (
     deepseek_v3,
+    ernie4_5_moe,
+    gemma4,
     glm4_moe,
     gpt_oss,
     llama4,
     minimax_m2,
     mixtral,
     nemotron_h,
+    qwen2_moe,
+    qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl_moe,
 )
 
 

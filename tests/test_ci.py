@@ -238,6 +238,7 @@ BAD_REPORTS = {
     ".": "is in the way of out",
     "file/report": "File exists",
     "link": "is not a regular file",
+    "link to a file": "is not a regular file",
     "folder": "is not a regular file",
     "/dev/null": "is not a regular file",
     "r" * 250: "File name too long",
@@ -251,6 +252,7 @@ def test_a_report_that_cannot_be_written_stops_the_job_before_it_begins(
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "link to a file").symlink_to("file")
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     out = "new/out" if report == "new" else "out"

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -344,28 +345,36 @@ def leave_no_list(snapshot: Path) -> None:
         huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE.clear()
 
 
-@pytest.mark.parametrize("is_offline", [True, False])
-def test_a_snapshot_that_is_not_complete_is_not_used_while_the_hub_does_not_answer(
+@pytest.fixture(params=["offline, and not in the cache", "no network"])
+def alone(
+    request: pytest.FixtureRequest,
     hub: Hub,
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    is_offline: bool,
-) -> None:
+) -> tuple[Path, Callable[[], None]]:
+    """A snapshot whose Hub does not answer, and what makes sure that it is refused."""
     hub.add(ID, source)
     snapshot = Path(snapshot_download(ID))
-    if is_offline:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    else:
+    if request.param == "no network":
         down(hub)
-    expected = documented()["offline, and not in the cache" if is_offline else "no network"]
-    expected = expected.replace("CACHE", constants.HF_HUB_CACHE)
-    expected = expected.replace("https://huggingface.co", hub.endpoint)
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def refused() -> None:
         result = run("convert", ID, tmp_path / "out")
-        assert (result.exit_code, result.stderr.strip()) == (1 if is_offline else 75, expected)
+        said = result.stderr.strip().replace(hub.endpoint, "https://huggingface.co")
+        assert said.replace(constants.HF_HUB_CACHE, "CACHE") == documented()[request.param]
+        assert result.exit_code == (75 if request.param == "no network" else 1)
 
+    return snapshot, refused
+
+
+@pytest.mark.skipif(
+    not hasattr(huggingface_hub, "get_cached_repo_tree"), reason="this release keeps no list"
+)
+def test_a_snapshot_that_lacks_a_file_is_refused(alone: tuple[Path, Callable[[], None]]) -> None:
+    snapshot, refused = alone
     first = min(weights(snapshot).values())
     content = first.read_bytes()
     first.unlink()
@@ -375,9 +384,15 @@ def test_a_snapshot_that_is_not_complete_is_not_used_while_the_hub_does_not_answ
     first.write_bytes(content)
     (snapshot / "tokenizer.json").unlink()
     refused()
-    # Nothing tells whether a file is missing: so it is said.
+
+
+def test_a_snapshot_that_may_lack_a_file_is_said_to(
+    alone: tuple[Path, Callable[[], None]], tmp_path: Path
+) -> None:
+    snapshot, refused = alone
     leave_no_list(snapshot)
-    result = run("convert", ID, tmp_path / "out", "-q")
+    (snapshot / "tokenizer.json").unlink()
+    result = run("convert", ID, tmp_path / "done", "-q")
     assert (result.exit_code, result.stderr.strip()) == (0, warned(snapshot))
     [warning] = json.loads(run("inspect", ID, "--json").stdout)["warnings"]
     assert f"warning: {warning}" == warned(snapshot)

@@ -275,6 +275,13 @@ def test_a_branch_that_has_moved_is_refused(
         f"was begun from {ID}@{first}, and this is {ID}@{second}; --revision {first} goes on"
         in result.stderr
     )
+    # The advice is for the command at hand.
+    assert result.stderr.endswith(" goes on with that, --overwrite starts afresh\n")
+    result = run("convert", ID, tmp_path / "out", "--part", "1/2")
+    assert result.stderr.endswith(" goes on with that, fp4moe-convert --overwrite starts afresh\n")
+    hub.add("org/other", newer)
+    result = run("convert", "org/other", tmp_path / "out")
+    assert f"; hf://{ID}@{first} goes on with that, --overwrite" in result.stderr
     result = run("convert", ID, tmp_path / "out", "--revision", first)
     assert (result.exit_code, "resuming" in result.stderr) == (0, True)
     assert without_source(every_file(tmp_path / "out")) == whole

@@ -16,12 +16,12 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert_with, write_here
-from .errors import CheckpointError, ClusterError, ConvertError, OutputError
+from .errors import CheckpointError, ClusterError, ConvertError, OutputError, one_line
 from .execution.scatter import WriteRequest
 from .execution.work import Conversion
 from .format.manifest import ShardIdentity
@@ -103,10 +103,14 @@ def _join(ray: Any, cluster: str) -> None:
     if address not in ("auto", "local"):
         _find(address, named if address == cluster else f"{named}, which is {address!r}")
     joined: Future[None] = Future()
+    given_up = Event()
 
     def join() -> None:
         try:
-            joined.set_result(ray.init(cluster, log_to_driver=False, logging_level="error"))
+            ray.init(cluster, log_to_driver=False, logging_level="error")
+            if given_up.is_set():
+                ray.shutdown()
+            joined.set_result(None)
         except BaseException as error:
             joined.set_exception(error)
 
@@ -115,16 +119,17 @@ def _join(ray: Any, cluster: str) -> None:
     thread.start()
     thread.join(JOINING_SECONDS)
     if thread.is_alive():
+        given_up.set()
         raise ClusterError(f"{named}: has not answered for {JOINING_SECONDS} s")
     try:
         joined.result()
     except (ImportError, ValueError) as error:
-        raise ConvertError(f"{named}: {_one_line(error)}") from error
+        raise ConvertError(f"{named}: {one_line(error)}") from error
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         if "mismatch" in str(error):  # of Ray's or Python's versions
-            raise ConvertError(f"{named}: {_one_line(error)}") from error
+            raise ConvertError(f"{named}: {one_line(error)}") from error
         # What Ray advises next is about its own commands.
-        why = _one_line(error).partition(". ")[0].removesuffix(".")
+        why = one_line(error).partition(". ")[0].removesuffix(".")
         advice = "; --ray HOST:PORT names a cluster" if address == "auto" else ""
         raise ClusterError(f"{named}: {why}{advice}") from error
 
@@ -145,10 +150,6 @@ def _find(address: str, named: str) -> None:
         raise ConvertError(
             f"{named}: is no address such as HOST:PORT; auto finds the cluster that runs here"
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) -> None:
@@ -190,8 +191,16 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
             shard = tasks[task_done]
             try:
                 node, checksums, failure, cause = ray.get(task_done)
-            except ray.exceptions.RayTaskError:
-                raise
+            except ray.exceptions.RayTaskError as error:
+                # It is of the task's own error's class as well.
+                cannot_start = isinstance(error, (ImportError, AttributeError, TypeError))
+                if not cannot_start and "failed to import" not in str(error):
+                    raise
+                why = str(error).strip().splitlines()[-1]
+                raise ConvertError(
+                    f"{shard.name}: its task failed ({why}); is the same release of fp4moe-convert "
+                    "installed on all nodes?"
+                ) from error
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"{shard.name}: {str(error).splitlines()[0]}") from error
             if failure is not None:

@@ -123,6 +123,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def one_line(error: object) -> str:
+    """What somebody else's error says, whose text may have line breaks."""
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def naming(
     file: str | os.PathLike[str], kind: type[ConvertError] = CheckpointError

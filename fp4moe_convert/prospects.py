@@ -125,7 +125,7 @@ def prospects(
         gated=all(each.gated for each in geometries.values()),
         downs=frozenset(_down_projections(checkpoint, geometries)),
     )
-    sizes = tensor_parallel_sizes(geometries.values())
+    sizes = tensor_parallel_sizes(model, geometries.values())
     heads = text.get("num_attention_heads")
     verdicts = {}
     for engine in ENGINES:

@@ -548,7 +548,7 @@ def test_progress_on_a_terminal_is_a_bar(tiny: Path, converted: Path) -> None:
     assert hidden < shown  # the cursor is back
 
 
-def test_a_bar_for_each_phase(source: Path, tmp_path: Path) -> None:
+def test_a_third_phase_on_a_terminal(source: Path, tmp_path: Path) -> None:
     """A run that resumes checks, converts and verifies; the bar may be too slow for the first."""
     out = tmp_path / "out"
     options = f"max_shard_nbytes={SMALL_SHARD_NBYTES}"

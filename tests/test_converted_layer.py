@@ -21,6 +21,7 @@ from support.golden import CASES, ENGINES, PREFIX, runs_of
 from support.slow_bus import SlowBus
 
 from fp4moe_convert.engines import tensor_parallel_sizes
+from fp4moe_convert.engines.engine import Model
 from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import Geometry
@@ -164,7 +165,7 @@ def test_each_rank_ends_with_the_bytes_of_its_engine(
     layer_of: Callable[[str], Any], case: str, engine: str
 ) -> None:
     geometry, tensors = layer_of(case)
-    served = tensor_parallel_sizes([geometry])[engine]
+    served = tensor_parallel_sizes(Model((), {}, {}), [geometry])[engine]
     checked = 0
     for run in runs_of(case, engine):
         if run["tp_size"] not in served:

@@ -11,6 +11,7 @@ from support import exporters, model_zoo
 
 from fp4moe_convert import inspect
 from fp4moe_convert.engines import ENGINES, tensor_parallel_sizes
+from fp4moe_convert.engines.engine import Model
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.source.families import FAMILIES
 
@@ -80,8 +81,8 @@ def test_an_export_stands_in_the_documented_row(name: str) -> None:
 @pytest.mark.parametrize("row", table("models.md", "Parallel sizes"), ids=lambda row: row[0])
 def test_parallel_sizes(row: list[str]) -> None:
     model, experts, hidden, intermediate, *documented = row
-    [(family, engines)] = [
-        (names(own[2]), own[3].split(", "))
+    [(family, engines, run)] = [
+        (names(own[2]), own[3].split(", "), names(own[4]))
         for own in CONVERTED
         if own[0] == re.sub(r" \(\w+\)$", "", model)
     ]
@@ -92,7 +93,10 @@ def test_parallel_sizes(row: list[str]) -> None:
         intermediate=int(intermediate),
         gated="gate" in projections,
     )
-    sizes = tensor_parallel_sizes([geometry])
+    made = [model_zoo.FAMILIES[name] for name in run if name in model_zoo.FAMILIES]
+    named = [(each.top or each.config).get("architectures") or [] for each in made]
+    architectures = tuple(name for names in named for name in names)
+    sizes = tensor_parallel_sizes(Model(architectures, {}, {}), [geometry])
     assert documented == [
         ", ".join(str(size) for size in sizes[engine.name] if size in POWERS)
         if engine.title in engines

@@ -26,6 +26,8 @@ from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.prospects import CannotServe, CanServe, Prospects
 
+ANY = Model((), {}, {})
+
 NAMES = [engine.name for engine in ENGINES]
 
 by_engine = pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
@@ -69,17 +71,33 @@ def test_sizes_that_engines_can_serve(
     intermediate: int, sglang: list[int], vllm: list[int]
 ) -> None:
     geometry = Geometry(4, 256, intermediate)
-    assert tensor_parallel_sizes([geometry]) == {"sglang": sglang, "vllm": vllm}
+    assert tensor_parallel_sizes(ANY, [geometry]) == {"sglang": sglang, "vllm": vllm}
 
 
 def test_a_size_must_suit_all_layers() -> None:
     layers = [Geometry(4, 256, 192), Geometry(4, 256, 128), Geometry(8, 256, 192)]
-    assert tensor_parallel_sizes(layers) == {"sglang": [1, 2, 4, 8, 16, 32, 64], "vllm": [1, 2, 4]}
-    assert tensor_parallel_sizes(iter(layers)) == tensor_parallel_sizes(layers)
+    sizes = tensor_parallel_sizes(ANY, layers)
+    assert sizes == {"sglang": [1, 2, 4, 8, 16, 32, 64], "vllm": [1, 2, 4]}
+    assert tensor_parallel_sizes(ANY, iter(layers)) == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "vllm"),
+    [
+        ({}, [1, 2, 3, 4, 6, 8, 12]),
+        ({"min_moe_intermediate_per_partition": 512}, [1, 2, 3, 4, 6]),
+        ({"min_moe_intermediate_per_partition": 9999}, [1]),
+    ],
+)
+def test_shares_that_vllm_would_pad_are_no_sizes(text: dict[str, Any], vllm: list[int]) -> None:
+    kimi = Model(("KimiK3ForConditionalGeneration",), text, {})
+    sizes = tensor_parallel_sizes(kimi, [Geometry(896, 3584, 3072)])
+    assert sizes["vllm"] == vllm
+    assert 64 in sizes["sglang"]
 
 
 def test_without_layers_there_are_no_sizes() -> None:
-    assert tensor_parallel_sizes([]) == {}
+    assert tensor_parallel_sizes(ANY, []) == {}
 
 
 EVERYWHERE = Prospects({name: CanServe([1]) for name in NAMES})

@@ -278,6 +278,63 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
             open_store(url)
 
 
+def test_a_folder_that_is_not_there_any_more_is_named(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list may have a link that leads nowhere. There are files all the same."""
+    memory = type(fsspec.filesystem("memory"))
+    ls = memory.ls
+
+    def with_a_dead_link(fs: object, path: str, **options: object) -> object:
+        if path.endswith("/gone"):
+            raise FileNotFoundError(path)
+        return [*ls(fs, path, **options), {"name": f"{path}/gone", "type": "directory"}]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "ls", with_a_dead_link)
+        with pytest.raises(MissingFileError, match=r"^gone: is not in memory://models/tiny any"):
+            open_store(url)
+
+
+def test_an_object_in_the_place_of_a_folder_is_no_file(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Consoles of object stores make them."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/models/tiny/sub/vocabulary", b"some")
+    expected = open_store(url).listing().files
+    ls = type(memory).ls
+
+    def with_markers(fs: object, path: str, **options: object) -> object:
+        return [{"name": f"{path}/", "type": "file", "size": 0}, *ls(fs, path, **options)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "ls", with_markers)
+        assert open_store(url).listing().files == expected
+
+
+def test_links_that_sort_a_web_servers_page_are_no_files(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Apache writes it, and fsspec lists it."""
+    place = "https://models.example/tiny"
+
+    class Server:
+        def invalidate_cache(self) -> None: ...
+
+        def ls(self, path: str, *, detail: bool) -> list[dict[str, object]]:
+            assert detail
+            names = [*(p.name for p in source.iterdir()), "?C=N;O=D", "?C=M;O=A"]
+            return [{"name": f"{path}/{name}", "type": "file", "size": None} for name in names]
+
+        def info(self, path: str) -> dict[str, object]:
+            return {"size": (source / path.removeprefix(f"{place}/")).stat().st_size}
+
+    monkeypatch.setattr(UrlStore, "_connect", lambda _: (Server(), place))
+    listed = open_store(place).listing().files
+    assert set(listed) == {path.name for path in source.iterdir()}
+
+
 def test_a_list_without_sizes(url: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As web servers give it."""
     memory = type(fsspec.filesystem("memory"))

@@ -63,6 +63,9 @@ class Engine:
     can_cut: Callable[[Geometry, int], bool]
     """Whether ranks of T can be served from the file (docs/format.md, section 4), given that T
     divides I, as every engine requires."""
+    least_share: Callable[[Model], int]
+    """The smallest I / T that the engine takes as it is. With T > 1 it pads a smaller one by a rule
+    of the model's own, which the file does not follow."""
     serve_command: Callable[[str], str]
     """The command line that serves a folder, given its name quoted for a shell."""
 
@@ -77,7 +80,10 @@ class Engine:
             f"not for their {' or '.join(sorted(model.downs - downs))}"
         )
 
-    def tensor_parallel_sizes(self, geometry: Geometry) -> list[int]:
-        """The sizes T at which the engine can serve a layer."""
-        divisors = (t for t in range(1, MAX_TENSOR_PARALLEL + 1) if geometry.intermediate % t == 0)
-        return [size for size in divisors if self.can_cut(geometry, size)]
+    def tensor_parallel_sizes(self, geometry: Geometry, *, least_share: int = 1) -> list[int]:
+        """The sizes T at which the engine can serve a layer, if it takes shares of I that are at
+        least so large."""
+        whole = geometry.intermediate
+        divisors = (t for t in range(1, MAX_TENSOR_PARALLEL + 1) if whole % t == 0)
+        shares = (t for t in divisors if t == 1 or whole // t >= least_share)
+        return [size for size in shares if self.can_cut(geometry, size)]

@@ -65,6 +65,7 @@ SGLANG = Engine(
     models=KnownModels.read(Path(__file__).with_name("sglang_models.txt")),
     why_not=_why_not,
     can_cut=lambda _geometry, _size: True,
+    least_share=lambda _: 1,
     serve_command=lambda folder: (
         f"python -m sglang.launch_server --model-path {folder} "
         "--moe-runner-backend flashinfer_trtllm"

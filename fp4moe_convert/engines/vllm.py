@@ -50,11 +50,20 @@ def _can_cut(geometry: Geometry, size: int) -> bool:
     return geometry.intermediate % (size * GROUP_SIZE) == 0
 
 
+def _least_share(model: Model) -> int:
+    # models/kimi_k3/nvidia/model.py:419 in 0.33.0. With expert parallelism it does not pad.
+    if not any(name.startswith("KimiK3") for name in model.architectures):
+        return 1
+    least = model.text.get("min_moe_intermediate_per_partition", 256)
+    return least if type(least) is int else 1
+
+
 VLLM = Engine(
     name="vllm",
     title="vLLM",
     models=KnownModels.read(Path(__file__).with_name("vllm_models.txt")),
     why_not=_why_not,
     can_cut=_can_cut,
+    least_share=_least_share,
     serve_command=lambda folder: f"vllm serve {folder} --moe-backend flashinfer_trtllm",
 )

@@ -11,7 +11,7 @@ Job = TypeVar("Job")
 USUAL_NBYTES = 32 * 2**20
 """A worker with moves of `layouts.base.MOVE_NBYTES` takes less than this."""
 MAX_NBYTES = 256 * 2**20
-"""What workers with larger moves take together at most."""
+"""The most that workers with larger moves take together."""
 
 
 def crew_size(threads: int, nbytes: int) -> int:

@@ -91,7 +91,7 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def address(self) -> str:
-        """What `storage.opening.open_store` takes for it, on any machine."""
+        """What `storage.opening.open_store` takes for it, wherever it can be seen."""
         on_hub = self.revision and self.path.startswith(HUB_PREFIX)
         return f"{self.path}@{self.revision}" if on_hub else self.path
 

@@ -8,6 +8,7 @@ from json import JSONDecodeError
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from ..errors import one_line
 from .http_answers import PASSING, asked_wait
 from .remote import TryAgainError
 
@@ -39,7 +40,7 @@ def passing(error: BaseException) -> TryAgainError | None:
 def answer(error: HfHubHTTPError) -> str:
     """The status and what the Hub says, in one line."""
     said = error.server_message or error.response.reason_phrase
-    return f"the Hub answers {error.response.status_code} {' '.join(said.split())}"
+    return f"the Hub answers {error.response.status_code} {one_line(said)}"
 
 
 def connection_failed(error: BaseException) -> TryAgainError:

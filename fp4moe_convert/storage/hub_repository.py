@@ -29,7 +29,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from ..errors import PushError, StorageLimitError
+from ..errors import PushError, StorageLimitError, one_line
 from .hub import LIBRARY, HubStore, listed_files
 from .hub_errors import LOG_IN, answer, connection_failed, passing
 from .reader import read_all
@@ -199,7 +199,7 @@ def _meaning(repo_id: str, error: BaseException) -> Exception:
         case RuntimeError() | JSONDecodeError():  # the first is Xet's
             return connection_failed(error)
         case ValueError():  # what the Hub answers to a file's upload, or says of the card
-            return _meaning_of_text(repo_id, " ".join(str(error).split()))
+            return _meaning_of_text(repo_id, one_line(error))
     if (again := passing(error)) is not None:
         return again
     raise error

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from ..errors import CheckpointError, MissingFileError
+from ..errors import CheckpointError, MissingFileError, one_line
 from ..format.manifest import FileIdentity, Provenance
 from .buffers import Bytes
 from .http_answers import PASSING, Headers, asked_wait
@@ -53,10 +53,7 @@ class UrlStore(RemoteStore):
         """
         self.location = url
         self._fs, root = Backoff(url, tries=FIRST_TRIES).retry(self._connect)
-        try:
-            found = self._ask(partial(_files_below, self._fs, root), url, tries=FIRST_TRIES)
-        except MissingFileError:
-            found = {}
+        found = self._files_below(root.rstrip("/"))
         if not found:
             raise CheckpointError(f"{url}: has no files; expected a model folder")
         listed = {path.removeprefix(root).lstrip("/"): info for path, info in found.items()}
@@ -75,6 +72,32 @@ class UrlStore(RemoteStore):
             raise CheckpointError(f"{self.location}: cannot be opened: {error}") from error
         except Exception as error:  # some file systems reach for their server at once
             raise self._meaning(error, self.location) from error
+        return found
+
+    def _files_below(self, root: str) -> dict[str, dict[str, Any]]:
+        """What is listed below a folder, by path. The file system's own `find` leaves out folders
+        that it cannot list."""
+        found: dict[str, dict[str, Any]] = {}
+        folders = [root]
+        while folders:
+            folder = folders.pop()
+            what = folder.removeprefix(root).lstrip("/") or self.location
+            question = partial(self._fs.ls, folder, detail=True)
+            try:
+                listed = self._ask(question, what, tries=FIRST_TRIES)
+            except MissingFileError:
+                if folder == root:
+                    return {}
+                raise
+            for info in listed:
+                path = info["name"].rstrip("/")
+                # A store may have an object in the place of a folder.
+                if path == folder or _sorts_a_list(path):
+                    continue
+                if info["type"] == "directory":
+                    folders.append(path)
+                else:
+                    found[path] = info
         return found
 
     def provenance(self) -> Provenance:
@@ -136,26 +159,15 @@ class UrlStore(RemoteStore):
         if not_found:
             return MissingFileError(f"{what}: is not in {self.location} any more")
         told = cause if said_not_found else error
-        reason = " ".join(str(told).split()) or type(told).__name__
+        reason = one_line(told) or type(told).__name__
         if may_pass:
             return TryAgainError(reason, after=asked_wait(headers))
         return CheckpointError(f"{what}: {reason}")
 
 
-def _files_below(fs: Any, root: str) -> dict[str, dict[str, Any]]:
-    """What a file system lists below a folder, by path. Its own `find` leaves out folders that it
-    cannot list."""
-    found: dict[str, dict[str, Any]] = {}
-    folders = [root.rstrip("/")]
-    while folders:
-        folder = folders.pop()
-        for info in fs.ls(folder, detail=True):
-            path = info["name"].rstrip("/")
-            if info["type"] != "directory":
-                found[path] = info
-            elif path != folder:
-                folders.append(path)
-    return found
+def _sorts_a_list(path: str) -> bool:
+    """Whether a link on a web server's page leads to the same page in another order."""
+    return path.startswith(("http://", "https://")) and "?" in path
 
 
 def _identity(info: Mapping[str, Any]) -> FileIdentity:

@@ -56,7 +56,7 @@ def _guarding(initialize_model: Callable[..., torch.nn.Module]) -> Callable[...,
         converted = _converted(model_config)
         gate = Gate(None, {})
         if converted is not None:
-            gate = _gate_for(model, vllm_config, model_config, converted)
+            gate = _gate_of_model(model, vllm_config, model_config, converted)
         guard(model, gate)
         return model
 
@@ -72,7 +72,7 @@ def _converted(model_config: Any) -> ConvertedSection | None:
     return None
 
 
-def _gate_for(
+def _gate_of_model(
     model: torch.nn.Module, vllm_config: Any, model_config: Any, converted: ConvertedSection
 ) -> Gate:
     speculative = vllm_config.speculative_config

@@ -20,6 +20,7 @@ from support.make_checkpoint import Spec
 from support.tensors import read_tensors
 
 from fp4moe_convert.engines import tensor_parallel_sizes
+from fp4moe_convert.engines.engine import Model
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.storage.buffers import Bytes
 
@@ -105,7 +106,7 @@ def case(request: pytest.FixtureRequest, golden_folder: Callable[[str], Path]) -
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_rank_is_a_slice_of_the_file(case: Any, engine: str) -> None:
     name, spec, tensors = case
-    served = tensor_parallel_sizes([geometry_of(spec)])[engine]
+    served = tensor_parallel_sizes(Model((), {}, {}), [geometry_of(spec)])[engine]
     checked = 0
     for run in runs_of(name, engine):
         if "refused" in run:

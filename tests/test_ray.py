@@ -270,7 +270,7 @@ NO_INSTANCE = ConnectionError("Could not find any running Ray instance. Please s
     [
         ("nothing answers", "head:6379", lost, None),
         ("what answers is no cluster", "head:6379", connected, lambda *_, **__: time.sleep(5)),
-        ("it is none, or wants a token", "head:6379", connected, fail(NO_CLUSTER)),
+        ("no cluster, or one that wants a token", "head:6379", connected, fail(NO_CLUSTER)),
         ("no cluster runs here", None, lost, fail(NO_INSTANCE)),
         ("no address", "head", lost, None),
         ("Ray is not installed", "head:6379", lost, None),

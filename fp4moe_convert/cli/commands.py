@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ..conversion import ConversionReport
     from ..parts import PartReport
     from ..plan import Part
+    from ..progress import Running
+    from ..publication import PushReport
     from ..storage.reader import Store
 
 # The library is imported inside the commands: --help does not need it, and numpy would double its
@@ -65,6 +67,20 @@ def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
     from ..publication import check_repository
 
     check_repository(push_to_hub, private=private)
+
+
+def _push(
+    out_dir: Path,
+    push_to_hub: str | None,
+    private: bool,
+    options: Running,
+) -> PushReport | None:
+    """Upload a result, if that was asked for."""
+    if push_to_hub is None:
+        return None
+    from ..publication import push
+
+    return push(out_dir, push_to_hub, private=private, **options)
 
 
 def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> None:
@@ -171,7 +187,6 @@ def convert_command(
     from ..parts import PartReport
     from .display import conversion_tables
 
-    pushed = None
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = _convert(
             *(store, out_dir, part, ray),
@@ -182,10 +197,7 @@ def convert_command(
             **options,
         )
         whole = report.whole if isinstance(report, PartReport) else report
-        if push_to_hub is not None and whole is not None:
-            from ..publication import push
-
-            pushed = push(out_dir, push_to_hub, private=private, **options)
+        pushed = _push(out_dir, push_to_hub, private, options) if whole is not None else None
     if push_to_hub is not None and whole is None and not quiet:
         say(
             f"nothing is pushed to {push_to_hub} yet: the part that finishes the folder does that, "
@@ -206,7 +218,7 @@ def _convert(
     drop_source: bool,
     **options: Any,
 ) -> ConversionReport | PartReport:
-    """The work, by one of three who share it in different ways."""
+    """Convert: one part of it, on a cluster, or all of it here."""
     if part:
         from ..parts import convert_part
 
@@ -260,13 +272,9 @@ def finish_command(
         cache_dir=cache_dir,
         connections=connections,
     )
-    pushed = None
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
-        if push_to_hub is not None:
-            from ..publication import push
-
-            pushed = push(out_dir, push_to_hub, private=private, **options)
+        pushed = _push(out_dir, push_to_hub, private, options)
     warn(report.warnings)
     print_with_push(report.as_json(), [report_table(report)], pushed, as_json=as_json)
 
@@ -303,7 +311,6 @@ def ci_command(
     from .display import job_table
     from .summary import done_summary, failed_summary
 
-    pushed = None
     try:
         _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
@@ -314,10 +321,7 @@ def ci_command(
                 overwrite=overwrite,
                 **options,
             )
-            if push_to_hub is not None:
-                from ..publication import push
-
-                pushed = push(out_dir, push_to_hub, private=private, **options)
+            pushed = _push(out_dir, push_to_hub, private, options)
     except ConvertError as error:
         _add_summary(failed_summary(model, error))
         raise

@@ -161,7 +161,7 @@ def job_table(job: JobReport) -> Table:
 
 
 def _part_table(share: PartReport) -> Table:
-    """What the run of a part did, and what it finished."""
+    """What the run of a part did."""
     waits = "" if share.whole else "for another run, which finishes the folder"
     if share.shards_missing:
         waits = f"for {share.shards_missing} shards of other parts"

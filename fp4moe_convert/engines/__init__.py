@@ -21,14 +21,9 @@ def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[
     geometries = set(geometries)
     if not geometries:
         return {}
-    return {
-        engine.name: sorted(
-            set.intersection(
-                *(
-                    set(engine.tensor_parallel_sizes(each, least_share=engine.least_share(model)))
-                    for each in geometries
-                )
-            )
-        )
-        for engine in ENGINES
-    }
+    sizes = {}
+    for engine in ENGINES:
+        least = engine.least_share(model)
+        of_layers = [engine.tensor_parallel_sizes(each, least_share=least) for each in geometries]
+        sizes[engine.name] = sorted(set.intersection(*map(set, of_layers)))
+    return sizes

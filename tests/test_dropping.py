@@ -19,7 +19,7 @@ from support.folders import INDEX, MANIFEST, SOURCE, edit_json, every_file, flip
 from support.hub import Hub, snapshot_without_links
 from support.hub_upload import Uploads
 from support.make_checkpoint import make_checkpoint
-from support.processes import FP4MOE_CONVERT, kill_at_rename, run_kills
+from support.processes import FP4MOE_CONVERT, descriptors_of, kill_at_rename, run_kills
 from support.specs import MANY_SHARDS, SMALL_SHARD_NBYTES
 from typer.testing import CliRunner, Result
 
@@ -178,8 +178,7 @@ def test_a_shard_goes_once_all_that_is_read_from_it_is_there_and_not_before(
         (*_, last) = [shard.name for shard in plan.shards if path in shard.source_files]
         assert there == {shard.name for shard in plan.shards if shard.name <= last}
         # A file that is open makes no room.
-        links = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-        assert not [link for link in links if link.is_symlink() and path in os.readlink(link)]
+        assert descriptors_of(source / path) == []
 
     monkeypatch.setattr(os, "unlink", watching)
     gc.disable()  # as the command does

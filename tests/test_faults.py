@@ -232,10 +232,8 @@ def test_a_disk_that_does_not_answer(
                 disk.freeze()
             until(lambda: waits_for_a_disk(process.pid))
             process.terminate()
-            started = time.monotonic()
             answer = process.stderr.readline()
             assert answer == "error: interrupted; run the same command again to resume\n"
-            assert time.monotonic() - started < 1
             assert waits_for_a_disk(process.pid)
         finally:
             disk.thaw()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.faulty_disk import mounted, needs_root
+from support.processes import descriptors_of
 
 from fp4moe_convert.errors import CheckpointError, OutputError
 from fp4moe_convert.storage import durable
@@ -151,14 +152,10 @@ def test_other_errors_are_not_taken_for_a_refusal(
 
 
 def test_files_are_closed_when_dropped(file: Path) -> None:
-    def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    before = open_files()
     reader = LocalReader(file, direct=True)
-    assert open_files() == before + 2
+    assert len(descriptors_of(file)) == 2
     del reader
-    assert open_files() == before
+    assert descriptors_of(file) == []
 
 
 def test_an_existing_file_is_never_overwritten(file: Path, tmp_path: Path) -> None:

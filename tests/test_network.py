@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.folders import every_file, flip_bit, without_source
 from support.hub import Fault, Hub, running
-from support.processes import until
+from support.processes import our_threads, until
 from support.specs import SMALL_SHARD_NBYTES
 from test_hub import ID, fetched_once, run
 from typer.testing import Result
@@ -571,13 +571,12 @@ def test_a_failure_reaches_the_reader_and_the_threads_end() -> None:
             raise CheckpointError("is broken")
             yield data
 
-    before = threading.active_count()
     with (
         open_prefetching(Broken(), [[Range("file", 0, 100)]], direct=True) as sources,
         pytest.raises(CheckpointError, match="is broken"),
     ):
         sources.open("file").read(block_buffer(100), 0, 100)
-    assert threading.active_count() == before
+    assert our_threads() == []
 
 
 def test_what_is_not_planned_is_read_all_the_same() -> None:
@@ -700,10 +699,9 @@ def test_a_failure_ends_those_that_wait_for_what_lies_beyond_the_room(
                 raise CheckpointError("is broken")
             return super().request(name, offset, into)
 
-    before = threading.active_count()
     error = failure_of(lambda: read_by_many(Broken(connections)))
     assert (type(error), str(error)) == (CheckpointError, "is broken")
-    assert threading.active_count() == before
+    assert our_threads() == []
 
 
 def test_a_failure_to_find_memory_reaches_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 from support.folders import contents
+from support.processes import our_threads
 from support.specs import SMALL_SHARD_NBYTES
 
 from fp4moe_convert import convert, preview, readback, verify
@@ -105,7 +106,7 @@ def test_after_a_failure_no_job_is_begun(size: int, kind: type[BaseException]) -
     with pytest.raises(kind):
         Crew(size).run(iter(range(10_000)), lambda: work)
     assert len(begun) < 1000
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("crew-")]
+    assert our_threads() == []
 
 
 def test_a_job_that_waits_for_one_that_failed_waits_no_longer() -> None:

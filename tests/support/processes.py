@@ -1,11 +1,13 @@
-"""Programs in processes of their own, and what /proc says of them."""
+"""Programs in processes of their own, and what /proc says of them and of this one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +82,21 @@ def state_of(task: Path) -> str:
         return (task / "stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "X"
+
+
+def our_threads() -> list[str]:
+    """Those of the package that run in this process, by name. Threads of a test's own servers are
+    not among them: they may outlive the test."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("crew-", "fetch-"))]
+
+
+def descriptors_of(path: Path) -> list[int]:
+    """This process's open descriptors of a file, even of one that has been unlinked."""
+    names = {str(path), f"{path} (deleted)"}
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has closed it
+            if os.readlink(f"/proc/self/fd/{fd}") in names:
+                found.append(int(fd))
+    return found

@@ -101,7 +101,7 @@ def inspect(folder: str | Path | Store) -> Inspection:
                     f"{checkpoint.location}: {found[0].prefix!r} is as in an original, and "
                     f"{CONFIG_NAME} says that it has passed through; convert the original again"
                 )
-            outlook = prospects(checkpoint, converted.source, layers)
+            outlook = prospects(checkpoint, converted.source, layers, others)
         else:
             require_nvfp4(checkpoint)
             found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
@@ -109,7 +109,7 @@ def inspect(folder: str | Path | Store) -> Inspection:
             families = {layer.prefix: layer.family.name for layer in found}
             require_layers(checkpoint, found, others)
             warnings = warnings_on(checkpoint, layers)
-            outlook = prospects(checkpoint, section, layers)
+            outlook = prospects(checkpoint, section, layers, others)
             outlook.require_one(checkpoint.location)
     except CheckpointError as error:
         state, reason = "unsupported", str(error)

@@ -100,7 +100,8 @@ def preview(
     _check_folders(checkpoint, plan)
     require_layers(checkpoint, plan.layers, plan.passed)
     warnings = warnings_on(checkpoint, plan.geometries)
-    outlook = prospects(checkpoint, checkpoint.quantization or {}, plan.geometries)
+    section = checkpoint.quantization or {}
+    outlook = prospects(checkpoint, section, plan.geometries, plan.passed)
     outlook.require_one(checkpoint.location)
     work, dropping = Conversion(checkpoint, plan), None
     if drop_source and work.is_there:

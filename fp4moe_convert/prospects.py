@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from .engines.engine import Engine, Model
 from .errors import CheckpointError
 from .format.contract import Geometry
 from .source.checkpoint import Checkpoint
+from .source.experts import PassedLayer
 from .source.families import FAMILIES
 from .source.names import original_layer
 
@@ -103,7 +104,10 @@ class Prospects:
 
 
 def prospects(
-    checkpoint: Checkpoint, section: Mapping[str, Any], geometries: Mapping[str, Geometry]
+    checkpoint: Checkpoint,
+    section: Mapping[str, Any],
+    geometries: Mapping[str, Geometry],
+    passed: Iterable[PassedLayer],
 ) -> Prospects:
     """Say which engines can serve a checkpoint.
 
@@ -111,6 +115,7 @@ def prospects(
         checkpoint: an original, or a converted one.
         section: the original's description of its quantization.
         geometries: of the layers that are converted, or would be, by prefix.
+        passed: the other layers with experts.
     """
     text: Mapping[str, Any] = checkpoint.config
     for key in checkpoint.text.path:
@@ -127,17 +132,22 @@ def prospects(
     )
     sizes = tensor_parallel_sizes(model, geometries.values())
     heads = text.get("num_attention_heads")
+    weight_only = next((layer.prefix for layer in passed if layer.is_weight_only), None)
     verdicts = {}
     for engine in ENGINES:
         own = sizes.get(engine.name, [])
         if type(heads) is int:  # attention is cut by heads
             own = [size for size in own if heads % size == 0]
-        verdicts[engine.name] = _verdict(engine, model, own)
+        verdicts[engine.name] = _verdict(engine, model, own, weight_only)
     return Prospects(verdicts)
 
 
-def _verdict(engine: Engine, model: Model, sizes: list[int]) -> Verdict:
-    """What can be said of an engine that can cut the model's layers and attention at ``sizes``."""
+def _verdict(engine: Engine, model: Model, sizes: list[int], weight_only: str | None) -> Verdict:
+    """What can be said of an engine that can cut the model's layers and attention at ``sizes``.
+
+    Args:
+        weight_only: a layer whose experts are so; the serve command names the backend of all.
+    """
     if reason := engine.why_not(model) or engine.why_not_by_names(model):
         return CannotServe(reason)
     if not sizes:
@@ -145,6 +155,13 @@ def _verdict(engine: Engine, model: Model, sizes: list[int]) -> Verdict:
     if engine.models.first_of(model.architectures) is None:
         names = " or ".join(model.architectures) or "for it: config.json names no architecture"
         return NotTried(f"{engine.title} {engine.models.release} has no model {names}")
+    if weight_only is not None:
+        # arg_groups/model_overrides/qwen3_moe.py:56 of SGLang 0.5.23: "trtllm-gen only has the W4A4
+        # NVFP4 MoE path"; fused_moe/experts/trtllm_nvfp4_moe.py:219 of vLLM 0.33.0.
+        return NotTried(
+            f"{engine.title} {engine.models.release} has no flashinfer_trtllm for weight-only "
+            f"(W4A16) experts, and takes one MoE backend for all layers: {weight_only}"
+        )
     return CanServe(sizes)
 
 

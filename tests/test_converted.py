@@ -15,7 +15,7 @@ from support.model_zoo import FAMILIES, write_family
 from support.specs import TINY
 from support.tensors import StoredTensor, read_tensors, write_tensors
 
-from fp4moe_convert import CheckpointError, convert, inspect
+from fp4moe_convert import CheckpointError, convert, inspect, preview
 
 SINGLE = "model.layers.1.mlp.experts.0.down_proj.weight"
 MARKER = "fp4moe.layout"
@@ -164,6 +164,13 @@ def test_layers_that_have_passed_through_are_as_in_an_original(mixed: Path, tmp_
     report = convert(mixed, out, verify=True)
     assert list(report.passed_layers) == ["model.layers.1.mlp.experts"]
     found = inspect(out)
+    # All layers share one backend, which has no kernels for that one.
+    for each in (inspect(mixed), preview(mixed), report, found):
+        assert each.prospects.commands("out") == each.prospects.cannot_serve == {}
+        for reason in each.prospects.not_tried.values():
+            assert "weight-only (W4A16)" in reason
+            assert "model.layers.1.mlp.experts" in reason
+    assert len(found.prospects.not_tried) == 2
     assert (found.state, found.passed_layers) == ("converted", report.passed_layers)
     assert list(found.layers) == ["model.layers.2.mlp.experts"]
     with pytest.raises(CheckpointError, match=r"/out: is already converted$"):

@@ -26,6 +26,7 @@ from .names import is_mtp_by_name, layer_number, stacked_layer
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 
+_WEIGHT_ONLY_EXPERTS = f"its experts are {WEIGHT_ONLY}"
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
 
 MAX_SIZE = 2**20
@@ -59,6 +60,11 @@ class PassedLayer:
 
     prefix: str
     reason: str
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether it is one of the decoder's whose activations are not quantized (W4A16)."""
+        return self.reason == _WEIGHT_ONLY_EXPERTS
 
 
 class _Named(NamedTuple):
@@ -191,7 +197,7 @@ def _another_kind(
     """Why packed experts of a source whose layers may differ are not W4A4 in NVFP4."""
     has_input_scales = source.leaves["input_scale"] in dtypes
     if algorithms == {"W4A16_NVFP4"} or not (algorithms or has_input_scales):
-        return f"its experts are {WEIGHT_ONLY}"
+        return _WEIGHT_ONLY_EXPERTS
     if algorithms and algorithms != {"NVFP4"}:
         return f"its experts are {' and '.join(sorted(algorithms))}, not NVFP4"
     scales = dtypes.get(source.leaves["weight_scale"], {"missing"})

@@ -237,7 +237,9 @@ def _convert(
 @app.command("finish")
 @fails_plainly
 def finish_command(
-    out_dir: Annotated[Path, argument(help="A folder with all parts of a conversion.")],
+    out_dir: Annotated[
+        Path, argument(metavar="OUT_DIR", help="A folder with all parts of a conversion.")
+    ],
     source: Annotated[
         str | None,
         typer.Option(
@@ -344,7 +346,7 @@ def _add_summary(text: str) -> None:
 @app.command("verify")
 @fails_plainly
 def verify_command(
-    out_dir: Annotated[Path, argument(help="A converted checkpoint.")],
+    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -379,9 +381,12 @@ def verify_command(
 @app.command("restore")
 @fails_plainly
 def restore_command(
-    converted_dir: Annotated[Path, argument(help="A converted checkpoint.")],
+    converted_dir: Annotated[
+        Path, argument(metavar="CONVERTED_DIR", help="A converted checkpoint.")
+    ],
     out_dir: Annotated[
-        Path, argument(help="The original: a new or empty folder, or one to resume.")
+        Path,
+        argument(metavar="OUT_DIR", help="The original: a new or empty folder, or one to resume."),
     ],
     verify: Annotated[
         bool,
@@ -436,7 +441,7 @@ def inspect_command(
 @app.command("push")
 @fails_plainly
 def push_command(
-    out_dir: Annotated[Path, argument(help="A converted checkpoint.")],
+    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     repo_id: Annotated[
         str,
         argument(

@@ -83,7 +83,10 @@ Connections = Annotated[
     int, typer.Option(min=1, max=256, help="Requests under way, where MODEL is on the network.")
 ]
 OutDir = Annotated[
-    Path, argument(help="The converted checkpoint: a new or empty folder, or one to resume.")
+    Path,
+    argument(
+        metavar="OUT_DIR", help="The converted checkpoint: a new or empty folder, or one to resume."
+    ),
 ]
 MaxShardSize = Annotated[
     int, typer.Option(parser=parse_size, metavar="SIZE", help="Upper bound of an output file.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,21 +19,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import huggingface_hub
 from huggingface_hub import (
     HfApi,
     ModelInfo,
     constants,
     get_hf_file_metadata,
     hf_hub_url,
-    snapshot_download,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -46,13 +41,12 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import CheckpointError, UnreachableError
-from ..format.files import CONFIG_NAME
 from ..format.manifest import HUB_PREFIX, FileIdentity, Provenance
 from .buffers import Bytes
 from .connection_pool import ConnectionPool
 from .http_answers import PASSING, Headers, asked_wait
+from .hub_cache import complete_snapshot, latest_snapshot
 from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
-from .local import LocalFolder, UnlistedSnapshot
 from .reader import Store
 from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
@@ -64,9 +58,6 @@ _httpx = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0])
 PIECE_NBYTES = 2**20
 """Of an answer, until progress is noted. What a connection that stalls has brought of one is asked
 for again."""
-
-_NO_LIST = getattr(huggingface_hub.errors, "CachedRepoTreeNotFoundError", AttributeError)
-"""The cache has no list of a snapshot's files; older releases know of no such list."""
 
 LIBRARY: Any = {
     "library_name": "fp4moe-convert",
@@ -101,7 +92,7 @@ def open_hub(
             f"{repo_id}: is no folder and no id of a model on the Hub, such as OWNER/NAME"
         ) from None
     if constants.HF_HUB_OFFLINE:
-        if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
+        if (snapshot := latest_snapshot(repo_id, revision, cache_dir)) is not None:
             return snapshot
         raise CheckpointError(
             f"{repo_id}: HF_HUB_OFFLINE is set, and the cache "
@@ -123,14 +114,14 @@ def open_hub(
         info = Backoff(repo_id, tries=FIRST_TRIES).retry(ask)
     except UnreachableError:
         # As huggingface_hub does.
-        if (snapshot := _latest_snapshot(repo_id, revision, cache_dir)) is not None:
+        if (snapshot := latest_snapshot(repo_id, revision, cache_dir)) is not None:
             return snapshot
         raise
     commit = info.sha
     files, is_plain = listed_files(info)
     if commit is None or not files:
         raise CheckpointError(f"{repo_id}: has no files at that revision")
-    if (snapshot := _complete_snapshot(repo_id, commit, files, cache_dir)) is not None:
+    if (snapshot := complete_snapshot(repo_id, commit, files, cache_dir)) is not None:
         return snapshot
     return HubStore(
         repo_id, commit, files, is_plain=is_plain, connections=connections, traffic=traffic
@@ -153,51 +144,6 @@ def listed_files(info: ModelInfo) -> tuple[dict[str, FileIdentity], set[str]]:
         if file.lfs is None:
             is_plain.add(file.rfilename)
     return files, is_plain
-
-
-def _latest_snapshot(
-    repo_id: str, revision: str | None, cache_dir: str | Path | None
-) -> LocalFolder | None:
-    """What the cache has of a revision, as far as it knows that, if it is complete or cannot be
-    told to be incomplete."""
-    try:
-        folder = snapshot_download(
-            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        return None
-    snapshot = Path(folder)
-    if listed := _cached_list(repo_id, snapshot.name, cache_dir):
-        return _complete_snapshot(repo_id, snapshot.name, listed, cache_dir)
-    if not (snapshot / CONFIG_NAME).is_file() or not any(snapshot.glob("*.safetensors")):
-        return None  # as what has asked for the configuration alone leaves it
-    return UnlistedSnapshot(snapshot)
-
-
-def _cached_list(
-    repo_id: str, commit: str, cache_dir: str | Path | None
-) -> dict[str, FileIdentity] | None:
-    """Size and blob of each file of a model, if `snapshot_download` has left a list of them. That
-    of older releases does not."""
-    try:
-        entries = huggingface_hub.get_cached_repo_tree(
-            repo_id, revision=commit, cache_dir=cache_dir
-        )
-    except (AttributeError, _NO_LIST):
-        return None
-    return {file.path: FileIdentity(file.size, etag=file.blob_id) for file in entries}
-
-
-def _complete_snapshot(
-    repo_id: str, commit: str, files: Mapping[str, FileIdentity], cache_dir: str | Path | None
-) -> LocalFolder | None:
-    folder = ""
-    for name, identity in files.items():
-        found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
-        if not isinstance(found, str) or os.path.getsize(found) != identity.nbytes:
-            return None
-        folder = found.removesuffix(name)
-    return LocalFolder(Path(folder))
 
 
 class HubStore(RemoteStore):

@@ -74,6 +74,7 @@ def little_room() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefetch, "REQUEST_NBYTES", 5_000)
         patch.setattr(prefetch, "BATCH_NBYTES", 20_000)
+        patch.setattr(prefetch, "SMALL_NBYTES", 0)  # else all of so small a model is one batch
         yield
 
 
@@ -307,6 +308,7 @@ def test_a_kill_costs_what_was_in_memory(
     code = (
         "from fp4moe_convert.storage import prefetch\n"
         "prefetch.REQUEST_NBYTES, prefetch.BATCH_NBYTES = 10_000, 50_000\n"
+        "prefetch.SMALL_NBYTES = 0\n"  # as in `little_room`
         "from fp4moe_convert.__main__ import main_convert; main_convert()"
     )
     every_byte = sum(path.stat().st_size for path in source.iterdir())

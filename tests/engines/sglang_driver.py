@@ -290,6 +290,27 @@ def load_weights(model: Any, folder: Path) -> None:
     loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
 
 
+def load_again(model: Any, folder: Path) -> list[str]:
+    """`load_weights`, and which of its experts' tensors have another address afterwards: a captured
+    CUDA graph would go on to read the old ones."""
+    before = experts_addresses(model)
+    load_weights(model, folder)
+    after = experts_addresses(model)
+    return [f"{name} moved" for name in before if before[name] != after.get(name)]
+
+
+def experts_addresses(model: Any) -> dict[str, int]:
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    return {
+        f"{path}{name}": value.data_ptr()
+        for path, module in model.named_modules()
+        if isinstance(module, FusedMoE)
+        for name, value in held(module).items()
+        if hasattr(value, "data_ptr")
+    }
+
+
 SIZES = ("intermediate_size_per_partition", "num_local_experts", "trtllm_padded_hidden_size")
 
 
@@ -687,8 +708,7 @@ class Run:
         case = "loading again into the same model"
         folder = self.folder("qwen3", "converted", case)
         model = load(folder, Setup())
-        load_weights(model, folder)
-        found = differences(stock, held(model))
+        found = load_again(model, folder) + differences(stock, held(model))
         self.record(case, not found, found or f"{len(stock)} values equal")
 
         case = "an untested SGLang warns"

@@ -37,7 +37,7 @@ from sglang_driver import (
     differences,
     held,
     load,
-    load_weights,
+    load_again,
     start_sglang,
 )
 from support import model_zoo
@@ -342,15 +342,15 @@ class Run:
         for rank, load_model in enumerate(ranks):
             try:
                 model = load_model()
-                if case.again:
-                    load_weights(model, self.work / case.family / case.folder)
+                folder = self.work / case.family / case.folder
+                moved = load_again(model, folder) if case.again else []
                 own = held(model)
-                found = differences(self.stock[key(case)][rank], own)
+                found = moved + differences(self.stock[key(case)][rank], own)
             except Exception as error:
                 detail = one_line(error)
                 return Outcome(refusal is not None and refusal in detail, detail)
             if found:
-                return Outcome(False, f"rank {rank}: {found} differ")
+                return Outcome(False, f"rank {rank} differs: {found}")
             values += len(own)
         return Outcome(refusal is None, f"{len(ranks)} ranks, {values} values equal")
 

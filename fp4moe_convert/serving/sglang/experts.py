@@ -294,32 +294,29 @@ class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensors
         self.converted_layer = converted_layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """What stock does to the scales; the layout is there."""
+        """What stock does to the scales; the layout is there. An update writes into the same
+        memory, which captured CUDA graphs read."""
         getattr(layer, LOADER).check_loaded()
         for name in ("w13_weight", "w2_weight"):
             if (packed := getattr(layer, f"{name}_packed", None)) is not None:
                 delattr(layer, f"{name}_packed")
-                _bind(layer, name, packed.data)
+                copy_or_rebind_param(layer, name, packed.data)
         gate, up = layer.w13_weight_global_scale.unbind(dim=1)
         if not torch.allclose(gate, up):
             logger.warning(
                 "fp4moe: %s: gate and up weight_global_scale differ", self.converted_layer.prefix
             )
         _lay_out_shared_experts(layer, gate_first=True)
-        _bind(layer, "w13_weight_scale_2", 1 / gate)
-        _bind(layer, "w2_weight_scale_2", 1 / layer.w2_weight_global_scale.data)
+        copy_or_rebind_param(layer, "w13_weight_scale_2", 1 / gate)
+        copy_or_rebind_param(layer, "w2_weight_scale_2", 1 / layer.w2_weight_global_scale.data)
         for matrix, alphas in (("w13", "g1_alphas"), ("w2", "g2_alphas")):
             divisors = getattr(layer, f"{matrix}_input_global_scale")
-            smallest = divisors.min().to(torch.float32).expand(layer.num_local_experts)
+            smallest = divisors.min().to(torch.float32).repeat(layer.num_local_experts)
             scale = getattr(layer, f"{matrix}_weight_scale_2")
-            _bind(layer, alphas, ((1 / smallest) * scale).to(torch.float32))
-            _bind(layer, f"{matrix}_input_scale_quant", smallest)
+            copy_or_rebind_param(layer, alphas, ((1 / smallest) * scale).to(torch.float32))
+            copy_or_rebind_param(layer, f"{matrix}_input_scale_quant", smallest)
         g1_scale_c = layer.w2_input_scale_quant * layer.g1_alphas
-        _bind(layer, "g1_scale_c", g1_scale_c.to(torch.float32))
-
-
-def _bind(layer: Any, name: str, value: Any) -> None:
-    setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
+        copy_or_rebind_param(layer, "g1_scale_c", g1_scale_c.to(torch.float32))
 
 
 def _lay_out_shared_experts(layer: Any, *, gate_first: bool = False) -> None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from . import defaults
 from .conversion import ConversionReport, convert
 from .errors import CheckpointError, OutputError, naming
-from .execution.folder_files import check_place
+from .execution.folder_files import check_local, check_place
 from .format.files import MANIFEST_NAME
-from .format.manifest import to_json
-from .format.untrusted import decode_object
+from .format.manifest import FileIdentity, to_json
+from .format.untrusted import decode
 from .progress import Running
 from .storage.copying import record_of
 from .storage.durable import make_folder, partial_path, write_file
@@ -28,6 +30,28 @@ if TYPE_CHECKING:
 MAX_REPORT_NBYTES = 10_000_000
 
 
+class Verified(msgspec.Struct, frozen=True, rename="verified_{}".format):
+    """A finished folder whose bytes a job has verified."""
+
+    manifest: str
+    """XXH3-128 of the manifest."""
+    shards: dict[str, FileIdentity]
+    """The same conversion always has the same manifest; these tell whether the bytes are those that
+    were read."""
+
+    @classmethod
+    def of(cls, out_dir: Path) -> Verified:
+        """What would be on record of a folder as it is now.
+
+        Raises:
+            CheckpointError: there is no manifest, or a file cannot be read.
+        """
+        manifest = record_of(LocalReader(out_dir / MANIFEST_NAME)).checksum
+        with naming(out_dir):
+            shards = sorted(out_dir.glob("*.safetensors"))
+            return cls(manifest, {path.name: FileIdentity.of(path.stat()) for path in shards})
+
+
 @dataclass(frozen=True, slots=True)
 class JobReport:
     """What a job found or did."""
@@ -35,8 +59,8 @@ class JobReport:
     model: str
     unchanged: bool
     """The folder held just this conversion, which an earlier job has verified."""
-    manifest: str
-    """XXH3-128 of the manifest of the folder that is verified now."""
+    verified: Verified
+    """The folder, which is verified now."""
     conversion: ConversionReport
     path: Path
     """Where the report lies."""
@@ -45,7 +69,7 @@ class JobReport:
         return {
             "model": self.model,
             "unchanged": self.unchanged,
-            "verified_manifest": self.manifest,
+            **msgspec.to_builtins(self.verified),
             "conversion": self.conversion.as_json(),
         }
 
@@ -89,13 +113,13 @@ def run_job(
 
     verified = None if overwrite else _verified_before(out_dir, report)
     conversion = run(verify=verified is None)
-    if verified and (conversion.bytes_written or _checksum(out_dir) != verified):
+    if verified and Verified.of(out_dir) != verified:
         # A shard had been lost, or another release has written the manifest again.
         verified, conversion = None, run(verify=True)
     job = JobReport(
         model=str(model_dir if isinstance(model_dir, (str, Path)) else model_dir.location),
         unchanged=verified is not None,
-        manifest=_checksum(out_dir),
+        verified=Verified.of(out_dir),
         conversion=conversion,
         path=report,
     )
@@ -116,6 +140,7 @@ def _beside(out_dir: Path) -> Path:
 
 def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
     """Raises OutputError: no report can be written there, or one would be in a folder's way."""
+    check_local(report)
     place = Path(os.path.realpath(report))
     for folder in filter(None, (out_dir, source)):
         inside = Path(os.path.realpath(folder))
@@ -130,15 +155,10 @@ def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
             pass
 
 
-def _verified_before(out_dir: Path, report: Path) -> str | None:
-    """Checksum of the folder's manifest, if it is the one that a job has verified."""
+def _verified_before(out_dir: Path, report: Path) -> Verified | None:
+    """The folder, if it is as it was when a job had verified it."""
     try:
-        recorded = decode_object(read_all(LocalReader(report), MAX_REPORT_NBYTES))
-        found = _checksum(out_dir)
+        recorded = decode(read_all(LocalReader(report), MAX_REPORT_NBYTES), Verified)
+        return recorded if recorded == Verified.of(out_dir) else None
     except (CheckpointError, ValueError):  # one is not there, or it may be anything
         return None
-    return found if recorded.get("verified_manifest") == found else None
-
-
-def _checksum(out_dir: Path) -> str:
-    return record_of(LocalReader(out_dir / MANIFEST_NAME)).checksum

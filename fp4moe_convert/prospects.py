@@ -131,19 +131,17 @@ def prospects(
         downs=frozenset(_down_projections(checkpoint, geometries)),
     )
     sizes = tensor_parallel_sizes(model, geometries.values())
-    heads = text.get("num_attention_heads")
     weight_only = next((layer.prefix for layer in passed if layer.is_weight_only), None)
-    verdicts = {}
-    for engine in ENGINES:
-        own = sizes.get(engine.name, [])
-        if type(heads) is int:  # attention is cut by heads
-            own = [size for size in own if heads % size == 0]
-        verdicts[engine.name] = _verdict(engine, model, own, weight_only)
-    return Prospects(verdicts)
+    return Prospects(
+        {
+            engine.name: _verdict(engine, model, sizes.get(engine.name, []), weight_only)
+            for engine in ENGINES
+        }
+    )
 
 
 def _verdict(engine: Engine, model: Model, sizes: list[int], weight_only: str | None) -> Verdict:
-    """What can be said of an engine that can cut the model's layers and attention at ``sizes``.
+    """What can be said of an engine that can cut the model at ``sizes``.
 
     Args:
         weight_only: a layer whose experts are so; the serve command names the backend of all.

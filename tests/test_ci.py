@@ -75,6 +75,10 @@ def test_the_second_job_finds_it_done(
     assert second["unchanged"] is True
     assert second["conversion"]["bytes_written"] == 0
     assert second["verified_manifest"] == first["verified_manifest"]
+    assert second["verified_shards"] == {
+        path.name: {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
+        for path in sorted(out.glob("*.safetensors"))
+    }
     assert len(reads) == 8
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     one, two = page.read_text().split("## fp4moe: ")[1:]
@@ -114,8 +118,45 @@ def lose_it_all(out: Path) -> None:
     shutil.rmtree(out)
 
 
+def convert_by_hand(out: Path) -> None:
+    shutil.rmtree(out)
+    convert(out.with_name("source"), out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+
+
+def stop_a_job_that_verifies(out: Path, *more: str) -> None:
+    def stop(*_: Any, **__: Any) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "read_back", stop)
+        assert job(out.with_name("source"), out, *more).exit_code == 130
+    assert (out / "model.safetensors.index.json").exists()
+
+
+def lose_a_shard_and_stop(out: Path) -> None:
+    lose_a_shard(out)
+    stop_a_job_that_verifies(out)
+
+
+def begin_afresh_and_stop(out: Path) -> None:
+    stop_a_job_that_verifies(out, "--overwrite")
+
+
+def take_the_report_of_another(out: Path) -> None:
+    other = out.with_name("other")
+    done(out.with_name("source"), other)
+    shutil.rmtree(out)
+    convert(out.with_name("source"), out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    other.with_name("other.report.json").rename(out.with_name("out.report.json"))
+
+
 @pytest.mark.parametrize(
-    "change", [lose_the_report, spoil_the_report, lose_a_shard, cut_a_shard, lose_it_all]
+    "change",
+    [
+        *(lose_the_report, spoil_the_report, lose_a_shard, cut_a_shard, lose_it_all),
+        *(convert_by_hand, lose_a_shard_and_stop, begin_afresh_and_stop),
+        take_the_report_of_another,
+    ],
 )
 def test_what_no_job_has_verified_is_verified(
     source: Path,
@@ -126,8 +167,8 @@ def test_what_no_job_has_verified_is_verified(
 ) -> None:
     out = tmp_path / "out"
     done(source, out)
-    reads.clear()
     change(out)
+    reads.clear()
     report = done(source, out)
     assert report["unchanged"] is False
     assert len(reads) >= 8
@@ -242,6 +283,7 @@ BAD_REPORTS = {
     "folder": "is not a regular file",
     "/dev/null": "is not a regular file",
     "r" * 250: "File name too long",
+    "s3:/bucket/report": "is a URL; name a path on this machine",
 }
 
 

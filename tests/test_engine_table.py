@@ -409,13 +409,40 @@ def test_a_model_that_no_engine_can_serve_is_refused(model_dir: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("heads", "sizes"),
-    [(4, [1, 2, 4]), (6, [1, 2]), (64, [1, 2, 4, 8, 16, 32, 64]), ("4", [1, 2, 4, 8, 16, 32, 64])],
+    ("heads", "kv_heads", "sizes"),
+    [
+        (4, None, [1, 2, 4]),
+        (6, None, [1, 2, 3, 6]),
+        ("6", None, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]),
+        (0, -1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]),
+        (48, 8, [1, 2, 4, 8, 16, 24, 48]),  # MiniMax-M2
+        (96, 8, [1, 2, 4, 8, 16, 24, 32, 48]),  # GLM-4.6
+        (6, 2, [1, 2, 6]),
+        (64, 1, [1, 2, 4, 8, 16, 32, 64]),  # DeepSeek-V4
+        (48, 48, [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]),
+    ],
 )
-def test_attention_is_cut_by_heads(model_dir: Path, heads: object, sizes: list[int]) -> None:
-    edit_json(model_dir / "config.json", num_attention_heads=heads)
-    cut = [size for size in sizes if size <= 8]  # I is 128
-    assert inspect(model_dir).prospects.tensor_parallel == {"sglang": sizes, "vllm": cut}
+def test_attention_is_cut_by_heads(heads: object, kv_heads: object, sizes: list[int]) -> None:
+    model = Model((), {"num_attention_heads": heads, "num_key_value_heads": kv_heads}, {})
+    cut = [size for size in sizes if size <= 48]  # I is 1536
+    geometry = Geometry(4, 256, 1536)
+    assert tensor_parallel_sizes(model, [geometry]) == {"sglang": sizes, "vllm": cut}
+
+
+@pytest.mark.parametrize(
+    ("rows", "vllm"),
+    [
+        (200064, [1, 2, 3, 4, 6, 8, 16]),  # MiniMax-M2: 64 * 3 * 1042
+        (151936, [1, 2, 4, 8, 16]),  # Qwen3
+        (383, [1, 2, 3, 4, 6, 8, 16]),
+        (385, [1, 2, 4, 8, 16]),
+        ("385", [1, 2, 3, 4, 6, 8, 16]),
+    ],
+)
+def test_vllm_cuts_the_vocabulary_in_equal_parts(rows: object, vllm: list[int]) -> None:
+    sizes = tensor_parallel_sizes(Model((), {"vocab_size": rows}, {}), [Geometry(4, 256, 768)])
+    assert [size for size in sizes["vllm"] if size in {1, 2, 3, 4, 6, 8, 16}] == vllm
+    assert {3, 6} <= set(sizes["sglang"])
 
 
 def test_heads_are_those_of_the_text_model(model_dir: Path) -> None:

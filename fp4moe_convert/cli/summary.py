@@ -38,7 +38,7 @@ def done_summary(job: JobReport, pushed: PushReport | None = None) -> str:
         "time": f"{did.seconds:.1f} s"
         + (f", verifying {did.verify_seconds:.1f} s" if did.verify_seconds is not None else ""),
         "row order": f"`{did.row_order}` (FlashInfer {did.flashinfer})",
-        "manifest": f"`{job.manifest}`",
+        "manifest": f"`{job.verified.manifest}`",
     }
     if pushed:
         rows["pushed"] = f"{pushed.uploaded_nbytes:,} bytes to {pushed.url} at `{pushed.commit}`"

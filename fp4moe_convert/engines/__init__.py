@@ -16,8 +16,8 @@ ENGINES: tuple[Engine, ...] = (SGLANG, VLLM)
 
 
 def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[str, list[int]]:
-    """The sizes at which each engine can cut all of these layers of a model; none without
-    layers."""
+    """The sizes at which each engine can cut a model with these layers, as far as config.json
+    tells; none without layers."""
     geometries = set(geometries)
     if not geometries:
         return {}
@@ -25,5 +25,6 @@ def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[
     for engine in ENGINES:
         least = engine.least_share(model)
         of_layers = [engine.tensor_parallel_sizes(each, least_share=least) for each in geometries]
-        sizes[engine.name] = sorted(set.intersection(*map(set, of_layers)))
+        of_all = sorted(set.intersection(*map(set, of_layers)))
+        sizes[engine.name] = [size for size in of_all if engine.can_cut_rest(model, size)]
     return sizes

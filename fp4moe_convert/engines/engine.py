@@ -11,6 +11,8 @@ from ..format.contract import Geometry
 
 MAX_TENSOR_PARALLEL = 64
 
+_CUT_BY = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -66,6 +68,8 @@ class Engine:
     least_share: Callable[[Model], int]
     """The smallest I / T that the engine takes as it is. With T > 1 it pads a smaller one by a rule
     of the model's own, which the file does not follow."""
+    can_cut_vocabulary: Callable[[int, int], bool]
+    """Whether T ranks can share an embedding of so many rows."""
     serve_command: Callable[[str], str]
     """The command line that serves a folder, given its name quoted for a shell."""
 
@@ -78,6 +82,20 @@ class Engine:
         return (
             f"{self.title}'s {name} looks for the {' or '.join(sorted(downs))} of experts, "
             f"not for their {' or '.join(sorted(model.downs - downs))}"
+        )
+
+    def can_cut_rest(self, model: Model, size: int) -> bool:
+        """Whether T ranks can share attention and embedding, as far as config.json tells."""
+        heads, kv_heads, vocabulary = (
+            value if type(value) is int and value > 0 else None
+            for value in map(model.text.get, _CUT_BY)
+        )
+        # KV heads are cut, or each of them is repeated: `QKVParallelLinear`, layers/linear.py:1066
+        # in vLLM 0.33.0 and :1140 in SGLang 0.5.23.
+        return (
+            (heads is None or heads % size == 0)
+            and (kv_heads is None or kv_heads % size == 0 or size % kv_heads == 0)
+            and (vocabulary is None or self.can_cut_vocabulary(vocabulary, size))
         )
 
     def tensor_parallel_sizes(self, geometry: Geometry, *, least_share: int = 1) -> list[int]:

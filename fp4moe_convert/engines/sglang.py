@@ -66,6 +66,8 @@ SGLANG = Engine(
     why_not=_why_not,
     can_cut=lambda _geometry, _size: True,
     least_share=lambda _: 1,
+    # layers/vocab_parallel_embedding.py:273 in 0.5.23 pads until T divides it.
+    can_cut_vocabulary=lambda _rows, _size: True,
     serve_command=lambda folder: (
         f"python -m sglang.launch_server --model-path {folder} "
         "--moe-runner-backend flashinfer_trtllm"

@@ -24,8 +24,8 @@ HUB_PREFIX = "hf://"
 """Begins the path of a model on the Hub."""
 
 
-class FileIdentity(msgspec.Struct, frozen=True):
-    """The size of a source file, and values that change when its bytes do."""
+class FileIdentity(msgspec.Struct, frozen=True, omit_defaults=True, rename={"nbytes": "bytes"}):
+    """The size of a file, and values that change when its bytes do."""
 
     nbytes: int
     modified_ns: int | None = None

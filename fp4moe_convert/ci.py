@@ -13,7 +13,7 @@ import msgspec
 from . import defaults
 from .conversion import ConversionReport, convert
 from .errors import CheckpointError, OutputError, naming
-from .execution.folder_files import check_place
+from .execution.folder_files import check_local, check_place
 from .format.files import MANIFEST_NAME
 from .format.manifest import FileIdentity, to_json
 from .format.untrusted import decode
@@ -140,6 +140,7 @@ def _beside(out_dir: Path) -> Path:
 
 def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
     """Raises OutputError: no report can be written there, or one would be in a folder's way."""
+    check_local(report)
     place = Path(os.path.realpath(report))
     for folder in filter(None, (out_dir, source)):
         inside = Path(os.path.realpath(folder))

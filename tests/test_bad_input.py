@@ -859,6 +859,29 @@ def test_names_with_control_characters_stay_on_the_line(model_dir: Path, tmp_pat
 # --- the output folder ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/out", "hf://org/model", "file:///tmp/out"])
+@pytest.mark.parametrize("command", ["convert", "ci", "restore"])
+def test_refuses_a_url(
+    tiny: Path,
+    tiny_converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    url: str,
+) -> None:
+    """It would be made as a folder below this one. Where there is such a folder, it is meant."""
+    monkeypatch.chdir(tmp_path)
+    source = tiny_converted if command == "restore" else tiny
+    result = CliRunner().invoke(app, [command, str(source), url])
+    why = "is a URL; name a path on this machine, and upload the result from there"
+    assert (result.exit_code, result.stderr) == (1, f"error: {Path(url)}: {why}\n")
+    assert not list(tmp_path.iterdir())
+    scheme, _, _ = url.partition("//")
+    Path(scheme).mkdir()
+    assert CliRunner().invoke(app, [command, str(source), url, "--quiet"]).exit_code == 0
+    assert (tmp_path / url / "config.json").exists()
+
+
 def test_refuses_an_out_dir_that_is_the_source(model_dir: Path) -> None:
     message = f"{model_dir}: is the source folder {model_dir}"
     assert fails(model_dir, model_dir) == message

@@ -283,6 +283,7 @@ BAD_REPORTS = {
     "folder": "is not a regular file",
     "/dev/null": "is not a regular file",
     "r" * 250: "File name too long",
+    "s3:/bucket/report": "is a URL; name a path on this machine",
 }
 
 

@@ -7,6 +7,7 @@ and is not as a conversion left it is the user's.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,9 +30,21 @@ from .journal import Journal
 from .surroundings import names_in_manifest, read_manifest
 from .work import Work
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:/")
+"""A path has one slash where the URL had two."""
+
+
+def check_local(path: Path) -> None:
+    """Raises OutputError: it is a URL, and would be taken for a folder that is not there yet."""
+    if (scheme := _URL.match(os.fspath(path))) and not os.path.isdir(scheme[0]):
+        raise OutputError(
+            f"{path}: is a URL; name a path on this machine, and upload the result from there"
+        )
+
 
 def check_place(path: Path, source: Path | None) -> None:
     """Raises OutputError: there can be no output folder, or it and the source are in each other."""
+    check_local(path)
     if source is not None:
         # realpath, because Path.resolve raises RuntimeError for a link to itself.
         origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(path))

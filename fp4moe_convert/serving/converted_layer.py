@@ -138,6 +138,11 @@ class ConvertedLayer:
         """Remember that something has been loaded."""
         self._loaded.add(what)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether something has been loaded since the last `check_loaded`."""
+        return bool(self._loaded)
+
     def check_loaded(self, also: Iterable[str] = ()) -> None:
         """Loading has ended: check that all of `LEAVES` came, and start a new count.
 

@@ -645,6 +645,18 @@ def made_up_weights(bench: Bench) -> str:
     return "loaded"
 
 
+def made_up_and_loaded(bench: Bench) -> str:
+    """Real weights into an engine that has started without; a tensor of them is missing."""
+    from vllm.model_executor.model_loader.reload import inplace
+
+    model, config = load(bench.converted("qwen"), Setup("qwen"), load_format="dummy")
+    config.load_config.load_format = "auto"
+    folder = bench.edited("qwen", drop("w2_weight_scale"))
+    with as_rank(config, 1, 0):
+        inplace.reload_weights(config, model, None, str(folder), True)
+    return "loaded"
+
+
 def dropped(bench: Bench) -> str:
     """Nobody keeps a model that its owner has let go."""
     model = weakref.ref(load(bench.converted("qwen"), Setup("qwen"))[0])
@@ -693,6 +705,10 @@ OTHERS: dict[str, tuple[Callable[[Bench], str], str | None]] = {
     "weights shared by another process": (shared_weights, None),
     "weights loaded twice": (loaded_twice, None),
     "made-up weights": (made_up_weights, None),
+    "made-up weights, then from a folder that lacks a tensor": (
+        made_up_and_loaded,
+        "experts.w2_weight_scale was not loaded: missing from the checkpoint",
+    ),
     "a model that is dropped": (dropped, None),
     "tensors in any order": (out_of_order, None),
 }

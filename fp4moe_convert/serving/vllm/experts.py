@@ -170,8 +170,17 @@ class ConvertedExperts(FusedMoEMethodBase):
             params_dtype,
             **{**extra_weight_attrs, "weight_loader": MethodType(loader, layer)},
         )
-        # Weights that are made up, or that another rank sends later, do not come from the file.
         self.from_file = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def check_loaded(self) -> None:
+        """Loading has ended. Weights that are made up, or that another rank sends later, do not
+        come from a file; but they may be loaded from one later.
+
+        Raises:
+            ServingError: a tensor was missing.
+        """
+        if self.from_file or self.converted_layer.has_begun:
+            self.converted_layer.check_loaded()
 
 
 class ConvertedModelOptMoE(ConvertedExperts, ModelOptNvFp4FusedMoE):
@@ -190,8 +199,7 @@ class ConvertedModelOptMoE(ConvertedExperts, ModelOptNvFp4FusedMoE):
         if is_weights_pre_processed():  # shared by a process that has been here
             super().process_weights_after_loading(layer)
             return
-        if self.from_file:
-            self.converted_layer.check_loaded()
+        self.check_loaded()
 
         first, *others = layer.w13_weight_scale_2.unbind(1)  # gate and up, or up alone
         if not all(torch.allclose(first, other) for other in others):
@@ -222,8 +230,7 @@ class ConvertedCompressedTensorsMoE(ConvertedExperts, CompressedTensorsW4A4Nvfp4
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """What stock does to the scales; the layout is there."""
-        if self.from_file:
-            self.converted_layer.check_loaded()
+        self.check_loaded()
 
         for name in ("w13_weight", "w2_weight"):
             packed = getattr(layer, f"{name}_packed")

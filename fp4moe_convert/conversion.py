@@ -303,7 +303,7 @@ def fill(
             )
         )
     if must_be_complete:
-        planned.require_all()
+        planned.require_all(verify=verify)
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
 

@@ -172,7 +172,8 @@ def test_a_part_repairs_no_finished_folder(source: Path, tmp_path: Path) -> None
     convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
     sorted(out.glob("*.safetensors"))[0].unlink()
     before = every_file(out)
-    with pytest.raises(OutputError, match=r"lacks 1 of 8 shards: model-00001-.*: it is missing; "):
+    lacks = r"lacks 1 of 8 shards: model-00001-\S+: it is missing; convert without --part$"
+    with pytest.raises(OutputError, match=lacks):
         run(source, out, 1)
     assert every_file(out) == before
 
@@ -234,12 +235,40 @@ def test_finish_looks_at_every_shard(
     assert files_of(out) == before
 
 
-def test_finish_reads_every_byte_if_asked(apart: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("repair", ["parts", "whole"])
+def test_finish_reads_every_byte_if_asked(
+    apart: Callable[..., Path], source: Path, expected: dict[str, bytes], repair: str
+) -> None:
+    """And says how to write again what only such reading finds damaged."""
     out = apart()
     flip_bit(sorted(out.glob("*.safetensors"))[4])
-    with pytest.raises(OutputError, match=r"lacks 1 of 8 shards: model-00005-\S+: it is damaged"):
+    with pytest.raises(
+        OutputError, match=r"lacks 1 of 8 shards: model-00005-\S+: it is dam"
+    ) as bad:
         finish(out, verify=True)
+    assert str(bad.value).endswith(
+        "; run the parts they belong to with --verify, or convert with --verify and without --part"
+    )
     assert not (out / INDEX).exists()
+    if repair == "parts":
+        run(source, out, 2, verify=True)
+    else:
+        convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES, verify=True)
+    assert contents(out) == expected
+
+
+def test_what_only_reading_finds_in_a_finished_folder(
+    apart: Callable[..., Path], source: Path, expected: dict[str, bytes]
+) -> None:
+    """No part repairs it."""
+    out = apart()
+    finish(out)
+    flip_bit(sorted(out.glob("*.safetensors"))[4])
+    for call in (lambda: finish(out, verify=True), lambda: run(source, out, 2, verify=True)):
+        with pytest.raises(OutputError, match=r"damaged .*; convert with --verify and without --p"):
+            call()
+    convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES, verify=True)
+    assert contents(out) == expected
 
 
 def test_finish_where_no_part_is(tmp_path: Path) -> None:

@@ -264,13 +264,25 @@ class Planned:
             del self.kept[name]
         self.to_redo.update(reasons)
 
-    def require_all(self) -> None:
-        """Raises OutputError: a shard would have to be written."""
+    def require_all(self, *, verify: bool) -> None:
+        """Make sure that there is no shard to be written.
+
+        Args:
+            verify: whether kept shards were read. A run that does not read them keeps one whose
+                damage only that shows.
+
+        Raises:
+            OutputError: there is one.
+        """
         if missing := [shard.name for shard in self.shards_to_write]:
             why = self.to_redo.get(missing[0], "it is not there")
+            advice = f"convert {'with --verify and ' if verify else ''}without --part"
+            if not self.folder.files.has_index:  # parts repair no finished folder
+                read = " with --verify" if verify else ""
+                advice = f"run the parts they belong to{read}, or {advice}"
             raise OutputError(
                 f"{self.folder.path}: lacks {len(missing)} of {len(self.work.shards)} shards: "
-                f"{missing[0]}: {why}; run the parts they belong to, or convert without --part"
+                f"{missing[0]}: {why}; {advice}"
             )
 
     def refuse_loss(self) -> None:

@@ -542,6 +542,15 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
     refuses(message, layer("model.layers.0.mlp.experts"), tensors)
 
 
+def test_a_shared_expert_may_lie_among_the_others() -> None:
+    tensors: Tensors = {f"{PREFIX}.shared_expert.down_proj.weight": ("U8", (H, I // 2))}
+    assert len(found(layer(), tensors)) == 1
+    assert find_layers(checkpoint(tensors), converted=[PREFIX]) == ([], [])
+    deep: Tensors = {f"{PREFIX}.shared_expert.down_proj.weight": ("U8", (E, H, I // 2))}
+    with pytest.raises(CheckpointError, match="stacked in one tensor"):
+        found(layer(), deep)
+
+
 @pytest.mark.parametrize("layers", ["mtp.layers.0", "model.layers.3"])
 def test_stacked_experts_of_multi_token_prediction_do_not_matter(layers: str) -> None:
     tensors: Tensors = {f"{layers}.mlp.experts.gate_up": ("U8", (E, 2 * I, H // 2))}

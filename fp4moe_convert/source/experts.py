@@ -109,7 +109,7 @@ def find_layers(
             layers.append(_check_layer(prefix, number, family, tensors, expert_count, source))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
-    passed += _stacked(unknown, text.layer_count)
+    passed += _stacked(unknown, text.layer_count, {*by_layer, *converted})
     _check_gates(layers)
     _check_counts([layer for layer in layers if text.expert_count(layer.number) is None], unknown)
     layers.sort(key=lambda layer: (layer.number, layer.prefix))
@@ -255,9 +255,15 @@ def _refuse_other_experts(family: Family, matrices: Mapping[Role, Matrix]) -> No
         raise CheckpointError(f"{name} is of experts without an input_scale: {WEIGHT_ONLY}")
 
 
-def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[PassedLayer]:
+def _stacked(
+    others: Iterable[Matrix], layer_count: int | None, known: Collection[str]
+) -> Iterator[PassedLayer]:
     """Layers of the decoder that have all experts in one tensor, where no family of the table says
     how.
+
+    Args:
+        known: prefixes of layers whose experts are found. A matrix beside them is of something
+            else, such as a shared expert.
 
     Raises:
         CheckpointError: those are NVFP4.
@@ -269,7 +275,8 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
             continue
         named = _UNNUMBERED.search(tensor.name)
         deep = len(tensor.shape) > 2
-        if tensor.dtype == "U8" and (named or deep) and stacked_layer(tensor.name) is None:
+        of_experts = deep or (named is not None and named[1] not in known)
+        if tensor.dtype == "U8" and of_experts and stacked_layer(tensor.name) is None:
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
                 "experts of the layer stacked in one tensor; this release knows such tensors as "

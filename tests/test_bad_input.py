@@ -415,7 +415,7 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     ),
     "note of an unfinished download": (
         lambda model_dir: (model_dir / f"{SECOND}.aria2").touch(),
-        rf"{SECOND}: its download is unfinished: {SECOND}\.aria2 lies beside it; finish .*",
+        rf"{SECOND}: its download may be unfinished: {SECOND}\.aria2 lies beside it; finish .*",
     ),
     "one of shards counted with six digits missing": (
         count_with_six_digits,

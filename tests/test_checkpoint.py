@@ -176,10 +176,32 @@ def test_a_stray_that_cannot_be_read_is_no_reason_to_stop(model_dir: Path) -> No
     )
 
 
+OF_A_WHOLE_FILE = (
+    ".sha256 .SHA512 .sha256sum -sha256.txt .md5 .sig .asc .dvc .bak .json .sigstore.json .yml"
+)
+OF_HALF_A_FILE = (
+    ".aria2 .part .partial .incomplete .tmp .crdownload .download .st .lock .sha256.part .3aF29d1B"
+)
+
+
+@pytest.mark.parametrize("ending", OF_A_WHOLE_FILE.split())
+def test_what_is_of_a_whole_shard_is_copied(model_dir: Path, ending: str) -> None:
+    beside = f"{SECOND}{ending}"
+    (model_dir / beside).touch()
+    assert beside in open_checkpoint(model_dir).other_files
+
+
+@pytest.mark.parametrize("ending", OF_HALF_A_FILE.split())
+def test_what_may_be_of_half_a_shard_is_refused(model_dir: Path, ending: str) -> None:
+    (model_dir / f"{SECOND}{ending}").touch()
+    with pytest.raises(CheckpointError, match="its download may be unfinished"):
+        open_checkpoint(model_dir)
+
+
 def test_an_unfinished_file_of_mtp_is_refused_like_a_shard(model_dir: Path) -> None:
     write_shard(model_dir / "mtp.safetensors", "mtp.fc.weight")
     (model_dir / "mtp.safetensors.aria2").touch()
-    with pytest.raises(CheckpointError, match=r"^mtp\.safetensors: its download is unfinished: "):
+    with pytest.raises(CheckpointError, match=r"^mtp\.safetensors: its download may be"):
         open_checkpoint(model_dir)
 
 

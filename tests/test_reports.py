@@ -184,7 +184,7 @@ BY_COMMAND = {
         "docker-library/mysql#186, longhorn#913", on_a_fresh_volume, "converted +2 MoE layers"
     ),
     "a download that goes on": Report(
-        "huggingface_hub#4060", half_downloaded, rf"{SECOND}: its download is unfinished", True
+        "huggingface_hub#4060", half_downloaded, rf"{SECOND}: its download may be unfinished", True
     ),
     "shards counted with six digits": Report(
         "CoSER#3, sglang#32279", six_digits, "model-000003-of-000003.safetensors is missing", True

@@ -112,6 +112,39 @@ def test_layers_that_are_listed_are_counted(key: str) -> None:
     assert find_text_config({**config, "num_hidden_layers": 2}).layer_count == 2
 
 
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"architectures": ["LongcatFlashForCausalLM"], "num_layers": 3}, 3),  # on the Hub
+        ({"model_type": "longcat_flash", "num_layers": 3, "num_hidden_layers": 6}, 3),
+        ({"model_type": "longcat_flash", "num_hidden_layers": 3}, 3),
+        ({"model_type": "deepseek_v3", "num_layers": 3, "num_hidden_layers": 6}, 6),
+        ({"architectures": ["Another"], "num_layers": 3}, None),
+        ({"architectures": [None], "model_type": 1, "num_layers": 3}, None),
+        ({"architectures": 4, "num_layers": 3}, None),
+    ],
+    ids=str,
+)
+def test_longcat_counts_layers_under_another_name(
+    config: dict[str, Any], count: int | None
+) -> None:
+    config = {**config, "n_routed_experts": 4, "vision_config": {"num_layers": 9}}
+    assert find_text_config(config).layer_count == count
+
+
+@pytest.mark.parametrize("attentions", [None, 6])
+def test_longcat_is_converted(model_dir: Path, attentions: int | None) -> None:
+    edit_json(
+        model_dir / "config.json",
+        architectures=["LongcatFlashForCausalLM"],
+        model_type=None,
+        num_layers=json.loads((model_dir / "config.json").read_text())["num_hidden_layers"],
+        num_hidden_layers=attentions,
+    )
+    report = convert(model_dir, model_dir.parent / "out")
+    assert report.serve.keys() == {"sglang", "vllm"}
+
+
 def test_a_config_without_layers_counts_none() -> None:
     assert find_text_config({"vision_config": {"depth": 3}}).layer_count is None
 

@@ -35,6 +35,12 @@ _COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
 MAX_SHARDS = 100_000
 """How far names are counted; the largest models have a few hundred."""
 
+_OF_A_WHOLE_FILE = re.compile(
+    r"[.-](sha[0-9]+|md5|blake[23]b?|b3|crc32c?|xxh[0-9]+)(sums?)?(\.txt)?$"
+    r"|\.(sig|asc|gpg|minisig|sigstore|pem|dvc|torrent|json|ya?ml|txt|md|bak|old|orig)$",
+    re.IGNORECASE,
+)
+"""Endings of checksums, signatures, descriptions, and copies."""
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|gguf|pt|pth|ckpt|h5)|(.*/)?(pytorch_|adapter_|consolidated|model)[^/]*\.bin",
     re.DOTALL,
@@ -218,15 +224,15 @@ def missing_by_name(names: Set[str]) -> Iterator[str]:
 
 
 def _check_downloads(files: Set[str], shards: Set[str]) -> None:
-    """A file whose name begins with a shard's and goes on is a downloader's note that the shard is
-    unfinished (``.aria2``, ``.part``, ``.incomplete`` and so on). By then the shard may have its
-    full length."""
+    """A file whose name begins with a shard's and goes on is taken for a downloader's note that the
+    shard is unfinished (``.aria2``, ``.part``, ``.incomplete`` and so on), unless it is known to be
+    of a whole file. By then the shard may have its full length."""
     for name in sorted(files):
         stem, suffix, rest = name.partition(".safetensors")
-        if rest not in ("", ".index.json") and stem + suffix in shards:
+        if rest and stem + suffix in shards and not _OF_A_WHOLE_FILE.search(rest):
             raise CheckpointError(
-                f"{stem}{suffix}: its download is unfinished: {name} lies beside it; "
-                "finish the download, or delete that file if it is left over"
+                f"{stem}{suffix}: its download may be unfinished: {name} lies beside it; "
+                "finish the download, or move that file away if it is something else"
             )
 
 

@@ -17,7 +17,6 @@ from ..format.files import CONFIG_NAME
 Json = Mapping[str, Any]
 Path = tuple[str, ...]
 
-LAYER_COUNT = "num_hidden_layers"
 PER_LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern", "block_configs", "layer_types")
 """An entry, or a letter, for each layer. Nemotron-H of transformers 5 has nothing else to count
 them by."""
@@ -49,8 +48,8 @@ class TextConfig:
             CheckpointError: it is not a positive integer.
         """
         _, content = self._around[0]
-        if content.get(LAYER_COUNT) is not None:
-            return _positive(self.path, LAYER_COUNT, content[LAYER_COUNT])
+        if said := _layer_count(content):
+            return _positive(self.path, *said)
         lists = [content[key] for key in PER_LAYER_LISTS if _is_list(content.get(key))]
         return len(lists[0]) if lists else None
 
@@ -178,9 +177,24 @@ def _rank(path: Path) -> list[int]:
 
 
 def _describes_layers(content: Json) -> bool:
-    return content.get(LAYER_COUNT) is not None or any(
+    return _layer_count(content) is not None or any(
         _is_list(content.get(key)) for key in PER_LAYER_LISTS
     )
+
+
+def _layer_count(content: Json) -> tuple[str, Any] | None:
+    """What an object says of its number of layers, with the key.
+
+    LongCat's num_hidden_layers counts two attentions a layer, and vLLM 0.33.0 passes over it
+    (transformers_utils/model_arch_config_convertor.py:761). On the Hub it has neither that key nor
+    a model_type, and is known by its architecture (transformers_utils/config.py:182).
+    """
+    architectures = content.get("architectures")
+    names = [content.get("model_type")]
+    names += architectures if isinstance(architectures, list) else []
+    is_longcat = any(str(name).startswith(("longcat_flash", "LongcatFlash")) for name in names)
+    keys = [*(["num_layers"] if is_longcat else []), "num_hidden_layers"]
+    return next(((key, content[key]) for key in keys if content.get(key) is not None), None)
 
 
 def _expert_counts(content: Json) -> Iterator[tuple[Path, str, Any]]:

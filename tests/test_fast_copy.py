@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -193,6 +195,23 @@ def test_where_memory_cannot_be_pinned(caplog: Any) -> None:
     assert caplog.messages == [f"fp4moe: experts are loaded by plain copies: {reason}"]
 
 
+def test_where_there_is_no_memory_to_pin(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = mock.Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory"))
+    monkeypatch.setattr(fast_copy.mmap, "mmap", refused)
+    with caplog.at_level(logging.INFO):
+        copy_twice(SlowBus())
+    reason = f"memory cannot be pinned ([Errno {errno.ENOMEM}] Cannot allocate memory)"
+    assert caplog.messages == [f"fp4moe: experts are loaded by plain copies: {reason}"]
+
+
+def test_copies_that_are_only_counted(caplog: Any) -> None:
+    """As vLLM does in a reload, before it makes the parameters."""
+    target = torch.zeros(9000, dtype=torch.uint8, device="meta")
+    with caplog.at_level(logging.INFO):
+        Copier().copy([(target, random_bytes(9000))])
+    assert caplog.messages == []
+
+
 def test_switched_off(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fast_copy.THREADS_VARIABLE, "0")
     bus = SlowBus()
@@ -229,11 +248,11 @@ def test_small_copies_go_straight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bus.sent == 0
 
 
-@pytest.mark.parametrize("wrong", ["four", "-1", "1.5", "²"])
+@pytest.mark.parametrize("wrong", ["four", "-1", "1.5", "²", "1025", "100000"])
 def test_a_wrong_number_of_threads(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fast_copy.THREADS_VARIABLE, wrong)
     target = torch.zeros(9000, dtype=torch.uint8)
-    with pytest.raises(ServingError, match="not a number of threads; unset FP4MOE_LOAD_THREADS"):
+    with pytest.raises(ServingError, match="not a number of threads up to 1024; unset FP4MOE_LOAD"):
         Copier().copy([(target, target)])
 
 

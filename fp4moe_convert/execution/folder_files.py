@@ -193,13 +193,16 @@ class FolderFiles:
                 continue
             raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {self.afresh}")
 
-    def refuse_other_origin(self, work: Work) -> None:
+    def refuse_other_origin(self, now: str | None) -> None:
         """A run that goes on reads what the runs before it have read.
+
+        Args:
+            now: the model and the commit that this run reads, where they are known.
 
         Raises:
             OutputError: a branch or a tag has moved since, or another model is read.
         """
-        begun, now = self._journal.origin, work.origin
+        begun = self._journal.origin
         if begun is not None and now is not None and begun != now:
             model, _, revision = begun.rpartition("@")
             same_model = now.startswith(f"{model}@")

@@ -165,6 +165,7 @@ class Opened:
             OutputError: another part, or an earlier run of this one, is a part of something else.
         """
         journal, path = self.folder.journal, self.folder.path
+        self.folder.files.refuse_other_origin(division.origin)
         check_same(division, journal.divisions, path)
         journal.join(division)
         journal.read()  # of two that start at once, the later sees the other here
@@ -194,7 +195,7 @@ class Opened:
             recorded = {name: line for name, line in recorded.items() if name in names}
         if not overwrite:
             files.refuse_edited(work)
-            files.refuse_other_origin(work)
+            files.refuse_other_origin(work.origin)
             if files.manifest is not None and not journal.forgotten:
                 recorded |= _recorded_by(files.manifest, work, files)
             planned.kept, planned.to_redo = take_stock(

@@ -34,6 +34,9 @@ MIN_NBYTES = 1 << 20
 
 THREADS_VARIABLE = "FP4MOE_LOAD_THREADS"
 MAX_THREADS = 16
+"""Of its own accord."""
+MAX_THREADS_WANTED = 1024
+"""Of many thousands OpenMP dies, without a word."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time in a period, and the period."""
 GPUS_OF_A_HOST = 8
@@ -121,7 +124,7 @@ class _Ring:
     """Pinned memory in chunks, used in turn, on the way to one GPU."""
 
     def __init__(self, bus: Bus) -> None:
-        """Raises RuntimeError: memory cannot be pinned."""
+        """Raises RuntimeError, or OSError: memory cannot be pinned, or there is none."""
         memory = mmap.mmap(-1, CHUNKS * CHUNK_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)  # pinned in half the time
@@ -184,7 +187,8 @@ class Copier:
             ServingError: `THREADS_VARIABLE` is not a number of threads.
         """
         threads = load_threads()
-        if sum(source.nbytes for _, source in copies) < MIN_NBYTES:
+        if sum(source.nbytes for _, source in copies) < MIN_NBYTES or copies[0][0].is_meta:
+            # On the meta device vLLM counts what a load will fill.
             copy_plainly(copies)
             return
         with self._lock:
@@ -208,7 +212,7 @@ class Copier:
             return f"they go to {target.device}"
         try:
             ring = self._rings[target.device] = _Ring(bus)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             return f"memory cannot be pinned ({str(error).splitlines()[0]})"
         self._say(
             f"experts go to {target.device} through {CHUNKS * CHUNK_NBYTES >> 20} MiB of pinned "
@@ -237,13 +241,13 @@ def load_threads() -> int:
     its host. 0: copies are plain.
 
     Raises:
-        ServingError: `THREADS_VARIABLE` is set, and is not a number.
+        ServingError: `THREADS_VARIABLE` is set, and is not a number up to `MAX_THREADS_WANTED`.
     """
     if (wanted := os.environ.get(THREADS_VARIABLE, "")) == "":
         return max(1, min(MAX_THREADS, _cores() // _ranks_of_host()))
-    if not wanted.isdecimal():
+    if not wanted.isdecimal() or int(wanted) > MAX_THREADS_WANTED:
         raise refusal(
-            f"{THREADS_VARIABLE} is {wanted!r}, not a number of threads",
+            f"{THREADS_VARIABLE} is {wanted!r}, not a number of threads up to {MAX_THREADS_WANTED}",
             f"unset {THREADS_VARIABLE}",
         )
     return int(wanted)

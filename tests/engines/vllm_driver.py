@@ -619,21 +619,32 @@ def experts_state(state: State) -> State:
 
 
 def loaded_twice(bench: Bench) -> str:
-    """New weights into a running engine, which puts every parameter back as it was created."""
+    """New weights into a running engine, which puts every parameter back as it was created. What
+    is padded is filled last, and the pinned memory is given back all the same."""
+    from support.slow_bus import SlowBus
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
     )
 
+    from fp4moe_convert.serving import fast_copy
+
+    bus = SlowBus()
     name = "qwen: H = 384, tp 2"
     setup = EQUAL[name]
     model, config = load(bench.converted(setup.checkpoint), setup, rank=1)
     loader = get_model_loader(config.load_config)
-    with as_rank(config, setup.ranks, 1):
+    with (
+        as_rank(config, setup.ranks, 1),
+        mock.patch.object(fast_copy.COPIER, "_bus_to", return_value=bus),
+        mock.patch.object(fast_copy, "MIN_NBYTES", 1),
+    ):
         initialize_layerwise_reload(model)
         model.load_weights(loader.get_all_weights(config.model_config, model))
         finalize_layerwise_reload(model, config.model_config)
+    if bus.pinned or not bus.sent:
+        raise AssertionError(f"{bus.sent} chunks sent, {len(bus.pinned)} pieces of memory pinned")
     stock, ours = experts_state(bench.stock[name][1]), experts_state(state_of(model, config))
     if found := difference(stock, ours):
         raise AssertionError(found)

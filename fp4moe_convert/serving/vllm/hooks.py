@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.weight_cache import ipc_loader
 from ...engines.vllm import VLLM
 from ...format.contract import ConvertedSection
 from ..checks import CONVERTED_KEY, read_section
+from ..fast_copy import COPIER
 from ..gate import Deliver, Gate, gate_for, gate_of, guard
 from .configs import CONFIGS
 from .experts import ConvertedExperts
@@ -40,10 +41,16 @@ def register() -> None:
         register_quantization_config(name)(config)
     for loader in (base_loader, ipc_loader, tensorizer_loader):
         loader.initialize_model = _guarding(loader.initialize_model)
-    stock, inplace.reload_weights = inplace.reload_weights, _judging(inplace.reload_weights)
-    for name, module in list(sys.modules.items()):  # those that have imported it already
-        if name.startswith("vllm.") and vars(module).get("reload_weights") is stock:
-            module.reload_weights = inplace.reload_weights  # type: ignore[attr-defined]
+    _wrap("reload_weights", inplace.reload_weights, _judging)
+    _wrap("finalize_layerwise_reload", inplace.finalize_layerwise_reload, _giving_back)
+
+
+def _wrap(function: str, stock: Callable[..., None], wrapper: Callable[..., Any]) -> None:
+    """Put a wrapper around a function of vLLM's, in all modules that have imported it already."""
+    wrapped = wrapper(stock)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and vars(module).get(function) is stock:
+            setattr(module, function, wrapped)
 
 
 def _guarding(initialize_model: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
@@ -124,3 +131,17 @@ def _judging(reload_weights: Callable[..., None]) -> Callable[..., None]:
         reload_weights(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
 
     return judging
+
+
+def _giving_back(finalize_layerwise_reload: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's function that ends a reload. Only here it fills layers whose parameters are padded,
+    after the model's ``load_weights`` has ended."""
+
+    @wraps(finalize_layerwise_reload)
+    def giving_back(*args: Any, **kw: Any) -> None:
+        try:
+            finalize_layerwise_reload(*args, **kw)
+        finally:
+            COPIER.give_back()
+
+    return giving_back

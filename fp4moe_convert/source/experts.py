@@ -25,6 +25,7 @@ from .families import (
 from .names import is_mtp_by_name, layer_number, stacked_layer
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
+from .text_config import TextConfig
 
 _WEIGHT_ONLY_EXPERTS = f"its experts are {WEIGHT_ONLY}"
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
@@ -102,7 +103,7 @@ def find_layers(
         if prefix in converted:
             continue
         number = layer_number(prefix)
-        reason = _reason_to_pass(prefix, number, text.layer_count, tensors, source)
+        reason = _reason_to_pass(prefix, number, text, tensors, source)
         if reason is None and number is not None:
             family = _family_of(tensors, families)
             expert_count = text.expert_count(number)
@@ -170,18 +171,20 @@ def _family_of(tensors: Sequence[_Named], families: Iterable[Family]) -> Family:
 def _reason_to_pass(
     prefix: str,
     number: int | None,
-    layer_count: int | None,
+    text: TextConfig,
     tensors: Iterable[_Named],
     source: Nvfp4Source,
 ) -> str | None:
     if is_mtp_by_name(prefix):
         return "it is a layer of multi-token prediction (MTP), not of the decoder"
+    if owner := text.owner_of(prefix):
+        return f"it is a layer of the {owner}, not of the text model"
     if number is None:
         return "its name has no layer number"
-    if layer_count is None:
+    if text.layer_count is None:
         raise CheckpointError("config.json: num_hidden_layers is missing")
-    if number >= layer_count:
-        return f"layer {number} is not among the {layer_count} hidden layers (MTP)"
+    if number >= text.layer_count:
+        return f"layer {number} is not among the {text.layer_count} hidden layers (MTP)"
     dtypes: dict[str, set[str]] = {}
     for tensor in tensors:
         dtypes.setdefault(leaf_name(tensor.part), set()).add(tensor.matrix.tensor.dtype)

@@ -37,6 +37,7 @@ from fp4moe_convert import (
 )
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import dropping, scatter
+from fp4moe_convert.execution.forecast import Forecast
 from fp4moe_convert.execution.journal import Journal
 from fp4moe_convert.format.files import JOURNAL_NAME
 from fp4moe_convert.storage.buffers import block_buffer
@@ -296,6 +297,32 @@ def test_a_dry_run_states_the_peak_and_deletes_nothing(source: Path, tmp_path: P
     assert json.loads(done.stdout)["drop_source"] == foreseen.as_json()
     assert every_file(source) == before
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", ["half", "finished", "afresh"])
+def test_what_is_there_already_is_not_still_to_come(
+    source: Path, tmp_path: Path, left: str
+) -> None:
+    """The dry run says what the run says."""
+    out = tmp_path / "out"
+    if left == "half":
+        run_half(source, out)
+    else:
+        run(source, out, drop_source=False)
+    afresh = ["--overwrite"] * (left == "afresh")
+    dry = command(source, out, "--drop-source", "--dry-run", "--json", *afresh)
+    foreseen = json.loads(dry.stdout)["drop_source"]
+    wet = command(source, out, "--drop-source", "--yes", *afresh)
+    assert wet.exit_code == 0, wet.stderr
+    more = f"{foreseen['more_bytes']:,} more than now"
+    assert more in wet.stderr
+    assert f"take {foreseen['peak_bytes']:,} bytes at most, {more}" in wet.stderr
+    assert (foreseen["more_bytes"] < 200_000) is (left == "finished")
+
+
+def test_one_shard_is_no_plural() -> None:
+    said = "1 shard of the source, 2 bytes, is deleted as it is converted; source and result take 3"
+    assert str(Forecast(1, 2, 3, 4)) == f"{said} bytes at most, 4 more than now"
 
 
 @needs_root

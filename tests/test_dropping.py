@@ -728,6 +728,12 @@ HALF_DONE: dict[str, tuple[Damage, list[str]]] = {
 }
 FINISHED: dict[str, list[str]] = {
     "finished, `--overwrite`": ["convert", "source", "out", "--overwrite"],
+    "finished, another `--max-shard-size`": [
+        "convert",
+        "source",
+        "out",
+        "--max-shard-size=400KB",
+    ],
     "finished, `fp4moe verify --source`": ["verify", "out", "--source", "source"],
 }
 
@@ -795,6 +801,14 @@ def test_refused_when_the_source_is_gone(source: Path, tmp_path: Path, case: str
     done = CliRunner().invoke(app, arguments)
     assert error_of(done, tmp_path) == documented()[case]
     assert every_file(tmp_path / "out") == before
+
+
+def test_no_advice_to_start_afresh_where_the_source_is_gone(source: Path, tmp_path: Path) -> None:
+    """It is refused."""
+    run(source, out := tmp_path / "out")
+    edit_json(out / "config.json", rope_theta=1)
+    with pytest.raises(OutputError, match=r"'config.json' has been changed since; put it right$"):
+        run(source, out)
 
 
 def test_another_model_is_not_taken_for_what_is_left(half: Path, tmp_path: Path) -> None:

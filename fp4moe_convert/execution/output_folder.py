@@ -213,7 +213,7 @@ def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str
     if files.has_index:
         raise OutputError(
             f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; choose another folder, or {files.afresh}"
+            f"other options: {difference}; {files.or_afresh('choose another folder')}"
         )
     return {}
 

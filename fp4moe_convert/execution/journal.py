@@ -330,6 +330,23 @@ def divisions_in(out_dir: Path) -> dict[str, Division]:
     }
 
 
+def finished_in(out_dir: Path) -> dict[str, FinishedShard]:
+    """The shards that the journals of a folder call finished.
+
+    Raises:
+        OutputError: one cannot be read.
+    """
+    finished: dict[str, FinishedShard] = {}
+    for path in _journals(out_dir):
+        for line in _lines(path):
+            match line:
+                case FinishedShard():
+                    finished[line.name] = line
+                case _Forget():
+                    finished.clear()
+    return finished
+
+
 def dropped_source(out_dir: Path) -> SourceRecord | None:
     """The source of an unfinished conversion, if shards of it may have been deleted.
 

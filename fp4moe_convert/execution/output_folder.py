@@ -48,7 +48,7 @@ from ..storage.durable import (
 )
 from .folder_files import FolderFiles, check_known, check_place
 from .journal import Division, FilledMove, FinishedShard, Journal, check_same
-from .resuming import take_stock, take_up
+from .resuming import finished_by, take_stock, take_up
 from .work import Target, Work
 
 SYNC_NBYTES = 256 * 2**20
@@ -209,11 +209,11 @@ class Opened:
 def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str, FinishedShard]:
     """The shards of a manifest, if it is of this very conversion."""
     if (difference := work.difference(manifest)) is None:
-        return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
+        return finished_by(manifest, work)
     if files.has_index:
         raise OutputError(
             f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; choose another folder, or {files.afresh}"
+            f"other options: {difference}; {files.or_afresh('choose another folder')}"
         )
     return {}
 

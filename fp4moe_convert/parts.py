@@ -77,6 +77,7 @@ def convert_part(
         max_shard_nbytes=max_shard_nbytes,
         source=work.store.provenance().address,
         sources=work.identities,
+        origin=work.origin,
     )
     nbytes, kept = 0, len(work.shards)
     with OutputFolder(out_dir, source=work.store.local_path, part=part) as opened:

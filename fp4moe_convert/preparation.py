@@ -12,6 +12,7 @@ from . import defaults, layouts
 from .errors import CheckpointError
 from .execution.dropping import Dropping, remaining
 from .execution.forecast import Forecast, forecast
+from .execution.resuming import foresee_kept
 from .execution.work import Conversion
 from .format.files import GENERATED, JOURNAL_NAME, PARTIAL_SUFFIX
 from .plan import Part, Plan, make_plan
@@ -80,21 +81,26 @@ def preview(
     *,
     max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES,
     drop_source: bool = False,
+    overwrite: bool = False,
 ) -> Preview:
     """Open a checkpoint and plan its conversion; reads headers, writes nothing.
 
     Args:
         model_dir: as for `convert`.
-        out_dir: where an earlier run may have put on record what it has deleted of the source.
+        out_dir: where earlier runs may have left finished shards, and put on record what they have
+            deleted of the source.
         max_shard_nbytes: as for `convert`.
         drop_source: as for `convert`.
+        overwrite: as for `convert`.
 
     Raises:
         CheckpointError: it cannot be converted, or not be deleted, and why.
+        OutputError: ``out_dir`` cannot be read.
         VerifyError: it could not be restored, once it is deleted.
     """
     store = open_store(model_dir)
-    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, Path(out_dir)))
+    out_dir = None if out_dir is None else Path(out_dir)
+    checkpoint = open_checkpoint(store if out_dir is None else remaining(store, out_dir))
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     _check_folders(checkpoint, plan)
@@ -106,7 +112,8 @@ def preview(
     work, dropping = Conversion(checkpoint, plan), None
     if drop_source and work.is_there:
         Dropping(work)  # makes sure that it can be
-        dropping = forecast(work)
+        kept = set() if out_dir is None or overwrite else foresee_kept(work, out_dir)
+        dropping = forecast(work, kept)
     return Preview(work, outlook, warnings, dropping=dropping)
 
 

@@ -37,6 +37,7 @@ from fp4moe_convert import (
 )
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import dropping, scatter
+from fp4moe_convert.execution.forecast import Forecast
 from fp4moe_convert.execution.journal import Journal
 from fp4moe_convert.format.files import JOURNAL_NAME
 from fp4moe_convert.storage.buffers import block_buffer
@@ -296,6 +297,32 @@ def test_a_dry_run_states_the_peak_and_deletes_nothing(source: Path, tmp_path: P
     assert json.loads(done.stdout)["drop_source"] == foreseen.as_json()
     assert every_file(source) == before
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", ["half", "finished", "afresh"])
+def test_what_is_there_already_is_not_still_to_come(
+    source: Path, tmp_path: Path, left: str
+) -> None:
+    """The dry run says what the run says."""
+    out = tmp_path / "out"
+    if left == "half":
+        run_half(source, out)
+    else:
+        run(source, out, drop_source=False)
+    afresh = ["--overwrite"] * (left == "afresh")
+    dry = command(source, out, "--drop-source", "--dry-run", "--json", *afresh)
+    foreseen = json.loads(dry.stdout)["drop_source"]
+    wet = command(source, out, "--drop-source", "--yes", *afresh)
+    assert wet.exit_code == 0, wet.stderr
+    more = f"{foreseen['more_bytes']:,} more than now"
+    assert more in wet.stderr
+    assert f"take {foreseen['peak_bytes']:,} bytes at most, {more}" in wet.stderr
+    assert (foreseen["more_bytes"] < 200_000) is (left == "finished")
+
+
+def test_one_shard_is_no_plural() -> None:
+    said = "1 shard of the source, 2 bytes, is deleted as it is converted; source and result take 3"
+    assert str(Forecast(1, 2, 3, 4)) == f"{said} bytes at most, 4 more than now"
 
 
 @needs_root
@@ -701,6 +728,12 @@ HALF_DONE: dict[str, tuple[Damage, list[str]]] = {
 }
 FINISHED: dict[str, list[str]] = {
     "finished, `--overwrite`": ["convert", "source", "out", "--overwrite"],
+    "finished, another `--max-shard-size`": [
+        "convert",
+        "source",
+        "out",
+        "--max-shard-size=400KB",
+    ],
     "finished, `fp4moe verify --source`": ["verify", "out", "--source", "source"],
 }
 
@@ -768,6 +801,14 @@ def test_refused_when_the_source_is_gone(source: Path, tmp_path: Path, case: str
     done = CliRunner().invoke(app, arguments)
     assert error_of(done, tmp_path) == documented()[case]
     assert every_file(tmp_path / "out") == before
+
+
+def test_no_advice_to_start_afresh_where_the_source_is_gone(source: Path, tmp_path: Path) -> None:
+    """It is refused."""
+    run(source, out := tmp_path / "out")
+    edit_json(out / "config.json", rope_theta=1)
+    with pytest.raises(OutputError, match=r"'config.json' has been changed since; put it right$"):
+        run(source, out)
 
 
 def test_another_model_is_not_taken_for_what_is_left(half: Path, tmp_path: Path) -> None:

@@ -542,6 +542,42 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
     refuses(message, layer("model.layers.0.mlp.experts"), tensors)
 
 
+def test_experts_of_another_model_pass() -> None:
+    """No engine serves Qwen3-Omni's talker with the thinker."""
+    thinker, talker = (
+        {"text_config": {"num_hidden_layers": 3, "num_experts": experts}} for experts in (E, 2)
+    )
+    prefixes = [f"{model}.{PREFIX}" for model in ("thinker", "talker")]
+    [moe], [other] = find_layers(
+        checkpoint(
+            layer(prefixes[0]),
+            layer(prefixes[1], experts=2, intermediate=48),
+            num_hidden_layers=None,
+            n_routed_experts=None,
+            thinker_config=thinker,
+            talker_config=talker,
+        )
+    )
+    assert (moe.prefix, other.prefix) == tuple(prefixes)
+    assert other.reason == "it is a layer of the talker, not of the text model"
+
+
+@pytest.mark.parametrize("config", ["model", {"num_hidden_layers": 3}, {"num_experts": 5}], ids=str)
+def test_a_name_alone_makes_no_other_model(config: object) -> None:
+    text = {"num_hidden_layers": 3, "num_experts": E}
+    assert len(found(layer(), text_config=text, model_config=config)) == 1
+    assert len(found(layer(f"text.{PREFIX}"), text_config=text, model_config=config)) == 1
+
+
+def test_a_shared_expert_may_lie_among_the_others() -> None:
+    tensors: Tensors = {f"{PREFIX}.shared_expert.down_proj.weight": ("U8", (H, I // 2))}
+    assert len(found(layer(), tensors)) == 1
+    assert find_layers(checkpoint(tensors), converted=[PREFIX]) == ([], [])
+    deep: Tensors = {f"{PREFIX}.shared_expert.down_proj.weight": ("U8", (E, H, I // 2))}
+    with pytest.raises(CheckpointError, match="stacked in one tensor"):
+        found(layer(), deep)
+
+
 @pytest.mark.parametrize("layers", ["mtp.layers.0", "model.layers.3"])
 def test_stacked_experts_of_multi_token_prediction_do_not_matter(layers: str) -> None:
     tensors: Tensors = {f"{layers}.mlp.experts.gate_up": ("U8", (E, 2 * I, H // 2))}

@@ -213,6 +213,31 @@ def test_parts_of_a_model_on_the_hub(
     assert without_source(every_file(out)) == without_source(expected)
 
 
+def test_parts_of_a_branch_that_has_moved(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """Not one byte of a shard need be another."""
+    first = hub.add("org/model", source).commit
+    run("org/model", tmp_path / "out", 1)
+    (source / "README.md").write_text("new")
+    second = hub.add("org/model", source).commit
+    moved = (
+        f"was begun from org/model@{first}, and this is org/model@{second}; --revision {first} "
+        "goes on with that, "
+    )
+    before = files_of(tmp_path / "out")
+    for number in (2, 1):
+        with pytest.raises(OutputError, match=moved):
+            run("org/model", tmp_path / "out", number)
+    after = files_of(tmp_path / "out")
+    assert after.keys() == before.keys()
+    run(f"hf://org/model@{first}", tmp_path / "out", 2)
+    # Where they meet only later:
+    run("org/model", tmp_path / "own", 3)
+    shutil.copytree(tmp_path / "own", tmp_path / "out", dirs_exist_ok=True)
+    differs = f"was begun from org/model@{second}, not org/model@{first}; give all parts the same"
+    with pytest.raises(OutputError, match=differs):
+        finish(tmp_path / "out")
+
+
 def test_finish_wants_all_parts(apart: Callable[..., Path]) -> None:
     out = apart(1, 3)
     before = files_of(out)

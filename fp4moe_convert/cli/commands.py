@@ -83,10 +83,10 @@ def _push(
     return push(out_dir, push_to_hub, private=private, **options)
 
 
-def _ask_whether_to_drop(store: Store, out_dir: Path, max_shard_nbytes: int) -> None:
+def _ask_whether_to_drop(store: Store, out_dir: Path, **options: Any) -> None:
     from ..preparation import preview
 
-    foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_nbytes, drop_source=True)
+    foreseen = preview(store, out_dir, drop_source=True, **options)
     if foreseen.dropping is None:  # an earlier run has deleted it
         return
     say(f"{store.location}: {foreseen.dropping}")
@@ -176,14 +176,19 @@ def convert_command(
         from ..preparation import preview
         from .display import preview_tables
 
-        foreseen = preview(store, out_dir, max_shard_nbytes=max_shard_size, drop_source=drop_source)
+        foreseen = preview(
+            *(store, out_dir),
+            max_shard_nbytes=max_shard_size,
+            drop_source=drop_source,
+            overwrite=overwrite,
+        )
         if part:
             foreseen = foreseen.only(part)
         warn(foreseen.warnings)
         print_result(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     if drop_source and not yes:
-        _ask_whether_to_drop(store, out_dir, max_shard_size)
+        _ask_whether_to_drop(store, out_dir, max_shard_nbytes=max_shard_size, overwrite=overwrite)
     from ..parts import PartReport
     from .display import conversion_tables
 

@@ -26,6 +26,7 @@ from rich.text import Text
 from ..ci import JobReport
 from ..conversion import ConversionReport
 from ..errors import printable
+from ..execution.forecast import source_shards
 from ..format.contract import Geometry
 from ..inspection import Inspection
 from ..parts import PartReport
@@ -141,8 +142,7 @@ def report_table(report: ConversionReport) -> Table:
             "converted": _layers(report.layers),
             "passed through": _passed(report.passed_layers),
             **_written(report, report.verified_with or ""),
-            "dropped": f"{report.dropped_shards:,} shards of the source, "
-            f"{report.dropped_bytes:,} bytes"
+            "dropped": f"{source_shards(report.dropped_shards)}, {report.dropped_bytes:,} bytes"
             if report.dropped_shards
             else "",
             "fetched": "" if report.fetched is None else _fetched(report.fetched),

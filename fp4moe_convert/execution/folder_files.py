@@ -82,8 +82,7 @@ class FolderFiles:
         """
         self.path = path
         self._journal = journal
-        self.afresh = f"{'' if can_overwrite else 'fp4moe-convert '}--overwrite starts afresh"
-        """Advice, for the end of a message."""
+        self._afresh = f"{'' if can_overwrite else 'fp4moe-convert '}--overwrite starts afresh"
         self.ours: set[str] = set()
         """Names that a conversion has left, or is about to."""
         self.manifest: Manifest | None = None
@@ -156,6 +155,10 @@ class FolderFiles:
         source = self.manifest.source if self.manifest else None
         return source if source is not None and source.dropped else None
 
+    def or_afresh(self, advice: str, separator: str = ", or ") -> str:
+        """Advice for the end of a message, and --overwrite where that is not refused."""
+        return advice if self.dropped else f"{advice}{separator}{self._afresh}"
+
     def refuse_folders_named(self, names: set[str]) -> None:
         """A folder that has the name of a file of ours is not ours."""
         self._refuse(
@@ -182,7 +185,7 @@ class FolderFiles:
         present = set(files_below(self.path, OutputError))
         looks_finished = MANIFEST_NAME in work.generated and self.has_index
         if self.manifest is None and (looks_finished or MANIFEST_NAME in present):
-            raise OutputError(f"{self.path}: {self._no_manifest}; {self.afresh}")
+            raise OutputError(f"{self.path}: {self._no_manifest}{self.or_afresh('', '; ')}")
         beside = self.manifest.files if self.manifest else {CONFIG_NAME, *work.other_files}
         for name in sorted(name for name in beside if not no_engine_reads(name)):
             if name in present and not self._is_as_left(name, work):
@@ -191,22 +194,25 @@ class FolderFiles:
                 what = "is missing"
             else:
                 continue
-            raise OutputError(f"{self.path}: {name!r} {what}; put it right, or {self.afresh}")
+            raise OutputError(f"{self.path}: {name!r} {what}; {self.or_afresh('put it right')}")
 
-    def refuse_other_origin(self, work: Work) -> None:
+    def refuse_other_origin(self, now: str | None) -> None:
         """A run that goes on reads what the runs before it have read.
+
+        Args:
+            now: the model and the commit that this run reads, where they are known.
 
         Raises:
             OutputError: a branch or a tag has moved since, or another model is read.
         """
-        begun, now = self._journal.origin, work.origin
+        begun = self._journal.origin
         if begun is not None and now is not None and begun != now:
             model, _, revision = begun.rpartition("@")
             same_model = now.startswith(f"{model}@")
+            way = f"{f'--revision {revision}' if same_model else f'hf://{begun}'} goes on with that"
             raise OutputError(
                 f"{self.path}: was begun from {begun}, and this is {now}; "
-                f"{f'--revision {revision}' if same_model else f'hf://{begun}'} goes on with that, "
-                f"{self.afresh}"
+                f"{self.or_afresh(way, ', ')}"
             )
 
     def users_own(self, work: Work) -> set[str]:

@@ -23,10 +23,10 @@ class Forecast:
     """Of these: what is not taken at the start."""
 
     def __str__(self) -> str:
+        go = "is deleted as it is" if self.shards == 1 else "are deleted as they are"
         return (
-            f"{self.shards:,} shards of the source, {self.nbytes:,} bytes, are deleted as they are "
-            f"converted; with the result they take {self.peak_nbytes:,} bytes at most, "
-            f"{self.more_nbytes:,} more than now"
+            f"{source_shards(self.shards)}, {self.nbytes:,} bytes, {go} converted; source and "
+            f"result take {self.peak_nbytes:,} bytes at most, {self.more_nbytes:,} more than now"
         )
 
     def as_json(self) -> dict[str, int]:
@@ -36,6 +36,11 @@ class Forecast:
             "peak_bytes": self.peak_nbytes,
             "more_bytes": self.more_nbytes,
         }
+
+
+def source_shards(count: int) -> str:
+    """So many of them, in words."""
+    return f"{count:,} shard{'' if count == 1 else 's'} of the source"
 
 
 def forecast(work: Conversion, kept: Container[str] = ()) -> Forecast:

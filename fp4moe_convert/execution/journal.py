@@ -65,6 +65,8 @@ class Division(msgspec.Struct, frozen=True, tag_field="line", tag="division"):
     """Where it lies; on another machine that may be elsewhere."""
     sources: dict[str, ShardIdentity]
     """Of each source file."""
+    origin: str | None = None
+    """The model and the commit, where they are known."""
 
     def difference(self, other: Division) -> str | None:
         """How ``other`` differs; None if both are of one conversion."""
@@ -72,6 +74,8 @@ class Division(msgspec.Struct, frozen=True, tag_field="line", tag="division"):
             return f"is of {other.parts} parts, not {self.parts}"
         if other.max_shard_nbytes != self.max_shard_nbytes:
             return f"has files of at most {other.max_shard_nbytes:,} bytes"
+        if None not in (self.origin, other.origin) and other.origin != self.origin:
+            return f"was begun from {other.origin}, not {self.origin}"
         for name in sorted(self.sources.keys() | other.sources.keys()):
             if self.sources.get(name) != other.sources.get(name):
                 return f"was made from another {name}"
@@ -324,6 +328,23 @@ def divisions_in(out_dir: Path) -> dict[str, Division]:
         for line in _lines(path)
         if isinstance(line, Division)
     }
+
+
+def finished_in(out_dir: Path) -> dict[str, FinishedShard]:
+    """The shards that the journals of a folder call finished.
+
+    Raises:
+        OutputError: one cannot be read.
+    """
+    finished: dict[str, FinishedShard] = {}
+    for path in _journals(out_dir):
+        for line in _lines(path):
+            match line:
+                case FinishedShard():
+                    finished[line.name] = line
+                case _Forget():
+                    finished.clear()
+    return finished
 
 
 def dropped_source(out_dir: Path) -> SourceRecord | None:

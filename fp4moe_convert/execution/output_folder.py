@@ -48,7 +48,7 @@ from ..storage.durable import (
 )
 from .folder_files import FolderFiles, check_known, check_place
 from .journal import Division, FilledMove, FinishedShard, Journal, check_same
-from .resuming import take_stock, take_up
+from .resuming import finished_by, take_stock, take_up
 from .work import Target, Work
 
 SYNC_NBYTES = 256 * 2**20
@@ -165,6 +165,7 @@ class Opened:
             OutputError: another part, or an earlier run of this one, is a part of something else.
         """
         journal, path = self.folder.journal, self.folder.path
+        self.folder.files.refuse_other_origin(division.origin)
         check_same(division, journal.divisions, path)
         journal.join(division)
         journal.read()  # of two that start at once, the later sees the other here
@@ -194,7 +195,7 @@ class Opened:
             recorded = {name: line for name, line in recorded.items() if name in names}
         if not overwrite:
             files.refuse_edited(work)
-            files.refuse_other_origin(work)
+            files.refuse_other_origin(work.origin)
             if files.manifest is not None and not journal.forgotten:
                 recorded |= _recorded_by(files.manifest, work, files)
             planned.kept, planned.to_redo = take_stock(
@@ -208,11 +209,11 @@ class Opened:
 def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str, FinishedShard]:
     """The shards of a manifest, if it is of this very conversion."""
     if (difference := work.difference(manifest)) is None:
-        return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
+        return finished_by(manifest, work)
     if files.has_index:
         raise OutputError(
             f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; choose another folder, or {files.afresh}"
+            f"other options: {difference}; {files.or_afresh('choose another folder')}"
         )
     return {}
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError, naming
+from ..errors import CheckpointError, OutputError, VerifyError, naming
 from ..format.contract import FORMAT_VERSION
+from ..format.manifest import Manifest
 from ..storage.durable import partial_path
 from ..storage.header import read_header
 from ..storage.local import LocalReader
-from .journal import FinishedShard
+from .journal import FinishedShard, finished_in
+from .surroundings import read_manifest
 from .work import Target, Work
 
 _OTHER_PLAN = "the options or the layout of shards have changed since"
@@ -51,6 +54,28 @@ def take_stock(
         if name in present:
             to_redo[name] = _OTHER_PLAN
     return kept, to_redo
+
+
+def finished_by(manifest: Manifest, work: Work) -> dict[str, FinishedShard]:
+    """The shards of a finished folder that has the manifest of this very work."""
+    return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
+
+
+def foresee_kept(work: Work, out_dir: Path) -> set[str]:
+    """Names of the shards that a run would keep, as far as that can be told without the lock.
+
+    Raises:
+        OutputError: the folder, or a journal, cannot be read.
+    """
+    with naming(out_dir, OutputError):
+        if not out_dir.is_dir():
+            return set()
+    recorded = finished_in(out_dir)
+    with contextlib.suppress(VerifyError):  # it is not finished
+        manifest = read_manifest(out_dir)
+        if work.difference(manifest) is None:
+            recorded |= finished_by(manifest, work)
+    return set(take_stock(work, recorded, out_dir, was_finished=False)[0])
 
 
 def take_up(

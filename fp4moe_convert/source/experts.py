@@ -25,6 +25,7 @@ from .families import (
 from .names import is_mtp_by_name, layer_number, stacked_layer
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
+from .text_config import TextConfig
 
 _WEIGHT_ONLY_EXPERTS = f"its experts are {WEIGHT_ONLY}"
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
@@ -102,14 +103,14 @@ def find_layers(
         if prefix in converted:
             continue
         number = layer_number(prefix)
-        reason = _reason_to_pass(prefix, number, text.layer_count, tensors, source)
+        reason = _reason_to_pass(prefix, number, text, tensors, source)
         if reason is None and number is not None:
             family = _family_of(tensors, families)
             expert_count = text.expert_count(number)
             layers.append(_check_layer(prefix, number, family, tensors, expert_count, source))
         elif reason is not None:
             passed.append(PassedLayer(prefix, reason))
-    passed += _stacked(unknown, text.layer_count)
+    passed += _stacked(unknown, text.layer_count, {*by_layer, *converted})
     _check_gates(layers)
     _check_counts([layer for layer in layers if text.expert_count(layer.number) is None], unknown)
     layers.sort(key=lambda layer: (layer.number, layer.prefix))
@@ -170,18 +171,20 @@ def _family_of(tensors: Sequence[_Named], families: Iterable[Family]) -> Family:
 def _reason_to_pass(
     prefix: str,
     number: int | None,
-    layer_count: int | None,
+    text: TextConfig,
     tensors: Iterable[_Named],
     source: Nvfp4Source,
 ) -> str | None:
     if is_mtp_by_name(prefix):
         return "it is a layer of multi-token prediction (MTP), not of the decoder"
+    if owner := text.owner_of(prefix):
+        return f"it is a layer of the {owner}, not of the text model"
     if number is None:
         return "its name has no layer number"
-    if layer_count is None:
+    if text.layer_count is None:
         raise CheckpointError("config.json: num_hidden_layers is missing")
-    if number >= layer_count:
-        return f"layer {number} is not among the {layer_count} hidden layers (MTP)"
+    if number >= text.layer_count:
+        return f"layer {number} is not among the {text.layer_count} hidden layers (MTP)"
     dtypes: dict[str, set[str]] = {}
     for tensor in tensors:
         dtypes.setdefault(leaf_name(tensor.part), set()).add(tensor.matrix.tensor.dtype)
@@ -255,9 +258,15 @@ def _refuse_other_experts(family: Family, matrices: Mapping[Role, Matrix]) -> No
         raise CheckpointError(f"{name} is of experts without an input_scale: {WEIGHT_ONLY}")
 
 
-def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[PassedLayer]:
+def _stacked(
+    others: Iterable[Matrix], layer_count: int | None, known: Collection[str]
+) -> Iterator[PassedLayer]:
     """Layers of the decoder that have all experts in one tensor, where no family of the table says
     how.
+
+    Args:
+        known: prefixes of layers whose experts are found. A matrix beside them is of something
+            else, such as a shared expert.
 
     Raises:
         CheckpointError: those are NVFP4.
@@ -269,7 +278,8 @@ def _stacked(others: Iterable[Matrix], layer_count: int | None) -> Iterator[Pass
             continue
         named = _UNNUMBERED.search(tensor.name)
         deep = len(tensor.shape) > 2
-        if tensor.dtype == "U8" and (named or deep) and stacked_layer(tensor.name) is None:
+        of_experts = deep or (named is not None and named[1] not in known)
+        if tensor.dtype == "U8" and of_experts and stacked_layer(tensor.name) is None:
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
                 "experts of the layer stacked in one tensor; this release knows such tensors as "

@@ -85,6 +85,19 @@ class TextConfig:
         content = self._around[0][1]
         return any(value for key, value in content.items() if "nextn" in key or "mtp" in key)
 
+    def owner_of(self, name: str) -> str | None:
+        """The other model with experts that a tensor is of by its name, which the object for that
+        model has, too: ``talker`` for Qwen3-Omni's talker_config. None where it may be the text
+        model's."""
+        owner = name.partition(".")[0]
+        key = f"{owner}_config"
+        content = self.config.get(key)
+        if key in (*self.path[:1], *SECTION_KEYS) or not isinstance(content, dict):
+            return None
+        within = (each for _, each in objects_in(content))
+        has_experts = any(_describes_layers(each) and any(_expert_counts(each)) for each in within)
+        return owner if has_experts else None
+
     @property
     def vocabulary(self) -> int | None:
         """Rows of the embedding, and of the head, if config.json says so."""

@@ -235,9 +235,11 @@ class Strict(torch.nn.Module):
         self.experts = torch.nn.Linear(2, 3)
         self.head = torch.nn.Linear(3, 2)
         self.seen: list[str] = []
+        self.of_experts: list[str] = []
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.seen = [name for name, _ in self.named_parameters()]
+        self.of_experts = [name for name, _ in self.experts.named_parameters()]
         assert list(weights)
         assert self.experts.weight.shape == (3, 2)
 
@@ -255,6 +257,7 @@ def test_a_loader_does_not_see_what_the_gate_fills(fails: bool) -> None:
         else:
             model.load_weights([EMBED])
         assert model.seen == ["head.weight", "head.bias"]
+        assert model.of_experts == ["weight", "bias"]
         after = dict(model.named_parameters())
         assert list(after) == list(before)
         assert all(after[name] is before[name] for name in before)

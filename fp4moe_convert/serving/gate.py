@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,12 +144,10 @@ class Judged(Iterator[tuple[str, "torch.Tensor"]]):
 class GuardedLoader:
     """Stands in for the ``load_weights`` of a model."""
 
-    def __init__(
-        self, gate: Gate, stock: Callable[..., Any], filled: Sequence[torch.nn.Module]
-    ) -> None:
+    def __init__(self, gate: Gate, stock: Callable[..., Any], unlisted: Callable[[], Any]) -> None:
         self.gate = gate
         self.stock = stock
-        self.filled = filled
+        self.unlisted = unlisted
         self.called = False
         # SGLang asks the function behind the method what it supports.
         self.__func__ = getattr(stock, "__func__", stock)
@@ -161,7 +160,7 @@ class GuardedLoader:
         self.called = True
         ours = self.gate.distribute(self.gate.judge(weights, hold=hold), delivered)
         try:
-            with _unlisted(self.filled):
+            with self.unlisted():
                 loaded = self.stock(ours, *args, **kw)
         finally:
             COPIER.give_back()
@@ -178,24 +177,34 @@ def guard(model: torch.nn.Module, gate: Gate, *, filled: Sequence[torch.nn.Modul
             see them: SGLang's Step-3.5 insists on having loaded all that it sees.
     """
     if load_weights := getattr(model, "load_weights", None):
-        model.load_weights = GuardedLoader(gate, load_weights, filled)  # type: ignore[assignment]
+        unlisted = partial(_unlisted, frozenset(filled), model)
+        model.load_weights = GuardedLoader(gate, load_weights, unlisted)  # type: ignore[assignment]
 
 
 @contextmanager
-def _unlisted(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Keep the parameters of some modules as plain attributes for a while."""
-    parameters = [(module, dict(module.named_parameters(recurse=False))) for module in modules]
-    for module, listed in parameters:
-        for name, parameter in listed.items():
-            delattr(module, name)
-            object.__setattr__(module, name, parameter)
+def _unlisted(filled: Collection[torch.nn.Module], model: torch.nn.Module) -> Iterator[None]:
+    """Keep the parameters of some modules out of what the modules around them list for a while.
+    What they list themselves stays: SGLang's Bailing notes it for EPLB while it loads."""
+    hidden = {id(each) for module in filled for each in module.parameters(recurse=False)}
+    around = [
+        module
+        for module in model.modules()
+        if module not in filled and any(each in filled for each in module.modules())
+    ]
+    for module in around:
+        module.named_parameters = _without(hidden, module.named_parameters)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module, listed in parameters:
-            for name, parameter in listed.items():
-                object.__delattr__(module, name)
-                module.register_parameter(name, parameter)
+        for module in around:
+            del module.named_parameters
+
+
+def _without(hidden: Collection[int], named_parameters: Callable[..., Any]) -> Callable[..., Any]:
+    def listed(*args: Any, **kw: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return (each for each in named_parameters(*args, **kw) if id(each[1]) not in hidden)
+
+    return listed
 
 
 def gate_for(

@@ -600,6 +600,8 @@ def mixed(**algorithms: str) -> dict[str, Any]:
             "modelopt MIXED_PRECISION, whose experts are FP8 and MXFP8",
         ),
         (MIXED | mixed(mlp_shared="NVFP4"), "modelopt MIXED_PRECISION"),
+        (MIXED | mixed(moe_gate="NVFP4", moe_share="NVFP4"), "modelopt MIXED_PRECISION"),
+        (MIXED | mixed(moe="FP8"), "modelopt MIXED_PRECISION, whose experts are FP8"),
         (
             {**HYBRID, "quant_method": "mxfp8"},
             f"mxfp8 MIXED_PRECISION, whose experts are NVFP4{KNOWN}",

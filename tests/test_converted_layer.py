@@ -435,6 +435,18 @@ def test_a_layer_may_be_loaded_again(layer: ConvertedLayer, file: dict[str, torc
         layer.check_loaded()
 
 
+def test_what_is_known_of_a_load(layer: ConvertedLayer, file: dict[str, torch.Tensor]) -> None:
+    assert (layer.has_begun, layer.is_complete) == (False, False)
+    load_all(layer, file)
+    assert (layer.has_begun, layer.is_complete) == (True, False)
+    layer.check_loaded()
+    assert (layer.has_begun, layer.is_complete) == (False, True)
+    load_all(layer, file, "w2_weight")
+    with not_loaded("w2_weight"):
+        layer.check_loaded()
+    assert (layer.has_begun, layer.is_complete) == (False, False)
+
+
 def test_an_engine_may_wait_for_more(layer: ConvertedLayer, file: dict[str, torch.Tensor]) -> None:
     load_all(layer, file)
     layer.note("the shared expert")

@@ -189,6 +189,29 @@ def test_engines_look_for_nvfp4_amid_fp8_where_all_is_said(
     assert {engine.name for engine in ENGINES if engine.why_not(model)} == cannot
 
 
+@pytest.mark.parametrize(
+    ("modules", "served"),
+    [
+        (["model.layers.1.moe.gate_proj", "model.layers.1.shared_experts.up_proj"], False),
+        (["model.layers.1.moe.gate_proj", "model.layers.1.moe.experts"], True),
+        (["model.layers.1.mlp.experts.0.up_proj"], True),
+        ([], True),
+        (None, True),
+    ],
+    ids=str,
+)
+def test_sglang_looks_for_experts_by_the_name_of_its_own_module(
+    modules: list[str] | None, served: bool
+) -> None:
+    layers = modules if modules is None else {name: {"quant_algo": "NVFP4"} for name in modules}
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    for each in (section, {"quantization": section}):
+        model = Model(("Step3p5ForCausalLM",), {}, each)
+        assert VLLM.why_not(model) is None
+        assert (SGLANG.why_not(model) is None) == served
+    assert SGLANG.why_not(Model((), {}, section | {"quant_algo": "NVFP4"})) is None
+
+
 def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
     compressed = Model(("MixtralForCausalLM",), {}, {"quant_method": "compressed-tensors"})
     assert SGLANG.why_not(compressed) is None

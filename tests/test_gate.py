@@ -19,6 +19,7 @@ from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.errors import ServingError
 from fp4moe_convert.format.contract import ConvertedSection, Geometry, LayoutRecord, Marker
 from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4
+from fp4moe_convert.serving.converted_layer import LEAVES
 from fp4moe_convert.serving.gate import Gate, Judged, gate_for, gate_of, guard
 
 pytestmark = pytest.mark.flashinfer  # needs torch
@@ -50,6 +51,8 @@ SINGLE = (f"{LAYER}.0.gate_proj.weight", WEIGHT)
 STOP = (f"{LAYER}.0.down_proj.weight", torch.zeros(0, dtype=torch.uint8))
 
 CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, STOP, HEAD]
+REST = [(f"{LAYER}.{leaf}", WEIGHT) for leaf in LEAVES if leaf != "w13_weight"]
+WHOLE = [*CONVERTED_WEIGHTS, *REST]
 ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
 
 
@@ -85,19 +88,19 @@ def as_iterator(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_tensors_of_converted_layers_go_to_their_layers_and_others_to_the_model() -> None:
     model = Model(CONVERTED)
-    loaded = model.load_weights([marker(), *CONVERTED_WEIGHTS])
+    loaded = model.load_weights([marker(), *WHOLE])
     assert model.given == [EMBED[0], HEAD[0]]
-    assert model.delivered == ["w13_weight"]  # layer 2 is another process's
-    assert loaded == {EMBED[0], HEAD[0], f"{LAYER}.parameters.w13_weight"}
+    assert model.delivered == [*LEAVES]  # layer 2 is another process's
+    assert loaded == {EMBED[0], HEAD[0], *(f"{LAYER}.parameters.{leaf}" for leaf in LEAVES)}
 
 
 @pytest.mark.parametrize("order", list(permutations([marker(), *CONVERTED_WEIGHTS]))[::7])
 @pytest.mark.parametrize("form", [list, tuple, as_iterator])
 def test_any_order_will_do(order: tuple[Any, ...], form: Any) -> None:
     model = Model(CONVERTED)
-    model.load_weights(form(order))
+    model.load_weights(form([*REST, *order]))
     assert sorted(model.given) == sorted([EMBED[0], HEAD[0]])
-    assert model.delivered == ["w13_weight"]
+    assert sorted(model.delivered) == sorted(LEAVES)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ STEP = "model.language_model.layers.1.moe"
 STEP_CONVERTED = replace(CONVERTED, layers={STEP: Geometry(4, 256, 128)})
 STEP_WEIGHTS = [
     EMBED,
-    (f"{STEP}.w13_weight", WEIGHT),
+    (f"{STEP}.w2_weight", WEIGHT),
     (f"{STEP}.down_proj.weight", torch.zeros(0, dtype=torch.uint8)),
     (f"{STEP}.gate.weight", WEIGHT),
 ]
@@ -199,9 +202,10 @@ STEP_WEIGHTS = [
 @pytest.mark.parametrize("order", list(permutations([marker(), *STEP_WEIGHTS])))
 def test_experts_that_an_original_has_in_one_tensor(order: tuple[Any, ...]) -> None:
     model = Model(STEP_CONVERTED, STEP)
-    model.load_weights(iter(order))
+    others = [(f"{STEP}.{leaf}", WEIGHT) for leaf in LEAVES if leaf != "w2_weight"]
+    model.load_weights(iter([*order, *others]))
     assert sorted(model.given) == sorted([EMBED[0], f"{STEP}.gate.weight"])
-    assert model.delivered == ["w13_weight"]
+    assert sorted(model.delivered) == sorted(LEAVES)
     other = Model(None)
     with pytest.raises(ServingError, match="weights are converted, the model was built for a chec"):
         other.load_weights(list(order))
@@ -288,8 +292,8 @@ def test_the_gate_of_a_model_that_an_engine_has_built(
 def test_a_marker_may_have_a_prefix() -> None:
     name, tensor = marker()
     model = Model(CONVERTED)
-    model.load_weights([(f"language_model.{name}", tensor), STACKED])
-    assert model.delivered == ["w13_weight"]
+    model.load_weights([(f"language_model.{name}", tensor), STACKED, *REST])
+    assert model.delivered == [*LEAVES]
 
 
 def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
@@ -297,7 +301,7 @@ def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
     handed_out: list[weakref.ref[torch.Tensor]] = []
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in [*CONVERTED_WEIGHTS, *CONVERTED_WEIGHTS, marker()]:
+        for name, tensor in [*WHOLE, *WHOLE, marker()]:
             # Three loops, the gate's and the model's, still name what they have seen last.
             assert sum(each() is not None for each in handed_out) <= 3
             own = tensor.clone()
@@ -307,7 +311,7 @@ def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
 
     model.load_weights(stream())
     assert model.given == 2 * [EMBED[0], HEAD[0]]
-    assert model.delivered == 2 * ["w13_weight"]
+    assert model.delivered == [*LEAVES, *LEAVES]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_the_first_load_out_of_order_is_refused_in_the_end(weights: Weights, mes
 
 def test_a_later_load_out_of_order_is_refused_before_anything_changes() -> None:
     model = Model(CONVERTED, in_order=False)
-    model.load_weights(as_iterator([*CONVERTED_WEIGHTS, marker()]))
+    model.load_weights(as_iterator([*WHOLE, marker()]))
     model.given.clear()
     model.delivered.clear()
     with pytest.raises(ServingError, match="row order"):
@@ -342,10 +346,47 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
     assert list(gate.judge(iter(()))) == []
 
 
+INCOMPLETE = [
+    ([*CONVERTED_WEIGHTS, *REST[1:]], rf"^fp4moe: {REST[0][0]} was not loaded: missing from"),
+    ([EMBED, OTHER_STACKED, STOP, HEAD], rf"^fp4moe: {STACKED[0]}, .* were not loaded: missing"),
+]
+"""A tensor of a layer that is here is missing, or all of them."""
+
+
+@pytest.mark.parametrize(("weights", "message"), INCOMPLETE)
+def test_an_incomplete_checkpoint_is_refused(weights: Weights, message: str) -> None:
+    model = Model(CONVERTED)
+    with pytest.raises(ServingError, match=message):
+        model.load_weights([marker(), *weights])
+    assert model.untouched
+    with pytest.raises(ServingError, match=message):
+        model.load_weights(as_iterator([*weights, marker()]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [*INCOMPLETE, ([*WHOLE, SINGLE], f"{LAYER} is converted, but the checkpoint also has ")],
+)
+def test_a_folder_that_is_not_a_whole_converted_checkpoint_is_refused(
+    tmp_path: Path, weights: Weights, message: str
+) -> None:
+    write_folder(tmp_path, [marker(), *weights])
+    with pytest.raises(ServingError, match=message):
+        gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
+
+
+def write_folder(folder: Path, weights: Weights, *, index: bool = True) -> None:
+    save_file({name: tensor.clone() for name, tensor in weights}, folder / "a.safetensors")
+    if index:
+        names = {"weight_map": {name: "a.safetensors" for name, _ in weights}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize(
     ("converted", "weights", "refused"),
     [
-        (CONVERTED, [marker(), *CONVERTED_WEIGHTS], False),
+        (CONVERTED, [marker(), *WHOLE], False),
         (CONVERTED, [marker(row_order="xxh3_128:00"), *CONVERTED_WEIGHTS], True),
         (CONVERTED, CONVERTED_WEIGHTS, True),
         (CONVERTED, ORIGINAL_WEIGHTS, True),
@@ -353,14 +394,15 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
         (None, ORIGINAL_WEIGHTS, False),
     ],
 )
-def test_a_folder_is_judged_by_its_index(
-    tmp_path: Path, converted: ConvertedSection | None, weights: Weights, refused: bool
+def test_a_folder_is_judged_by_its_names(
+    tmp_path: Path,
+    converted: ConvertedSection | None,
+    weights: Weights,
+    refused: bool,
+    index: bool,
 ) -> None:
     model = Model(converted)
-    save_file({name: tensor.clone() for name, tensor in weights}, tmp_path / "a.safetensors")
-    gate_of(model).check_folder(str(tmp_path))  # no index: it says nothing
-    index = {"weight_map": {name: "a.safetensors" for name, _ in weights}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_folder(tmp_path, weights, index=index)
     if refused:
         with pytest.raises(ServingError):
             gate_of(model).check_folder(str(tmp_path))
@@ -388,7 +430,7 @@ def test_a_folder_whose_index_cannot_be_read_is_refused(tmp_path: Path) -> None:
         gate_of(Model(CONVERTED)).check_folder(str(tmp_path))
 
 
-def test_what_has_no_index_is_judged_later(tmp_path: Path) -> None:
+def test_what_is_no_folder_of_safetensors_is_judged_later(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     for folder in (tmp_path, tmp_path / "model.gguf", "an/id-of-the-hub"):
         gate_of(Model(CONVERTED)).check_folder(str(folder))

@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -231,6 +232,18 @@ def test_without_their_row_they_are_refused(usual: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=" all experts of the layer stacked in one "):
         preview(tmp_path / "source")
     assert "stacked in one tensor" in str(inspect(tmp_path / "source").reason)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_mixed_precision_names_the_projections_of_all_experts(
+    tmp_path: Path, in_file: bool
+) -> None:
+    step = model_zoo.FAMILIES["step3p5-unclamped"]
+    source = tmp_path / "source"
+    model_zoo.write_family(source, replace(step, section="mixed by linear", in_file=in_file))
+    report = convert(source, tmp_path / "out")
+    assert report.passed_layers == {}
+    assert report.serve.keys() == {"vllm"}
 
 
 @pytest.mark.parametrize("name", [n for n in model_zoo.STACKED if n not in model_zoo.BATCHED])

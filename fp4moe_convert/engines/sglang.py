@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..format.contract import GROUP_SIZE
-from ..source.description import is_compressed_tensors, is_fp8_hybrid, settings_of
+from ..source.description import (
+    is_compressed_tensors,
+    is_fp8_hybrid,
+    is_mixed_precision,
+    settings_of,
+)
 from .engine import Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
@@ -41,6 +46,8 @@ def _why_not(model: Model) -> str | None:
     complete = (model.section.get("quant_algo"), model.section.get("group_size"))
     if is_fp8_hybrid(model.section) and complete != ("MIXED_PRECISION", GROUP_SIZE):
         return "SGLang wants MIXED_PRECISION and a group_size beside moe_quant_algo"
+    if is_mixed_precision(model.section) and _names_no_experts(model):
+        return "SGLang looks for experts in mixed precision among modules named experts"
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
@@ -55,6 +62,15 @@ def _has_nvfp4_attention(model: Model) -> bool:
     settings = settings_of(model.section)
     left_out = settings.get("ignore") or settings.get("exclude_modules")
     return settings.get("quant_algo") == "NVFP4" and "attn" not in str(left_out)
+
+
+def _names_no_experts(model: Model) -> bool:
+    """Whether no module of quantized_layers is one of its fused layers, or in one: moe.gate_proj,
+    where that of Step-3.5 is moe.experts (quantization/modelopt_quant.py:1002 in 0.5.23)."""
+    layers = settings_of(model.section).get("quantized_layers")
+    if not isinstance(layers, dict) or not layers:  # hf_quant_config.json may have them
+        return False
+    return not any("experts" in name.split(".") for name in layers)
 
 
 # SGLang rounds I/T up to a multiple of 64, or of 128 without a gate, cuts there and fills with

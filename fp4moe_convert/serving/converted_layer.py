@@ -75,6 +75,8 @@ class ConvertedLayer:
         specs = TRTLLM_NVFP4.tensors(prefix, geometry)
         self.specs: dict[str, TensorSpec] = specs._asdict()
         self._loaded: set[str] = set()
+        self.is_complete = False
+        """Whether the last `check_loaded` found all."""
 
     def check_geometry(self, model: Geometry) -> None:
         """Compare the layer's sizes with those that the engine's model wants.
@@ -154,13 +156,24 @@ class ConvertedLayer:
         """
         missing = [what for what in (*LEAVES, *also) if what not in self._loaded]
         self._loaded.clear()
-        if missing:
-            names = ", ".join(f"{self.prefix}.{what}" for what in missing)
-            raise refusal(
-                f"{names} {'was' if len(missing) == 1 else 'were'} not loaded: missing from the "
-                "checkpoint, or passed over by the load format",
-                "verify the checkpoint with fp4moe verify",
-            )
+        self.is_complete = not missing
+        check_none_missing(f"{self.prefix}.{what}" for what in missing)
+
+
+def check_none_missing(names: Iterable[str]) -> None:
+    """
+    Args:
+        names: tensors that should have been loaded, but were not.
+
+    Raises:
+        ServingError: there are any.
+    """
+    if missing := list(names):
+        raise refusal(
+            f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} not loaded: missing "
+            "from the checkpoint, or passed over by the load format",
+            "verify the checkpoint with fp4moe verify",
+        )
 
 
 def check_taken_over(

@@ -10,7 +10,7 @@ names are ours, and no model's own loader need know them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..format.files import INDEX_NAME
 from ..format.untrusted import decode
 from ..source.names import original_layer, stacked_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
-from .converted_layer import check_taken_over
+from .converted_layer import LEAVES, check_none_missing, check_taken_over
 from .fast_copy import COPIER
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Gate:
 
         Nothing comes out before the marker has been checked, so that a refusal leaves a running
         model as it was. Tensors that come before the marker wait for it. A converted checkpoint
-        begins with it.
+        begins with it, and has all tensors of each layer that is here.
 
         Args:
             weights: names and tensors. A list is judged whole before this returns. An iterator is
@@ -85,27 +85,31 @@ class Gate:
         if self.converted is None:
             judged = _unless_marked(weights)
         else:
-            judged = _once_marked(weights, self.converted, hold=hold)
+            judged = _once_marked(weights, self.converted, self.layers, hold=hold)
         return Judged(iter(list(judged)) if isinstance(weights, (list, tuple)) else judged)
 
     def check_folder(self, folder: str) -> None:
-        """Judge a local folder by its index, before anything is changed for it. What has no index
-        is judged when its tensors come.
+        """Judge a local folder by the names of its tensors, before anything is changed for it. What
+        is none, as a name on the Hub or a file of another format, is judged when its tensors come.
 
         Raises:
-            ServingError: its tensors are not for this model, or its index cannot be read.
+            ServingError: its tensors are not for this model, or a file cannot be read.
         """
-        try:
-            files = decode(Path(folder, INDEX_NAME).read_bytes(), _Index).weight_map
-        except (FileNotFoundError, NotADirectoryError):  # or it is a name on the Hub, or one file
-            return
-        except (OSError, ValueError) as error:
-            raise refusal(f"{INDEX_NAME}: {error}") from error
-        if MARKER_NAME in files:
-            self.judge([(MARKER_NAME, _read_marker(Path(folder, files[MARKER_NAME])))])
-        else:
-            names: list[Any] = [(name, None) for name in files]
-            self.judge(names)
+        files = _files_of_tensors(Path(folder))
+        for _ in self.judge(self._described(Path(folder), files)):
+            pass
+
+    def _described(self, folder: Path, files: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+        """The tensors of a folder, the marker first. Of the others only those are read that should
+        be stop tensors."""
+        is_converted = MARKER_NAME in files
+        if is_converted:
+            yield MARKER_NAME, _read_tensor(folder / files[MARKER_NAME], MARKER_NAME)
+        layers = self.converted.layers if self.converted is not None and is_converted else {}
+        for name, file in files.items():
+            if name != MARKER_NAME:
+                is_of_layer = original_layer(name) in layers
+                yield name, _read_tensor(folder / file, name) if is_of_layer else None
 
     def distribute(self, judged: Judged, delivered: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Take the tensors of converted layers to their layers, and leave the others.
@@ -270,12 +274,16 @@ def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
 
 
 def _once_marked(
-    weights: Iterable[tuple[str, Any]], converted: ConvertedSection, *, hold: bool
+    weights: Iterable[tuple[str, Any]],
+    converted: ConvertedSection,
+    here: Collection[str],
+    *,
+    hold: bool,
 ) -> Iterator[tuple[str, Any]]:
-    """For a converted model."""
+    """For a converted model that has some layers here."""
     waiting: list[tuple[str, Any]] = []
     marked = False
-    unmarked: str | None = None  # a stacked tensor that came before the marker
+    stacked: dict[str, None] = {}  # the names that came, in order
     for name, tensor in weights:
         match _kind(name, tensor):
             case _Kind.MARKER, _:
@@ -302,15 +310,18 @@ def _once_marked(
                     "convert them first with fp4moe-convert",
                 )
             case kind, _:
-                if kind is _Kind.STACKED and not marked:
-                    unmarked = unmarked or name
+                if kind is _Kind.STACKED:
+                    stacked[name] = None
                 if marked or not hold:
                     yield name, tensor
                 else:
                     waiting.append((name, tensor))
-    if unmarked and not marked:
+    if marked:
+        wanted = (f"{layer}.{leaf}" for layer in here for leaf in LEAVES)
+        check_none_missing(name for name in wanted if name not in stacked)
+    elif stacked:
         raise refusal(
-            f"{unmarked!r} comes without {MARKER_NAME}, which tells how it is laid out",
+            f"{next(iter(stacked))!r} comes without {MARKER_NAME}, which tells how it is laid out",
             "load all of a converted folder in one call",
         )
     yield from waiting
@@ -334,15 +345,37 @@ def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
     yield from waiting
 
 
-def _read_marker(shard: Path) -> torch.Tensor:
+def _files_of_tensors(folder: Path) -> Mapping[str, str]:
+    """The file of each tensor, as the index has them; without one, as the safetensors files."""
+    try:
+        return decode((folder / INDEX_NAME).read_bytes(), _Index).weight_map
+    except (FileNotFoundError, NotADirectoryError):
+        shards = sorted(folder.glob("*.safetensors"))
+    except (OSError, ValueError) as error:
+        raise refusal(f"{INDEX_NAME}: {error}") from error
+    files: dict[str, str] = {}
+    for shard in shards:
+        with _opened(shard) as tensors:
+            files |= dict.fromkeys(tensors.keys(), shard.name)
+    return files
+
+
+def _read_tensor(shard: Path, name: str) -> torch.Tensor:
+    with _opened(shard) as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    """A safetensors file, open."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(shard, "pt") as tensors:
-            marker: torch.Tensor = tensors.get_tensor(MARKER_NAME)
+            yield tensors
     except (OSError, SafetensorError) as error:
         raise refusal(f"{shard.name}: {error}") from error
-    return marker
 
 
 def _check_marker(tensor: torch.Tensor, converted: ConvertedSection) -> None:

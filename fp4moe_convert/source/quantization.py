@@ -15,13 +15,13 @@ from .checkpoint import Checkpoint
 from .converted import is_converted
 from .description import is_compressed_tensors, is_fp8_hybrid, is_mixed_precision, settings_of
 from .families import COMPRESSED_TENSORS_LEAVES, MODELOPT_LEAVES, Leaf
-from .names import is_mtp_by_name, layer_number
+from .names import is_mtp_by_name, layer_number, original_layer
 
 WEIGHT_ONLY = (
     "weight-only (W4A16), which no engine serves with flashinfer_trtllm, the backend that this "
     "layout is for; serve the original with another MoE backend"
 )
-_EXPERTS = re.compile(r"(?:^|\.)experts(?:[.*]|$)")
+_EXPERTS = re.compile(r"(?:^|\.)(?:experts(?:[.*]|$)|moe\*?$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _quantized_experts(
 ) -> Iterator[tuple[str, str]]:
     """Modules of the decoder's experts, whole ones or their linear layers, with the algorithm."""
     for name, layer in _quantized_layers(settings, hf_quant_config).items():
-        if _EXPERTS.search(name) and not is_mtp_by_name(name):
+        if (_EXPERTS.search(name) or original_layer(name)) and not is_mtp_by_name(name):
             yield name, _algorithm(layer)
 
 

@@ -152,6 +152,21 @@ def amid_fp8_in_sglang() -> None:
         assert (found is None) == (SGLANG.why_not(Model((), {}, section)) is not None), changes
 
 
+def mixed_precision_in_sglang() -> None:
+    """It finds the experts of Step-3.5 just where they are named as its own module."""
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptMixedPrecisionConfig
+
+    for module in ("moe.gate_proj", "moe.experts", "moe.experts.gate_proj"):
+        section = {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {f"model.layers.1.{module}": {"quant_algo": "NVFP4"}},
+        }
+        config = ModelOptMixedPrecisionConfig.from_config(section)
+        algorithm = config._resolve_quant_algo("model.layers.1.moe.experts")
+        assert (algorithm is None) == (SGLANG.why_not(Model((), {}, section)) is not None), module
+
+
 def mixtral_in_sglang() -> None:
     """It takes another model, whose experts are modules of their own."""
     from sglang.srt.configs.model_config import ModelImpl
@@ -237,6 +252,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "models on record": lambda: models_on_record(SGLANG),
         **{f"section: {k}": lambda s=s: section_in_sglang(s) for k, s in SECTIONS.items()},
         "experts amid FP8": amid_fp8_in_sglang,
+        "mixed precision": mixed_precision_in_sglang,
         "Mixtral": mixtral_in_sglang,
         "layers without names": names_in_sglang,
         "Laguna and Trinity": other_models_in_sglang,

@@ -299,6 +299,25 @@ def load_again(model: Any, folder: Path) -> list[str]:
     return [f"{name} moved" for name in before if before[name] != after.get(name)]
 
 
+def update_without_experts(model: Any, stock: dict[str, Any], folder: Path) -> tuple[bool, str]:
+    """In a session, as over NCCL: of weights that are refused, then of one that is not of experts.
+    SGLang ends a session as if all had come."""
+    from sglang_ways import updater
+
+    model.folder = str(folder)
+    session = updater(model)
+    norm = "model.norm.weight"
+    expert = "model.layers.1.mlp.experts.0.up_proj.weight"
+    for name, expected in ((expert, []), (norm, [norm])):
+        session.begin_weight_update()
+        done, message = session.load_weights_from_distributed([(name, stock[norm] * 2)])
+        session.end_weight_update(run_post_load=True)
+        found = differences(stock, held(model))
+        if done != (name == norm) or found != expected:
+            return False, f"{name}: {message}; {found} differ"
+    return True, "the experts stay"
+
+
 def experts_addresses(model: Any) -> dict[str, int]:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
@@ -589,6 +608,7 @@ WITHOUT_PLUGIN = {f"{name} without the plugin": name for name in ("deepseek", "q
 ORDINARY = {f"{name} original beside the plugin": name for name in ("deepseek", "qwen3")}
 OTHERS = (
     "loading again into the same model",
+    "an update without experts",
     "an untested SGLang warns",
     "a hook without its target",
     "a model that is dropped is freed",
@@ -710,6 +730,9 @@ class Run:
         model = load(folder, Setup())
         found = load_again(model, folder) + differences(stock, held(model))
         self.record(case, not found, found or f"{len(stock)} values equal")
+
+        case = "an update without experts"
+        self.record(case, *update_without_experts(model, stock, folder))
 
         case = "an untested SGLang warns"
         with mock.patch.object(sglang, "__version__", "0.5.24"):

@@ -196,12 +196,18 @@ class ExpertLoader:
         experts: list[int] = location.physical_to_logical_map_cpu[layer.layer_id, slots].tolist()
         return experts
 
-    def check_loaded(self) -> None:
+    def check_loaded(self) -> bool:
         """Loading has ended.
+
+        Returns:
+            Whether something was loaded into this layer. Nothing was by an update of other tensors
+            alone, or by one that was refused; SGLang then ends it as any other.
 
         Raises:
             ServingError: a tensor was missing.
         """
+        if self.converted_layer.is_complete and not self.converted_layer.has_begun:
+            return False
         w13_shards = ("w1", "w3") if self.converted_layer.geometry.gated else ("w1",)
         shared = (
             _of_shared_expert(leaf, shard)
@@ -209,6 +215,7 @@ class ExpertLoader:
             for shard in (w13_shards if leaf.startswith("w13") else ("w2",))
         )
         self.converted_layer.check_loaded(shared if self.layer.num_fused_shared_experts else ())
+        return True
 
 
 def loaders_of(model: torch.nn.Module) -> dict[str, ExpertLoader]:
@@ -261,7 +268,8 @@ class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedM
         self.converted_layer = converted_layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        getattr(layer, LOADER).check_loaded()
+        if not getattr(layer, LOADER).check_loaded():
+            return
         runner = layer.moe_runner_config
         if runner.is_gated and (runner.gemm1_clamp_limit or runner.swiglu_limit):
             gate, up = layer.w13_weight_scale_2.unbind(dim=1)
@@ -296,7 +304,8 @@ class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensors
     def process_weights_after_loading(self, layer: Any) -> None:
         """What stock does to the scales; the layout is there. An update writes into the same
         memory, which captured CUDA graphs read."""
-        getattr(layer, LOADER).check_loaded()
+        if not getattr(layer, LOADER).check_loaded():
+            return
         for name in ("w13_weight", "w2_weight"):
             if (packed := getattr(layer, f"{name}_packed", None)) is not None:
                 delattr(layer, f"{name}_packed")

@@ -6,6 +6,7 @@ together later. Each keeps a journal of its part; the run that finishes relies o
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert_with, fill
-from .errors import InUseError, OutputError, VerifyError
+from .errors import CheckpointError, InUseError, OutputError, VerifyError
 from .execution.journal import Division, check_same, divisions_in
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
@@ -124,8 +125,15 @@ def source_of(out_dir: str | Path) -> str:
 
     Raises:
         OutputError: nothing there tells.
+        CheckpointError: it was a folder that is not there.
     """
-    return _recorded(Path(out_dir))[0]
+    source, _ = _recorded(Path(out_dir))
+    if os.path.isabs(source) and not os.path.exists(source):  # neither a URL nor on the Hub
+        raise CheckpointError(
+            f"{source}: does not exist, and {out_dir} was made from it; --source says where it "
+            "lies now"
+        )
+    return source
 
 
 def finish(
@@ -147,10 +155,10 @@ def finish(
         OutputError: a shard is missing, differs from its journal, or is of another source.
     """
     out_dir = Path(out_dir)
-    recorded, max_shard_nbytes = _recorded(out_dir)
+    _, max_shard_nbytes = _recorded(out_dir)
     return convert_with(
         RunOptions(**running),
-        recorded if source is None else source,
+        source_of(out_dir) if source is None else source,
         out_dir,
         max_shard_nbytes=max_shard_nbytes,
         verify=verify,

@@ -11,6 +11,7 @@ import msgspec
 from . import defaults, layouts
 from .errors import CheckpointError
 from .execution.dropping import Dropping, remaining
+from .execution.folder_files import check_local
 from .execution.forecast import Forecast, forecast
 from .execution.resuming import foresee_kept
 from .execution.work import Conversion
@@ -95,11 +96,13 @@ def preview(
 
     Raises:
         CheckpointError: it cannot be converted, or not be deleted, and why.
-        OutputError: ``out_dir`` cannot be read.
+        OutputError: ``out_dir`` cannot be read, or is a URL.
         VerifyError: it could not be restored, once it is deleted.
     """
     store = open_store(model_dir)
     out_dir = None if out_dir is None else Path(out_dir)
+    if out_dir is not None:
+        check_local(out_dir)
     checkpoint = open_checkpoint(store if out_dir is None else remaining(store, out_dir))
     require_nvfp4(checkpoint)
     plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)

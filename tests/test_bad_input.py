@@ -860,7 +860,7 @@ def test_names_with_control_characters_stay_on_the_line(model_dir: Path, tmp_pat
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/out", "hf://org/model", "file:///tmp/out"])
-@pytest.mark.parametrize("command", ["convert", "ci", "restore"])
+@pytest.mark.parametrize("command", ["convert", "ci", "restore", "convert --dry-run"])
 def test_refuses_a_url(
     tiny: Path,
     tiny_converted: Path,
@@ -872,14 +872,15 @@ def test_refuses_a_url(
     """It would be made as a folder below this one. Where there is such a folder, it is meant."""
     monkeypatch.chdir(tmp_path)
     source = tiny_converted if command == "restore" else tiny
-    result = CliRunner().invoke(app, [command, str(source), url])
+    result = CliRunner().invoke(app, [*command.split(), str(source), url])
     why = "is a URL; name a path on this machine, and upload the result from there"
     assert (result.exit_code, result.stderr) == (1, f"error: {Path(url)}: {why}\n")
     assert not list(tmp_path.iterdir())
     scheme, _, _ = url.partition("//")
     Path(scheme).mkdir()
-    assert CliRunner().invoke(app, [command, str(source), url, "--quiet"]).exit_code == 0
-    assert (tmp_path / url / "config.json").exists()
+    result = CliRunner().invoke(app, [*command.split(), str(source), url, "--quiet"])
+    assert result.exit_code == 0
+    assert (tmp_path / url / "config.json").exists() is ("--dry-run" not in command)
 
 
 def test_refuses_an_out_dir_that_is_the_source(model_dir: Path) -> None:

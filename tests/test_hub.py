@@ -482,6 +482,10 @@ def down(hub: Hub) -> None:
     close_session()  # its connections would still be answered
 
 
+def set_another_token(_: Hub) -> None:
+    Path(constants.HF_TOKEN_PATH).write_text("hf_\N{EN DASH}1")
+
+
 REFUSED = {
     "gated": gated,
     "missing": missing,
@@ -489,6 +493,8 @@ REFUSED = {
     "no such revision": lambda _: None,
     "no network": down,
     "offline, and not in the cache": lambda _: None,
+    "a token that was copied wrong": set_another_token,
+    "`HF_ENDPOINT` is no URL": lambda _: None,
 }
 
 
@@ -501,6 +507,8 @@ def test_one_line_says_what_to_do(
     REFUSED[case](hub)
     if case.startswith("offline"):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if case.startswith("`HF_ENDPOINT`"):
+        monkeypatch.setattr(constants, "ENDPOINT", "hub.local")
     revision = ("--revision", "v9") if case == "no such revision" else ()
     result = run("convert", ID, tmp_path / "out", *revision)
     assert result.exit_code == (75 if case == "no network" else 1)

@@ -20,6 +20,7 @@ from support.folders import INDEX, MANIFEST, contents, every_file, flip_bit, wit
 from support.hub import Hub
 from support.processes import FP4MOE_CONVERT, kill_at_rename, run_kills
 from support.specs import SMALL_SHARD_NBYTES
+from typer.testing import CliRunner
 
 from fp4moe_convert import (
     CheckpointError,
@@ -36,6 +37,7 @@ from fp4moe_convert import (
     preview,
     verify,
 )
+from fp4moe_convert.cli.commands import app
 from fp4moe_convert.execution import folder_files
 from fp4moe_convert.execution.journal import Division, FilledMove, Journal
 from fp4moe_convert.execution.output_folder import OutputFolder
@@ -311,8 +313,11 @@ def test_finish_can_be_killed(
         kill_at_rename(f"finish({str(out)!r})", count)
         assert not (out / INDEX).exists()
     shutil.move(source, moved := source.with_name("moved"))
-    with pytest.raises(CheckpointError, match="does not exist"):
+    why = f"{source}: does not exist, and {out} was made from it; --source says where it lies now"
+    with pytest.raises(CheckpointError, match=f"^{why}$"):
         finish(out)
+    result = CliRunner().invoke(app, ["finish", str(out)])
+    assert (result.exit_code, result.stderr) == (1, f"error: {why}\n")
     finish(out, moved)
     assert contents(out) == expected
 

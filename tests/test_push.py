@@ -483,6 +483,14 @@ def token_that_is_none(_: Uploads, __: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
 
 
+def another_token(_: Uploads, __: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\N{EN DASH}1")
+
+
+def no_url(_: Uploads, __: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.local")
+
+
 def answered(path: str, message: str) -> Case:
     def case(uploads: Uploads, _: Path, __: pytest.MonkeyPatch) -> None:
         headers = {"X-Error-Message": message}
@@ -549,6 +557,8 @@ def link_outside(_: Uploads, converted: Path, __: pytest.MonkeyPatch) -> None:
 REFUSED: dict[str, Case] = {
     "nobody is logged in": not_logged_in,
     "a token that the Hub does not know": token_that_is_none,
+    "a token that was copied wrong": another_token,
+    "`HF_ENDPOINT` is no URL": no_url,
     "no right to make a repository": answered(
         "POST /api/repos/create", "You don't have the rights to create a model under org"
     ),

@@ -46,7 +46,7 @@ from .buffers import Bytes
 from .connection_pool import ConnectionPool
 from .http_answers import PASSING, Headers, asked_wait
 from .hub_cache import complete_snapshot, latest_snapshot
-from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing
+from .hub_errors import HTTP_ERROR, LOG_IN, TRANSPORT_ERRORS, answer, passing, wrong_setting
 from .reader import Store
 from .remote import FIRST_TRIES, Backoff, RemoteStore, Traffic, TryAgainError, fill_from
 
@@ -99,6 +99,8 @@ def open_hub(
             f"{cache_dir or constants.HF_HUB_CACHE} has no complete snapshot of it; unset that, or "
             "download the model first"
         )
+    if (wrong := wrong_setting()) is not None:
+        raise CheckpointError(f"{repo_id}: {wrong}")
     api, traffic = HfApi(**LIBRARY), Traffic()
 
     def ask() -> ModelInfo:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import re
 from json import JSONDecodeError
+from urllib.parse import urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..errors import one_line
@@ -23,6 +25,17 @@ TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
 somebody between, such as a network that wants a login."""
 
 LOG_IN = "set HF_TOKEN or run hf auth login"
+
+
+def wrong_setting() -> str | None:
+    """What no request can be made with; None if there is nothing. The library, or what it stands
+    on, would say so of each request, in words that name no variable."""
+    parts = urlsplit(constants.ENDPOINT)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        return f"HF_ENDPOINT is {constants.ENDPOINT}, not a URL such as https://huggingface.co"
+    if re.fullmatch(r"[!-~]*", get_token() or "") is None:
+        return f"the token that is set holds a character that no token has; {LOG_IN}"
+    return None
 
 
 def passing(error: BaseException) -> TryAgainError | None:

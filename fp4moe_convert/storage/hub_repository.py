@@ -31,7 +31,7 @@ from huggingface_hub.utils import (
 
 from ..errors import PushError, StorageLimitError, one_line
 from .hub import LIBRARY, HubStore, listed_files
-from .hub_errors import LOG_IN, answer, connection_failed, passing
+from .hub_errors import LOG_IN, answer, connection_failed, passing, wrong_setting
 from .reader import read_all
 from .remote import Traffic, TryAgainError
 
@@ -63,7 +63,7 @@ class HubRepository:
             repo_id: ``OWNER/NAME``.
 
         Raises:
-            PushError: that is no id, or nobody is logged in.
+            PushError: that is no id, nobody is logged in, or a setting is wrong.
         """
         try:
             validate_repo_id(repo_id)
@@ -74,6 +74,8 @@ class HubRepository:
             raise PushError(f"{repo_id}: is no id of a model on the Hub, such as OWNER/NAME")
         if get_token() is None:
             raise PushError(f"{repo_id}: nobody is logged in; {LOG_IN}")
+        if (wrong := wrong_setting()) is not None:
+            raise PushError(f"{repo_id}: {wrong}")
         self.repo_id = repo_id
         self.url = f"{constants.ENDPOINT}/{repo_id}"
         self._api = HfApi(**LIBRARY)

@@ -92,7 +92,10 @@ def test_what_has_been_fetched_of_a_shard_is_kept(
 ) -> None:
     hub.add(ID, source)
     out, notes = tmp_path / "out", list[str]()
-    run_until(hub, out, 0.6, SMALL_SHARD_NBYTES)
+    for fraction in (0.4, 0.5, 0.6, 0.7):  # a run may end between two shards
+        run_until(hub, out, fraction, SMALL_SHARD_NBYTES)
+        if list(out.glob("*.partial")):
+            break
     before = {path.name: path.stat().st_ino for path in out.glob("model-*")}
     assert any(name.endswith(".partial") for name in before)
     download(hub)

@@ -762,9 +762,11 @@ def test_a_failure_ends_a_read_that_was_not_planned() -> None:
 def test_ctrl_c_ends_those_that_wait_for_the_network(source: Path, tmp_path: Path) -> None:
     """In Python: a command ends whatever waits."""
     code = (
-        "import sys; from fp4moe_convert import convert\n"
+        "import signal, sys; from fp4moe_convert import convert\n"
         "from fp4moe_convert.storage import prefetch\n"
         "prefetch.REQUEST_NBYTES, prefetch.BATCH_NBYTES = 5_000, 20_000\n"
+        # A job in the background of a script ignores it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "convert(*sys.argv[1:])"
     )
     with running({ID: source}) as hub:

@@ -119,7 +119,7 @@ def run_job(
     job = JobReport(
         model=str(model_dir if isinstance(model_dir, (str, Path)) else model_dir.location),
         unchanged=verified is not None,
-        verified=Verified.of(out_dir),
+        verified=verified or Verified.of(out_dir),
         conversion=conversion,
         path=report,
     )

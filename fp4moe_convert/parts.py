@@ -128,12 +128,17 @@ def source_of(out_dir: str | Path) -> str:
         CheckpointError: it was a folder that is not there.
     """
     source, _ = _recorded(Path(out_dir))
+    _require_there(source, out_dir)
+    return source
+
+
+def _require_there(source: str, out_dir: str | Path) -> None:
+    """Raises CheckpointError: a recorded source was a folder, and that is not there."""
     if os.path.isabs(source) and not os.path.exists(source):  # neither a URL nor on the Hub
         raise CheckpointError(
             f"{source}: does not exist, and {out_dir} was made from it; --source says where it "
             "lies now"
         )
-    return source
 
 
 def finish(
@@ -155,10 +160,12 @@ def finish(
         OutputError: a shard is missing, differs from its journal, or is of another source.
     """
     out_dir = Path(out_dir)
-    _, max_shard_nbytes = _recorded(out_dir)
+    recorded, max_shard_nbytes = _recorded(out_dir)
+    if source is None:
+        _require_there(recorded, out_dir)
     return convert_with(
         RunOptions(**running),
-        source_of(out_dir) if source is None else source,
+        recorded if source is None else source,
         out_dir,
         max_shard_nbytes=max_shard_nbytes,
         verify=verify,

@@ -65,8 +65,8 @@ def _has_nvfp4_attention(model: Model) -> bool:
 
 
 def _names_no_experts(model: Model) -> bool:
-    """Whether no module of quantized_layers is one of its fused layers, or in one: moe.gate_proj,
-    where that of Step-3.5 is moe.experts (quantization/modelopt_quant.py:1002 in 0.5.23)."""
+    """Whether quantized_layers has no name with ``experts`` in it, by which SGLang finds its fused
+    layers (quantization/modelopt_quant.py:1002 in 0.5.23). Step-3.5 has moe.gate_proj."""
     layers = settings_of(model.section).get("quantized_layers")
     if not isinstance(layers, dict) or not layers:  # hf_quant_config.json may have them
         return False

@@ -34,9 +34,9 @@ MIN_NBYTES = 1 << 20
 
 THREADS_VARIABLE = "FP4MOE_LOAD_THREADS"
 MAX_THREADS = 16
-"""Of its own accord."""
+"""Unless `THREADS_VARIABLE` asks for more."""
 MAX_THREADS_WANTED = 1024
-"""Of many thousands OpenMP dies, without a word."""
+"""OpenMP crashes when it is asked for many thousands."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time in a period, and the period."""
 GPUS_OF_A_HOST = 8

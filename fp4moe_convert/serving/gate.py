@@ -90,8 +90,8 @@ class Gate:
         return Judged(iter(list(judged)) if isinstance(weights, (list, tuple)) else judged)
 
     def check_folder(self, folder: str) -> None:
-        """Judge a local folder by the names of its tensors, before anything is changed for it. What
-        is none, as a name on the Hub or a file of another format, is judged when its tensors come.
+        """Judge a local folder by the names of its tensors, before anything is changed for it. A
+        name on the Hub, or a file of another format, is judged when its tensors come.
 
         Raises:
             ServingError: its tensors are not for this model, or a file cannot be read.

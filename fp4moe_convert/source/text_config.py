@@ -86,9 +86,9 @@ class TextConfig:
         return any(value for key, value in content.items() if "nextn" in key or "mtp" in key)
 
     def owner_of(self, name: str) -> str | None:
-        """The other model with experts that a tensor is of by its name, which the object for that
-        model has, too: ``talker`` for Qwen3-Omni's talker_config. None where it may be the text
-        model's."""
+        """Which other model with experts a tensor belongs to, by the first part of its name:
+        ``talker`` where config.json has a talker_config, as Qwen3-Omni's. None where it may be the
+        text model's."""
         owner = name.partition(".")[0]
         key = f"{owner}_config"
         content = self.config.get(key)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import defaults
 from .conversion import ConversionReport, convert_with, fill
 from .errors import CheckpointError, InUseError, OutputError, VerifyError
-from .execution.journal import Division, check_same, divisions_in
+from .execution.journal import Division, Records, check_same
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
 from .plan import Part
@@ -175,7 +175,7 @@ def finish(
 
 def _recorded(out_dir: Path) -> tuple[str, int]:
     """Where the source was, and the bound of a shard's size."""
-    if divisions := divisions_in(out_dir):
+    if divisions := Records.of(out_dir).divisions:
         division = next(iter(divisions.values()))
         check_same(division, divisions, out_dir)
         return division.source, division.max_shard_nbytes

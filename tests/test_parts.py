@@ -526,7 +526,7 @@ def test_what_a_part_has_fetched_is_taken_over(tmp_path: Path) -> None:
         whole = Journal(tmp_path)
         whole.take_over([])
         whole.close(remove=False)
-        assert whole.filled == {("a shard", "key"): {3: "checksum"}}
+        assert whole.records.filled == {("a shard", "key"): {3: "checksum"}}
     assert [path.name for path in tmp_path.iterdir()] == [JOURNAL_NAME]
 
 

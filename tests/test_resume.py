@@ -605,8 +605,10 @@ lines = st.dictionaries(
 def test_a_journal_of_anything_is_read(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join(lines))
     journal = Journal(tmp_path)
-    assert all(isinstance(name, str) for name in journal.files | journal.finished.keys())
-    assert all(isinstance(each.parts, int) for each in journal.divisions.values())
+    assert all(
+        isinstance(name, str) for name in journal.records.files | journal.records.finished.keys()
+    )
+    assert all(isinstance(each.parts, int) for each in journal.records.divisions.values())
     journal.close(remove=True)
 
 

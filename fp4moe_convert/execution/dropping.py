@@ -37,7 +37,7 @@ from ..storage.durable import WriteFile, write_file
 from ..storage.local import LocalFolder
 from ..storage.reader import Store
 from .forecast import steps
-from .journal import dropped_source
+from .journal import Records
 from .output_folder import Planned, Writing
 from .scatter import OnFilled
 from .surroundings import copy_files, read_manifest
@@ -86,7 +86,7 @@ def _recorded_in(out_dir: Path) -> SourceRecord | None:
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
             return None
-    if (source := dropped_source(out_dir)) is not None:
+    if (source := Records.of(out_dir).dropped) is not None:
         return source
     try:
         source = read_manifest(out_dir).source
@@ -195,7 +195,7 @@ class Dropping:
             CheckpointError: it is another one then.
             OutputError: the journal cannot be read.
         """
-        source = dropped_source(out_dir)
+        source = Records.of(out_dir).dropped
         if source is not None:
             record = RecordedSource(LocalFolder(out_dir), source, ())
             store = DroppedSource(LocalFolder(self._path), record, frozenset(source.shards))

@@ -97,7 +97,7 @@ class FolderFiles:
         """
         files = set(files_below(self.path, OutputError))
         self._journal.read()  # other parts record their names before they make their files
-        self.ours = self._journal.files | names_in_manifest(self.path)
+        self.ours = self._journal.records.files | names_in_manifest(self.path)
         try:
             self.manifest = read_manifest(self.path)
         except VerifyError as error:
@@ -150,8 +150,8 @@ class FolderFiles:
     @property
     def dropped(self) -> SourceRecord | None:
         """The source that the folder was made from, where shards of it may have been deleted."""
-        if self._journal.dropped is not None:
-            return self._journal.dropped
+        if self._journal.records.dropped is not None:
+            return self._journal.records.dropped
         source = self.manifest.source if self.manifest else None
         return source if source is not None and source.dropped else None
 
@@ -205,7 +205,7 @@ class FolderFiles:
         Raises:
             OutputError: a branch or a tag has moved since, or another model is read.
         """
-        begun = self._journal.origin
+        begun = self._journal.records.origin
         if begun is not None and now is not None and begun != now:
             model, _, revision = begun.rpartition("@")
             same_model = now.startswith(f"{model}@")

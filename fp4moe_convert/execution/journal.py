@@ -26,6 +26,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -129,6 +130,68 @@ _Line: TypeAlias = (
 )
 
 
+@dataclass
+class Records:
+    """What the journals of a folder say."""
+
+    finished: dict[str, FinishedShard] = field(default_factory=dict)
+    """The last line on each shard."""
+    filled: defaultdict[tuple[str, str], dict[int, str]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    """Checksums of the moves of unfinished shards, by the shard's name and key."""
+    files: set[str] = field(default_factory=set)
+    """Names that runs so far may have left in the folder."""
+    forgotten: bool = False
+    """Whether records have been taken back; a manifest then proves nothing either."""
+    origin: str | None = None
+    """What earlier runs have read, where that has a revision."""
+    dropped: SourceRecord | None = None
+    """The source, where shards of it may have been deleted."""
+    divisions: dict[str, Division] = field(default_factory=dict)
+    """The last of each journal, by the journal's name."""
+
+    @classmethod
+    def of(cls, out_dir: Path) -> Records:
+        """Read the journals of a folder, without a lock.
+
+        Raises:
+            OutputError: one cannot be read.
+        """
+        records = cls()
+        records.read(out_dir)
+        return records
+
+    def read(self, out_dir: Path) -> None:
+        """Read all journals of the folder, once more where that has been done before.
+
+        Raises:
+            OutputError: one cannot be read.
+        """
+        for path in _journals(out_dir):
+            for line in _lines(path):
+                self.apply(line, path.name)
+
+    def apply(self, line: _Line, journal: str) -> None:
+        """Take in a line of the journal of this name."""
+        match line:
+            case FinishedShard():
+                self.finished[line.name] = line
+            case FilledMove():
+                self.filled[line.name, line.key][line.move] = line.checksum
+            case _Origin():
+                self.origin = line.origin
+            case _Dropped():
+                self.dropped = line.source
+            case Division():
+                self.divisions[journal] = line
+            case _Files():
+                self.files.update(line.files)
+            case _Forget():
+                self.forgotten = True
+                self.finished.clear()
+
+
 class Journal:
     """The journal of one output folder, or of a part's run in it, locked until `close`."""
 
@@ -142,20 +205,8 @@ class Journal:
         self._out_dir = out_dir
         self._path = out_dir / JOURNAL_NAME
         self._shared_fd: int | None = None
-        self.finished: dict[str, FinishedShard] = {}
-        """The last line on each shard."""
-        self.files: set[str] = set()
-        """Names that runs so far may have left in the folder."""
-        self.forgotten = False
-        """Whether records have been taken back; a manifest then proves nothing either."""
-        self.filled: defaultdict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-        """Checksums of the moves of unfinished shards, by the shard's name and key."""
-        self.origin: str | None = None
-        """What earlier runs have read, where that has a revision."""
-        self.dropped: SourceRecord | None = None
-        """The source, where shards of it may have been deleted."""
-        self.divisions: dict[str, Division] = {}
-        """The last of each journal of the folder, by the journal's name."""
+        self.records = Records()
+        """What has been recorded, as far as it has been read."""
         self._appending = threading.Lock()
         with naming(self._path, OutputError), contextlib.ExitStack() as opened:
             if part is not None:
@@ -175,9 +226,7 @@ class Journal:
 
     def read(self) -> None:
         """Read all journals of the folder, the other parts' too: what is recorded by now."""
-        for path in _journals(self._out_dir):
-            for line in _lines(path):
-                self._apply(line, path.name)
+        self.records.read(self._out_dir)
 
     def declare(self, files: Iterable[str]) -> None:
         """Record names of files before they are created, so that a later run knows them as ours."""
@@ -218,10 +267,10 @@ class Journal:
         lines: list[_Line] = [shard for shard in shards if shard.name not in own]
         parts = [path for path in _journals(self._out_dir) if path.name != JOURNAL_NAME]
         if self._shared_fd is None and parts:
-            lines += list(self.divisions.values())[:1]
+            lines += list(self.records.divisions.values())[:1]
             lines += [
                 FilledMove(name, key, move, checksum)
-                for (name, key), moves in self.filled.items()
+                for (name, key), moves in self.records.filled.items()
                 for move, checksum in moves.items()
             ]
         self._append(lines)
@@ -270,7 +319,7 @@ class Journal:
     def _append(self, lines: Iterable[_Line], *, durable: bool = True) -> None:
         lines = list(lines)
         for line in lines:
-            self._apply(line, self._path.name)
+            self.records.apply(line, self._path.name)
         with naming(self._path, OutputError):
             # The leading line feed: a line that a crash cut short must not swallow the next.
             texts = (json.dumps(msgspec.to_builtins(line)) for line in lines)
@@ -282,24 +331,6 @@ class Journal:
                     data = data[os.write(self._fd, data) :]
                 if durable:
                     os.fsync(self._fd)
-
-    def _apply(self, line: _Line, journal: str) -> None:
-        match line:
-            case FinishedShard():
-                self.finished[line.name] = line
-            case FilledMove():
-                self.filled[line.name, line.key][line.move] = line.checksum
-            case _Origin():
-                self.origin = line.origin
-            case _Dropped():
-                self.dropped = line.source
-            case Division():
-                self.divisions[journal] = line
-            case _Files():
-                self.files.update(line.files)
-            case _Forget():
-                self.forgotten = True
-                self.finished.clear()
 
 
 def check_same(division: Division, others: Mapping[str, Division], out_dir: Path) -> None:
@@ -314,52 +345,6 @@ def check_same(division: Division, others: Mapping[str, Division], out_dir: Path
                 f"{out_dir}: {name} {difference}; give all parts the same number of parts, options "
                 "and source, or convert without --part, which keeps what fits"
             )
-
-
-def divisions_in(out_dir: Path) -> dict[str, Division]:
-    """What the journals of a folder say that they are parts of, by the journal's name.
-
-    Raises:
-        OutputError: one cannot be read.
-    """
-    return {
-        path.name: line
-        for path in _journals(out_dir)
-        for line in _lines(path)
-        if isinstance(line, Division)
-    }
-
-
-def finished_in(out_dir: Path) -> dict[str, FinishedShard]:
-    """The shards that the journals of a folder call finished.
-
-    Raises:
-        OutputError: one cannot be read.
-    """
-    finished: dict[str, FinishedShard] = {}
-    for path in _journals(out_dir):
-        for line in _lines(path):
-            match line:
-                case FinishedShard():
-                    finished[line.name] = line
-                case _Forget():
-                    finished.clear()
-    return finished
-
-
-def dropped_source(out_dir: Path) -> SourceRecord | None:
-    """The source of an unfinished conversion, if shards of it may have been deleted.
-
-    Raises:
-        OutputError: a journal cannot be read.
-    """
-    found = [
-        line.source
-        for path in _journals(out_dir)
-        for line in _lines(path)
-        if isinstance(line, _Dropped)
-    ]
-    return found[-1] if found else None
 
 
 def _journals(out_dir: Path) -> list[Path]:

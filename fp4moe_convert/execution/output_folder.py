@@ -123,13 +123,13 @@ class OutputFolder:
             match self._state:
                 case Done():
                     nothing_to_resume = True
-                case _ if self.files.has_index and self.journal.dropped is None:
+                case _ if self.files.has_index and self.journal.records.dropped is None:
                     nothing_to_resume = True
                 case Opened() | Planned():
                     nothing_to_resume = self.journal.is_new
                 case Writing() as writing if not interrupted:
                     self.files.clear(writing.keep)
-                    useful = {*writing.keep, *self.journal.finished}
+                    useful = {*writing.keep, *self.journal.records.finished}
                     nothing_to_resume = not any((self.path / name).exists() for name in useful)
         with contextlib.suppress(OSError):
             self.journal.close(remove=nothing_to_resume)
@@ -144,7 +144,7 @@ class OutputFolder:
     def missing(self, work: Work) -> list[str]:
         """Names of shards that no run, of whichever part, has finished so far."""
         self.journal.read()
-        finished = self.journal.finished
+        finished = self.journal.records.finished
         return [
             shard.name
             for shard in work.shards
@@ -166,10 +166,10 @@ class Opened:
         """
         journal, path = self.folder.journal, self.folder.path
         self.folder.files.refuse_other_origin(division.origin)
-        check_same(division, journal.divisions, path)
+        check_same(division, journal.records.divisions, path)
         journal.join(division)
         journal.read()  # of two that start at once, the later sees the other here
-        check_same(division, journal.divisions, path)
+        check_same(division, journal.records.divisions, path)
 
     def plan(self, work: Work, *, overwrite: bool) -> Planned:
         """Decide which finished shards are kept.
@@ -188,7 +188,7 @@ class Opened:
         files.refuse_folders_named(names | files.ours)
         planned = Planned(folder, work, users=files.users_own(work))
         files.leave_to_user(planned.users)
-        recorded = dict(journal.finished)
+        recorded = dict(journal.records.finished)
         if folder.part is not None:
             # Nothing else may be deleted, or remarked upon: other parts are at work.
             files.leave_to_other_parts(names)
@@ -196,12 +196,12 @@ class Opened:
         if not overwrite:
             files.refuse_edited(work)
             files.refuse_other_origin(work.origin)
-            if files.manifest is not None and not journal.forgotten:
+            if files.manifest is not None and not journal.records.forgotten:
                 recorded |= _recorded_by(files.manifest, work, files)
             planned.kept, planned.to_redo = take_stock(
                 work, recorded, folder.path, was_finished=files.has_index
             )
-            planned.filled = take_up(work, journal.filled, folder.path)
+            planned.filled = take_up(work, journal.records.filled, folder.path)
         folder.enter(self, planned)
         return planned
 
@@ -294,7 +294,8 @@ class Planned:
             return
         there = {shard.name: shard.identity for shard in self.work.sources}
         gone = {*self.work.gone, *source.changed(self.work.store.provenance(), there)}
-        holding = {name: set(line.sources) for name, line in folder.journal.finished.items()}
+        finished = folder.journal.records.finished
+        holding = {name: set(line.sources) for name, line in finished.items()}
         if files.manifest:
             holding |= dict.fromkeys(files.manifest.shards.keys() - holding.keys(), gone)
         for name in sorted(holding.keys() & files.ours - self.kept.keys()):

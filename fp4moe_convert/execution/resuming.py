@@ -13,7 +13,7 @@ from ..format.manifest import Manifest
 from ..storage.durable import partial_path
 from ..storage.header import read_header
 from ..storage.local import LocalReader
-from .journal import FinishedShard, finished_in
+from .journal import FinishedShard, Records
 from .surroundings import read_manifest
 from .work import Target, Work
 
@@ -70,12 +70,13 @@ def foresee_kept(work: Work, out_dir: Path) -> set[str]:
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
             return set()
-    recorded = finished_in(out_dir)
+    records = Records.of(out_dir)
+    finished = dict(records.finished)
     with contextlib.suppress(VerifyError):  # it is not finished
         manifest = read_manifest(out_dir)
-        if work.difference(manifest) is None:
-            recorded |= finished_by(manifest, work)
-    return set(take_stock(work, recorded, out_dir, was_finished=False)[0])
+        if work.difference(manifest) is None and not records.forgotten:
+            finished |= finished_by(manifest, work)
+    return set(take_stock(work, finished, out_dir, was_finished=False)[0])
 
 
 def take_up(
@@ -85,7 +86,7 @@ def take_up(
 
     Args:
         work: what should be there.
-        filled: as `Journal.filled` has it.
+        filled: as `Records.filled` has it.
         out_dir: where they lie.
 
     Returns:

@@ -34,12 +34,22 @@ hypothesis.settings.register_profile("fp4moe", deadline=None)
 hypothesis.settings.load_profile("fp4moe")
 
 
-@pytest.fixture(autouse=True)
-def _uncoloured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _uncoloured() -> Iterator[None]:
     """CI systems like to force colours upon programs; the tests say themselves where they want
     any."""
-    for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS"):
-        monkeypatch.delenv(name, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def monkeypatch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:  # noqa: ARG001  it has to be older
+    """pytest's own, but undone before the test's folder is deleted: a test may have patched what
+    that takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(scope="session")

@@ -181,12 +181,10 @@ def test_a_shard_goes_once_all_that_is_read_from_it_is_there_and_not_before(
         # A file that is open makes no room.
         assert descriptors_of(source / path) == []
 
+    monkeypatch.setattr(os, "unlink", watching)
     gc.disable()  # as the command does
     try:
-        # Not longer: pytest's own tidying up deletes files, too.
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "unlink", watching)
-            run(source, out, verify=True)
+        run(source, out, verify=True)
     finally:
         gc.enable()
     assert gone == sorted(gone)

@@ -177,7 +177,8 @@ def convert_command(
         from .display import preview_tables
 
         foreseen = preview(
-            *(store, out_dir),
+            store,
+            out_dir,
             max_shard_nbytes=max_shard_size,
             drop_source=drop_source,
             overwrite=overwrite,
@@ -194,7 +195,10 @@ def convert_command(
 
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = _convert(
-            *(store, out_dir, part, ray),
+            store,
+            out_dir,
+            part,
+            ray,
             overwrite=overwrite,
             drop_source=drop_source,
             max_shard_nbytes=max_shard_size,
@@ -323,7 +327,9 @@ def ci_command(
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
         with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
             job = run_job(
-                *(store, out_dir, report),
+                store,
+                out_dir,
+                report,
                 max_shard_nbytes=max_shard_size,
                 overwrite=overwrite,
                 **options,

@@ -730,6 +730,8 @@ def test_a_job_pushes(
         assert result.exit_code == 0, result.stderr
         pushed_whole(uploads, tmp_path / "out")
         pushed = json.loads(result.stdout)["pushed"]
+        report = (tmp_path / "out.report.json").read_text()
+        assert json.loads(report) == json.loads(result.stdout)
         assert bool(pushed["uploaded_files"]) == uploaded
         row = f"| pushed | {pushed['uploaded_bytes']:,} bytes to {pushed['url']} at `"
         assert row in (tmp_path / "summary.md").read_text()

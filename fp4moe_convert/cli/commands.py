@@ -328,11 +328,12 @@ def ci_command(
                 overwrite=overwrite,
                 **options,
             )
-            pushed = _push(out_dir, push_to_hub, private, options)
+            if pushed := _push(out_dir, push_to_hub, private, options):
+                job = job.with_push(pushed)
     except ConvertError as error:
         _add_summary(failed_summary(model, error))
         raise
-    _add_summary(done_summary(job, pushed))
+    _add_summary(done_summary(job))
     warn(job.conversion.warnings)
     content, tables = job.as_json(), [job_table(job)]
     print_with_push(content, tables, pushed, as_json=as_json)

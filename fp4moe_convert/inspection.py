@@ -12,13 +12,13 @@ from . import layouts
 from .errors import CheckpointError
 from .format.contract import ConvertedSection, Geometry, LayoutRecord
 from .format.files import CONFIG_NAME, INDEX_NAME
-from .plan import layers_to_convert
+from .preparation import plan_of
 from .prospects import Prospects, prospects
 from .source.checkpoint import open_checkpoint
 from .source.completeness import warnings_on
 from .source.converted import is_converted
 from .source.experts import PassedLayer, find_layers, require_layers
-from .source.quantization import describe, require_nvfp4
+from .source.quantization import describe
 from .storage.opening import open_store
 from .storage.reader import Store
 
@@ -103,11 +103,9 @@ def inspect(folder: str | Path | Store) -> Inspection:
                 )
             outlook = prospects(checkpoint, converted.source, layers, others)
         else:
-            require_nvfp4(checkpoint)
-            found, others = layers_to_convert(checkpoint, layouts.DEFAULT)
-            layers = {layer.prefix: layer.geometry for layer in found}
-            families = {layer.prefix: layer.family.name for layer in found}
-            require_layers(checkpoint, found, others)
+            plan = plan_of(checkpoint)
+            layers, families, others = plan.geometries, plan.families, list(plan.passed)
+            require_layers(checkpoint, plan.layers, others)
             warnings = warnings_on(checkpoint, layers)
             outlook = prospects(checkpoint, section, layers, others)
             outlook.require_one(checkpoint.location)

@@ -11,7 +11,7 @@ A run takes the folder through states, each a type that offers only what is allo
     Planned   compared with a plan: which finished shards stay, which are written again
     Writing   stale files are gone; shards are written, and each gets its name when it is finished
     Done      everything is there, the index too
-    Rejected  verification failed: the index, config.json and the manifest are gone
+    Rejected  verification failed: nothing says any more that it is finished
 
 Where shards of the source have been deleted (`dropping`), the folder has the only copy of them.
 Then no run deletes a shard that holds any of that, whatever its options.
@@ -501,7 +501,7 @@ class Done:
             OutputError: it still looks finished.
         """
         folder = self.folder
-        folder.enter(self, Rejected(folder))
+        folder.enter(self, Rejected())
         names = list(self.work.generated)
         if folder.files.dropped:
             names = [CONFIG_NAME, INDEX_NAME]
@@ -515,8 +515,6 @@ class Done:
                 remove_file(folder.path / name)
 
 
-@dataclass
 class Rejected:
-    """Verification failed. Nothing here is kept by a later run."""
-
-    folder: OutputFolder
+    """Verification failed: the index and config.json are gone. The manifest is gone too, and no
+    later run keeps anything, unless shards of the source have been deleted."""

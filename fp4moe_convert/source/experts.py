@@ -23,7 +23,7 @@ from .families import (
     Role,
     leaf_name,
 )
-from .names import is_mtp_by_name, layer_number, stacked_layer
+from .names import converted_layer, is_mtp_by_name, layer_number
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 from .text_config import TextConfig
@@ -286,7 +286,7 @@ def _stacked(
         named = _UNNUMBERED.search(tensor.name)
         deep = len(tensor.shape) > 2
         of_experts = deep or (named is not None and named[1] not in known)
-        if tensor.dtype == "U8" and of_experts and stacked_layer(tensor.name) is None:
+        if tensor.dtype == "U8" and of_experts and converted_layer(tensor.name) is None:
             raise CheckpointError(
                 f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
                 "experts of the layer stacked in one tensor; this release knows such tensors as "

@@ -14,14 +14,20 @@ from ..format.files import CONFIG_NAME, HF_QUANT_CONFIG_NAME
 from .checkpoint import Checkpoint
 from .converted import is_converted
 from .description import is_compressed_tensors, is_fp8_hybrid, is_mixed_precision, settings_of
-from .families import COMPRESSED_TENSORS_LEAVES, MODELOPT_LEAVES, Leaf
-from .names import is_mtp_by_name, layer_number, original_layer
+from .families import COMPRESSED_TENSORS_LEAVES, FAMILIES, MODELOPT_LEAVES, Leaf
+from .names import is_mtp_by_name, layer_number
 
 WEIGHT_ONLY = (
     "weight-only (W4A16), which no engine serves with flashinfer_trtllm, the backend that this "
     "layout is for; serve the original with another MoE backend"
 )
-_EXPERTS = re.compile(r"(?:^|\.)(?:experts(?:[.*]|$)|moe\*?$)")
+_PROJECTIONS = "|".join(sorted({name for family in FAMILIES for name in family.part_names}))
+_EXPERTS = re.compile(
+    rf"(?P<layer>(?:.*\.)?(?:experts|moe))(?:\.?\*.*|\.(?:[0-9]+|{_PROJECTIONS})(?:[._].*)?)?",
+    re.DOTALL,
+)
+"""A module of routed experts: of all, of one, or a projection; not a router or a shared expert that
+lies beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +40,15 @@ class Nvfp4Source:
     """What it calls the tensors of an expert."""
     mixed: bool
     """Whether its layers may differ in their quantization, so that others than NVFP4 pass."""
-    algorithms: Mapping[int, frozenset[str]]
-    """Of the decoder's experts, by the layer's number, where it names layers."""
+    algorithms: Mapping[str, frozenset[str]]
+    """Of experts, by the layer that it names, up to and including ``.experts`` or ``.moe``."""
+
+    def algorithms_of(self, prefix: str, number: int) -> frozenset[str]:
+        """Those of a layer; by its number, where modules have other names than tensors."""
+        if prefix in self.algorithms:
+            return self.algorithms[prefix]
+        own = (each for name, each in self.algorithms.items() if layer_number(name) == number)
+        return frozenset().union(*own)
 
 
 def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
@@ -46,10 +59,9 @@ def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
         file, source = source.get("source_hf_quant_config"), source.get("source", {})
     if is_compressed_tensors(source):
         return Nvfp4Source("compressed-tensors NVFP4", COMPRESSED_TENSORS_LEAVES, True, {})
-    algorithms: dict[int, frozenset[str]] = {}
-    for name, algorithm in _quantized_experts(settings_of(source), file):
-        if (number := layer_number(f"{name}.")) is not None:
-            algorithms[number] = algorithms.get(number, frozenset()) | {algorithm}
+    algorithms: dict[str, frozenset[str]] = {}
+    for layer, algorithm in _quantized_experts(settings_of(source), file):
+        algorithms[layer] = algorithms.get(layer, frozenset()) | {algorithm}
     mixed = is_mixed_precision(source) or is_fp8_hybrid(source)
     return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, mixed, algorithms)
 
@@ -146,10 +158,10 @@ def _algorithms_of_experts(
 def _quantized_experts(
     settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, str]]:
-    """Modules of the decoder's experts, whole ones or their linear layers, with the algorithm."""
-    for name, layer in _quantized_layers(settings, hf_quant_config).items():
-        if (_EXPERTS.search(name) or original_layer(name)) and not is_mtp_by_name(name):
-            yield name, _algorithm(layer)
+    """The layers of modules of the decoder's experts, each with the module's algorithm."""
+    for name, module in _quantized_layers(settings, hf_quant_config).items():
+        if (match := _EXPERTS.fullmatch(name)) and not is_mtp_by_name(name):
+            yield match["layer"], _algorithm(module)
 
 
 def _quantized_layers(

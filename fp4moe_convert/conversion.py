@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from .storage.local import LocalReader
 from .storage.prefetch import open_prefetching
 from .storage.reader import Opener, Store, keep_open, read_bytes
 from .storage.remote import Fetched, RemoteStore, fetched_from
-from .verification import check_data, damaged_shards
+from .verification import Origin, check_data, damaged_shards
 from .verification import verify as verify_folder
 
 _SOURCE = "source"
@@ -292,13 +292,16 @@ def fill(
         # Anew each time: a file that is still open when it is deleted makes no room.
         return keep_open(partial(work.store.open, direct=options.direct_io))
 
+    def origins_of(moves: Mapping[str, Sequence[Move]]) -> dict[str, Origin]:
+        opener = open_source()
+        return {name: Origin(own, opener) for name, own in moves.items()}
+
     if verify or dropping:
         planned.redo(
             damaged_shards(
                 out_dir,
                 planned.records if verify or not dropping else dropping.concerned(planned.records),
-                moves=dropping.comparable if dropping and verify else {},
-                open_source=open_source(),
+                origins=origins_of(dropping.comparable) if dropping and verify else {},
                 options=options,
             )
         )
@@ -327,14 +330,8 @@ def fill(
         write_shards(work, request, options)
 
     def check(path: Path, record: ShardRecord, moves: Sequence[Move]) -> None:
-        check_data(
-            path,
-            record,
-            moves=moves,
-            open_source=open_source() if verify else None,
-            options=options,
-            on_bytes=on_bytes,
-        )
+        origin = Origin(moves, open_source()) if verify else None
+        check_data(path, record, origin, options, on_bytes=on_bytes)
 
     check_seconds = 0.0
     if dropping:

@@ -104,9 +104,7 @@ def preview(
     if out_dir is not None:
         check_local(out_dir)
     checkpoint = open_checkpoint(store if out_dir is None else remaining(store, out_dir))
-    require_nvfp4(checkpoint)
-    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
-    _check_folders(checkpoint, plan)
+    plan = plan_of(checkpoint, max_shard_nbytes=max_shard_nbytes)
     require_layers(checkpoint, plan.layers, plan.passed)
     warnings = warnings_on(checkpoint, plan.geometries)
     section = checkpoint.quantization or {}
@@ -120,11 +118,19 @@ def preview(
     return Preview(work, outlook, warnings, dropping=dropping)
 
 
-def _check_folders(checkpoint: Checkpoint, plan: Plan) -> None:
-    """A file of the output and a folder of the source may want the same name."""
+def plan_of(checkpoint: Checkpoint, *, max_shard_nbytes: int = defaults.MAX_SHARD_NBYTES) -> Plan:
+    """The plan for a checkpoint that can be converted, if it has any layer for it.
+
+    Raises:
+        CheckpointError: it is not NVFP4; as `make_plan`; or a file of the output and a folder of
+            the source want the same name.
+    """
+    require_nvfp4(checkpoint)
+    plan = make_plan(checkpoint, layouts.DEFAULT, max_shard_nbytes=max_shard_nbytes)
     files = {shard.name for shard in plan.shards}
     files |= {*GENERATED, JOURNAL_NAME, *checkpoint.other_files}
     for name in checkpoint.other_files:
         folder = Path(name).parts[0]
         if folder != name and folder.removesuffix(PARTIAL_SUFFIX) in files:
             raise CheckpointError(f"{name}: its folder has the name of a file of the output")
+    return plan

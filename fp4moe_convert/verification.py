@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -145,12 +145,20 @@ def _comparison(shards: Sequence[Shard], open_source: Opener) -> Take:
     return take
 
 
+class Origin(NamedTuple):
+    """What a shard is compared with, besides its record."""
+
+    moves: Sequence[Move]
+    """Those that filled it."""
+    open: Opener
+    """Opens their sources by name."""
+
+
 def damaged_shards(
     out_dir: Path,
     records: Mapping[str, ShardRecord],
     *,
-    moves: Mapping[str, Sequence[Move]],
-    open_source: Opener,
+    origins: Mapping[str, Origin],
     options: RunOptions,
 ) -> dict[str, str]:
     """Read every byte of some shards and compare it with their records.
@@ -158,8 +166,7 @@ def damaged_shards(
     Args:
         out_dir: where they lie.
         records: of these shards.
-        moves: those that filled shards which are to be compared with their sources as well.
-        open_source: opens one of these by name.
+        origins: of those that are to be compared with their sources as well.
         options: of the run.
 
     Returns:
@@ -169,16 +176,8 @@ def damaged_shards(
     total = sum(record.nbytes for record in records.values())
     on_bytes = track("checking", total, options.on_progress)
     for name, record in records.items():
-        own = moves.get(name, ())
         try:
-            check_data(
-                out_dir / name,
-                record,
-                moves=own,
-                open_source=open_source if own else None,
-                options=options,
-                on_bytes=on_bytes,
-            )
+            check_data(out_dir / name, record, origins.get(name), options, on_bytes=on_bytes)
         except ConvertError as error:
             damaged[name] = f"it is damaged ({error})"
     return damaged
@@ -187,10 +186,9 @@ def damaged_shards(
 def check_data(
     path: Path,
     record: ShardRecord,
-    *,
-    moves: Sequence[Move],
-    open_source: Opener | None,
+    origin: Origin | None,
     options: RunOptions,
+    *,
     on_bytes: OnBytes,
 ) -> None:
     """Read every byte of a shard and compare it with its record.
@@ -198,8 +196,7 @@ def check_data(
     Args:
         path: of the shard.
         record: what it should be.
-        moves: those that filled it, if it is to be compared with its sources as well.
-        open_source: opens one by name; None to leave them alone.
+        origin: None to leave its sources alone.
         options: of the run.
         on_bytes: told of all bytes of the file.
 
@@ -211,10 +208,10 @@ def check_data(
     on_bytes(shard.name, shard.header.nbytes)
     read_back(
         [shard],
-        moves or whole_tensors([shard]),
+        origin.moves if origin else whole_tensors([shard]),
         {shard.name: record},
         open_shards(path.parent, direct=options.direct_io),
-        make_take=None if open_source is None else partial(_comparison, [shard], open_source),
+        make_take=partial(_comparison, [shard], origin.open) if origin else None,
         threads=options.threads,
         on_bytes=on_bytes,
     )

@@ -42,8 +42,9 @@ from support.tensors import (
 )
 from typer.testing import CliRunner
 
-from fp4moe_convert import conversion, preview
+from fp4moe_convert import ConvertError, conversion, inspect, preview
 from fp4moe_convert.cli.commands import app, convert_app
+from fp4moe_convert.errors import printable
 from fp4moe_convert.format.files import is_journal
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
@@ -124,6 +125,14 @@ def fails(model_dir: Path, out_dir: Path, *options: str, restoring: bool = False
     assert result.stdout == ""
     assert fingerprints(model_dir) == before
     return one_error(result.stderr)
+
+
+def inspected(model_dir: Path) -> str:
+    """Why a folder cannot be converted, as ``fp4moe inspect`` has it."""
+    try:
+        return str(inspect(model_dir).reason)
+    except ConvertError as error:
+        return str(error)
 
 
 def finished_shards(out_dir: Path) -> list[str]:
@@ -386,6 +395,10 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         convert_one_layer,
         r"{model_dir}: holds shards of an original and of a converted checkpoint: .*",
     ),
+    "tensor that has a name of a converted layer's": (
+        lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"{LAYER}.w2_weight_scale"),
+        rf"'{LAYER}\.w2_weight_scale' is there already: the layer is half converted",
+    ),
     "group size": (
         edit_config(quantization_config=GROUPS_OF_32),
         r"config\.json: group size is 32, NVFP4 has 16",
@@ -639,6 +652,8 @@ def test_refused_before_the_first_byte(model_dir: Path, tmp_path: Path, case: st
         message = message.replace(placeholder, re.escape(str(path)))
     assert re.fullmatch(message, found), found
     assert not (tmp_path / "out").exists()
+    if "is already converted" not in found:
+        assert printable(inspected(model_dir)) == found
     short = found.replace(f"{tmp_path}/", "").replace("n" * 300, "nnn...")
     assert DOCUMENTED[case] == f"error: {short}"
 
@@ -917,7 +932,7 @@ def test_refuses_folders_named_like_files_of_the_output(
     (model_dir / folder).mkdir()
     (model_dir / folder / "x").touch()
     message = f"{folder}/x: its folder has the name of a file of the output"
-    assert fails(model_dir, tmp_path / "out") == message
+    assert fails(model_dir, tmp_path / "out") == inspected(model_dir) == message
     assert not (tmp_path / "out").exists()
 
 

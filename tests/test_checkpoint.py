@@ -308,6 +308,18 @@ def test_quantization_in_both_places(model_dir: Path) -> None:
     assert checkpoint.hf_quant_config == hf_quant_config(TINY)
 
 
+@pytest.mark.parametrize("section", [{"quant_method": "fp8"}, "no object"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_nested_section_beside_hf_quant_config_is_a_leftover(
+    model_dir: Path, key: str, section: object
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None, text_config={key: section})
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(TINY)))
+    checkpoint = open_checkpoint(model_dir)
+    require_nvfp4(checkpoint)
+    assert checkpoint.quantization == hf_quant_config(TINY)
+
+
 # --- not a model folder ---------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_length_beyond_the_file(read: ReadBytes) -> None:
 @pytest.mark.parametrize("length", [MAX_HEADER_NBYTES + 1, 2**64 - 1])
 def test_length_over_the_limit(read: ReadBytes, length: int) -> None:
     rejects(read, length.to_bytes(8, "little") + b"{}", f"{length} bytes, the limit is 100000000")
+
+
+def test_length_over_the_limit_in_a_file_that_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"))
+    os.truncate(path, 2 * MAX_HEADER_NBYTES)  # a hole
+    with pytest.raises(HeaderError, match="claims 100000001 bytes, the limit is 100000000"):
+        read_header(LocalReader(path))
 
 
 @pytest.mark.parametrize(

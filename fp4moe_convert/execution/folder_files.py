@@ -171,10 +171,7 @@ class FolderFiles:
     @property
     def dropped(self) -> SourceRecord | None:
         """The source that the folder was made from, where shards of it may have been deleted."""
-        if self._journal.records.dropped is not None:
-            return self._journal.records.dropped
-        source = self.manifest.source if self.manifest else None
-        return source if source is not None and source.dropped else None
+        return self._journal.records.source_dropped(self.manifest)
 
     @property
     def _conversion(self) -> str:

@@ -34,7 +34,7 @@ import msgspec
 
 from ..errors import OutputError, naming
 from ..format.files import JOURNAL_NAME, is_journal, part_journal_name
-from ..format.manifest import ShardIdentity, ShardRecord, SourceRecord
+from ..format.manifest import Manifest, ShardIdentity, ShardRecord, SourceRecord
 from ..format.untrusted import decode
 from ..plan import Part
 from ..storage.durable import remove_file, sync_folder
@@ -175,6 +175,13 @@ class Records:
         for path in _journals(out_dir):
             for line in _lines(path):
                 self.apply(line, path.name)
+
+    def source_dropped(self, manifest: Manifest | None) -> SourceRecord | None:
+        """The source, where shards of it may have been deleted; the manifest of a finished folder
+        may be alone in knowing."""
+        if self.dropped is not None:
+            return self.dropped
+        return manifest.source if manifest is not None and manifest.source.dropped else None
 
     def apply(self, line: _Line, journal: str) -> None:
         """Take in a line of the journal of this name."""

@@ -11,7 +11,7 @@ A run takes the folder through states, each a type that offers only what is allo
     Planned   compared with a plan: which finished shards stay, which are written again
     Writing   stale files are gone; shards are written, and each gets its name when it is finished
     Done      everything is there, the index too
-    Rejected  verification failed: the index, config.json and the manifest are gone
+    Rejected  verification failed: nothing says any more that it is finished
 
 Where shards of the source have been deleted (`dropping`), the folder has the only copy of them.
 Then no run deletes a shard that holds any of that, whatever its options.
@@ -35,7 +35,7 @@ import xxhash
 
 from ..errors import NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import CONFIG_NAME, INDEX_NAME, SOURCE_NAME
-from ..format.manifest import Manifest, ShardRecord, SourceRecord
+from ..format.manifest import ShardRecord, SourceRecord
 from ..plan import Part
 from ..storage.buffers import Bytes
 from ..storage.durable import (
@@ -48,7 +48,7 @@ from ..storage.durable import (
 )
 from .folder_files import FolderFiles, check_known, check_place
 from .journal import Division, FilledMove, FinishedShard, Journal, check_same
-from .resuming import finished_by, take_stock, take_up
+from .resuming import recorded_shards, take_stock, take_up
 from .work import Target, Work
 
 SYNC_NBYTES = 256 * 2**20
@@ -195,34 +195,26 @@ class Opened:
         files.refuse_folders_named(names | files.ours)
         planned = Planned(folder, work, users=files.users_own(work))
         files.leave_to_user(planned.users)
-        recorded = dict(journal.records.finished)
         if folder.part is not None:
             # Nothing else may be deleted, or remarked upon: other parts are at work.
             files.leave_to_other_parts(names)
-            recorded = {name: line for name, line in recorded.items() if name in names}
         if not overwrite:
             files.refuse_other_source(work.origin, work.identities)
             files.refuse_edited(work)
-            if files.manifest is not None and not journal.records.forgotten:
-                recorded |= _recorded_by(files.manifest, work, files)
+            recorded, difference = recorded_shards(work, journal.records, files.manifest)
+            if difference and files.has_index:
+                raise OutputError(
+                    f"{files.path}: holds a finished conversion of another checkpoint or with "
+                    f"other options: {difference}; {files.or_afresh('choose another folder')}"
+                )
+            if folder.part is not None:
+                recorded = {name: line for name, line in recorded.items() if name in names}
             planned.kept, planned.to_redo = take_stock(
                 work, recorded, folder.path, was_finished=files.has_index
             )
             planned.filled = take_up(work, journal.records.filled, folder.path)
         folder.enter(self, planned)
         return planned
-
-
-def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str, FinishedShard]:
-    """The shards of a manifest, if it is of this very conversion."""
-    if (difference := work.difference(manifest)) is None:
-        return finished_by(manifest, work)
-    if files.has_index:
-        raise OutputError(
-            f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; {files.or_afresh('choose another folder')}"
-        )
-    return {}
 
 
 @dataclass
@@ -508,7 +500,7 @@ class Done:
             OutputError: it still looks finished.
         """
         folder = self.folder
-        folder.enter(self, Rejected(folder))
+        folder.enter(self, Rejected())
         names = list(self.work.generated)
         if folder.files.dropped:
             names = [CONFIG_NAME, INDEX_NAME]
@@ -522,8 +514,6 @@ class Done:
                 remove_file(folder.path / name)
 
 
-@dataclass
 class Rejected:
-    """Verification failed. Nothing here is kept by a later run."""
-
-    folder: OutputFolder
+    """Verification failed: the index and config.json are gone. The manifest is gone too, and no
+    later run keeps anything, unless shards of the source have been deleted."""

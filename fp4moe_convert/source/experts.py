@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import CheckpointError
@@ -27,7 +28,6 @@ from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 from .text_config import TextConfig
 
-_WEIGHT_ONLY_EXPERTS = f"its experts are {WEIGHT_ONLY}"
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
 
 MAX_SIZE = 2**20
@@ -61,11 +61,8 @@ class PassedLayer:
 
     prefix: str
     reason: str
-
-    @property
-    def is_weight_only(self) -> bool:
-        """Whether it is one of the decoder's whose activations are not quantized (W4A16)."""
-        return self.reason == _WEIGHT_ONLY_EXPERTS
+    is_weight_only: bool = False
+    """Whether it is one of the decoder's whose activations are not quantized (W4A16)."""
 
 
 class _Named(NamedTuple):
@@ -103,13 +100,13 @@ def find_layers(
         if prefix in converted:
             continue
         number = layer_number(prefix)
-        reason = _reason_to_pass(prefix, number, text, tensors, source)
-        if reason is None and number is not None:
-            family = _family_of(tensors, families)
-            expert_count = text.expert_count(number)
-            layers.append(_check_layer(prefix, number, family, tensors, expert_count, source))
-        elif reason is not None:
-            passed.append(PassedLayer(prefix, reason))
+        if stays := _passed(prefix, number, text, tensors, source):
+            passed.append(stays)
+            continue
+        assert number is not None
+        family = _family_of(tensors, families)
+        expert_count = text.expert_count(number)
+        layers.append(_check_layer(prefix, number, family, tensors, expert_count, source))
     passed += _stacked(unknown, text.layer_count, {*by_layer, *converted})
     _check_gates(layers)
     _check_counts([layer for layer in layers if text.expert_count(layer.number) is None], unknown)
@@ -168,44 +165,54 @@ def _family_of(tensors: Sequence[_Named], families: Iterable[Family]) -> Family:
     return max(families, key=fit)
 
 
-def _reason_to_pass(
+def _passed(
     prefix: str,
     number: int | None,
     text: TextConfig,
     tensors: Iterable[_Named],
     source: Nvfp4Source,
-) -> str | None:
+) -> PassedLayer | None:
+    """The layer, if it stays as it is. One that has no number does."""
+    because = partial(PassedLayer, prefix)
     if is_mtp_by_name(prefix):
-        return "it is a layer of multi-token prediction (MTP), not of the decoder"
+        return because("it is a layer of multi-token prediction (MTP), not of the decoder")
     if owner := text.owner_of(prefix):
-        return f"it is a layer of the {owner}, not of the text model"
+        return because(f"it is a layer of the {owner}, not of the text model")
     if number is None:
-        return "its name has no layer number"
+        return because("its name has no layer number")
     if text.layer_count is None:
         raise CheckpointError("config.json: num_hidden_layers is missing")
     if number >= text.layer_count:
-        return f"layer {number} is not among the {text.layer_count} hidden layers (MTP)"
+        return because(f"layer {number} is not among the {text.layer_count} hidden layers (MTP)")
     dtypes: dict[str, set[str]] = {}
     for tensor in tensors:
         dtypes.setdefault(leaf_name(tensor.part), set()).add(tensor.matrix.tensor.dtype)
     weights = dtypes.get("weight", set()) | dtypes.get(source.leaves["weight"], set())
     if "U8" not in weights:
-        return f"its experts are {' and '.join(sorted(weights)) or 'without weights'}, not NVFP4"
-    return _another_kind(source.algorithms.get(number), dtypes, source) if source.mixed else None
+        found = " and ".join(sorted(weights)) or "without weights"
+        return because(f"its experts are {found}, not NVFP4")
+    algorithms = source.algorithms.get(number)
+    return _of_another_kind(prefix, algorithms, dtypes, source) if source.mixed else None
 
 
-def _another_kind(
-    algorithms: Collection[str] | None, dtypes: Mapping[str, Collection[str]], source: Nvfp4Source
-) -> str | None:
-    """Why packed experts of a source whose layers may differ are not W4A4 in NVFP4."""
+def _of_another_kind(
+    prefix: str,
+    algorithms: Collection[str] | None,
+    dtypes: Mapping[str, Collection[str]],
+    source: Nvfp4Source,
+) -> PassedLayer | None:
+    """The layer, if its packed experts, of a source whose layers may differ, are not W4A4 in
+    NVFP4."""
+    because = partial(PassedLayer, prefix)
     has_input_scales = source.leaves["input_scale"] in dtypes
     if algorithms == {"W4A16_NVFP4"} or not (algorithms or has_input_scales):
-        return _WEIGHT_ONLY_EXPERTS
+        return because(f"its experts are {WEIGHT_ONLY}", is_weight_only=True)
     if algorithms and algorithms != {"NVFP4"}:
-        return f"its experts are {' and '.join(sorted(algorithms))}, not NVFP4"
+        return because(f"its experts are {' and '.join(sorted(algorithms))}, not NVFP4")
     scales = dtypes.get(source.leaves["weight_scale"], {"missing"})
     if "F8_E4M3" not in scales:
-        return f"its block scales are {' and '.join(sorted(scales))}, those of NVFP4 are F8_E4M3"
+        found = " and ".join(sorted(scales))
+        return because(f"its block scales are {found}, those of NVFP4 are F8_E4M3")
     return None
 
 

@@ -70,7 +70,7 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
             f"{checkpoint.location}: not NVFP4: it is not quantized"
             + (f" ({CONFIG_NAME} says {dtype})" if dtype else "")
         )
-    file = CONFIG_NAME if checkpoint.text.sections else HF_QUANT_CONFIG_NAME
+    file = HF_QUANT_CONFIG_NAME if checkpoint.is_described_in_file else CONFIG_NAME
     settings = settings_of(section)
     producer = section.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None

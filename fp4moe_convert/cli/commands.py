@@ -415,7 +415,7 @@ def restore_command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Start afresh: delete what an unfinished run left in OUT_DIR."
+            "--overwrite", help="Start afresh: delete what an unfinished fp4moe restore left."
         ),
     ] = False,
     as_json: AsJson = False,

@@ -115,10 +115,12 @@ class _Run(msgspec.Struct, frozen=True, tag_field="line", tag="run"):
     owner: str
 
 
-class _Files(msgspec.Struct, frozen=True, tag_field="line", tag="files"):
+class _Files(msgspec.Struct, frozen=True, tag_field="line", tag="files", omit_defaults=True):
     """Files of these names may be there from now on."""
 
     files: list[str]
+    restored: bool = False
+    """They are of an original, not of a conversion."""
 
 
 class _Forget(msgspec.Struct, frozen=True, tag_field="line", tag="forget"):
@@ -142,6 +144,8 @@ class Records:
     """Checksums of the moves of unfinished shards, by the shard's name and key."""
     files: set[str] = field(default_factory=set)
     """Names that runs so far may have left in the folder."""
+    restored: set[bool] = field(default_factory=set)
+    """Whether these runs have restored an original; both, where files were brought together."""
     forgotten: bool = False
     """Whether records have been taken back; a manifest then proves nothing either."""
     origin: str | None = None
@@ -194,6 +198,7 @@ class Records:
                 self.divisions[journal] = line
             case _Files():
                 self.files.update(line.files)
+                self.restored.add(line.restored)
             case _Forget():
                 self.forgotten = True
                 self.finished.clear()
@@ -235,9 +240,9 @@ class Journal:
         """Read all journals of the folder, the other parts' too: what is recorded by now."""
         self.records.read(self._out_dir)
 
-    def declare(self, files: Iterable[str]) -> None:
+    def declare(self, files: Iterable[str], *, restored: bool = False) -> None:
         """Record names of files before they are created, so that a later run knows them as ours."""
-        self._append([_Files(sorted(files))])
+        self._append([_Files(sorted(files), restored)])
         with naming(self._path, OutputError):
             sync_folder(self._out_dir)
 

@@ -64,6 +64,7 @@ class OutputFolder:
         *,
         source: Path | None,
         part: Part | None = None,
+        restoring: bool = False,
         can_overwrite: bool = True,
     ) -> None:
         """Make the folder if need be, and lock it.
@@ -72,12 +73,13 @@ class OutputFolder:
             path: of the folder.
             source: the source folder, where it is a local one; neither may lie in the other.
             part: lock this part only.
+            restoring: an original will lie there, not a conversion.
             can_overwrite: whether the command at hand takes ``--overwrite``; that of a part does
                 not.
 
         Raises:
             InUseError: another process holds the folder, or the part.
-            OutputError: the folder is unfit or not ours.
+            OutputError: the folder is unfit, not ours, or holds the one where the other will lie.
         """
         check_place(path, source)
         self.path = path
@@ -87,7 +89,12 @@ class OutputFolder:
             make_folder(path)
             check_known(path)
         self.journal = Journal(path, part)
-        self.files = FolderFiles(path, self.journal, can_overwrite=can_overwrite and part is None)
+        self.files = FolderFiles(
+            path,
+            self.journal,
+            restoring=restoring,
+            can_overwrite=can_overwrite and part is None,
+        )
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         with contextlib.ExitStack() as opened:
             opened.push(self)
@@ -164,7 +171,7 @@ class Opened:
             OutputError: another part, or an earlier run of this one, is a part of something else.
         """
         journal, path = self.folder.journal, self.folder.path
-        self.folder.files.refuse_other_origin(division.origin)
+        self.folder.files.refuse_other_source(division.origin, division.sources)
         check_same(division, journal.records.divisions, path)
         journal.join(division)
         journal.read()  # of two that start at once, the later sees the other here
@@ -191,8 +198,8 @@ class Opened:
             # Nothing else may be deleted, or remarked upon: other parts are at work.
             files.leave_to_other_parts(names)
         if not overwrite:
+            files.refuse_other_source(work.origin, work.identities)
             files.refuse_edited(work)
-            files.refuse_other_origin(work.origin)
             recorded, difference = recorded_shards(work, journal.records, files.manifest)
             if difference and files.has_index:
                 raise OutputError(

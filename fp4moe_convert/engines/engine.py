@@ -16,7 +16,7 @@ _CUT_BY = ("num_attention_heads", "num_key_value_heads", "vocab_size")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What an engine learns of a model from its config.json, before it has seen a tensor."""
+    """What can be said of a model before an engine loads it."""
 
     architectures: tuple[str, ...]
     """As config.json names them."""
@@ -28,6 +28,9 @@ class Model:
     """Whether all its experts have a gate."""
     downs: frozenset[str] = frozenset()
     """What the down projections of its experts are called."""
+    untied: str | None = None
+    """A layer that clamps its SwiGLU and has experts whose gate and up differ in
+    ``weight_scale_2``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import defaults
-from ..errors import ConvertError, OutputError
+from ..errors import ConvertError, OutputError, PushError, UnreachableError
 from .options import (
     AsJson,
     CacheDir,
@@ -58,7 +58,9 @@ convert_app = typer.Typer(
 )
 
 
-def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
+def _check_repository(
+    push_to_hub: str | None, source: Store, max_shard_nbytes: int | None = None, *, private: bool
+) -> None:
     """Look at the repository before hours are spent on what cannot be pushed there."""
     if push_to_hub is None:
         if private:
@@ -66,7 +68,7 @@ def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
         return
     from ..publication import check_repository
 
-    check_repository(push_to_hub, private=private)
+    check_repository(push_to_hub, source, max_shard_nbytes=max_shard_nbytes, private=private)
 
 
 def _push(
@@ -80,7 +82,11 @@ def _push(
         return None
     from ..publication import push
 
-    return push(out_dir, push_to_hub, private=private, **options)
+    try:
+        return push(out_dir, push_to_hub, private=private, **options)
+    except (PushError, UnreachableError) as error:
+        advice = f"{out_dir} is finished, so fp4moe push {out_dir} OWNER/NAME is enough then"
+        raise type(error)(f"{error}; {advice}") from error
 
 
 def _ask_whether_to_drop(store: Store, out_dir: Path, **options: Any) -> None:
@@ -170,8 +176,8 @@ def convert_command(
         raise typer.BadParameter("--drop-source is for one machine; others may need the source")
     if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
         raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
-    _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+    _check_repository(push_to_hub, store, max_shard_size, private=private)
     if dry_run:
         from ..preparation import preview
         from .display import preview_tables
@@ -272,13 +278,13 @@ def finish_command(
     from ..storage.opening import open_store
     from .display import report_table
 
-    _check_repository(push_to_hub, private=private)
     store = open_store(
         source or source_of(out_dir),
         revision=revision,
         cache_dir=cache_dir,
         connections=connections,
     )
+    _check_repository(push_to_hub, store, private=private)
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
         pushed = _push(out_dir, push_to_hub, private, options)
@@ -319,8 +325,8 @@ def ci_command(
     from .summary import done_summary, failed_summary
 
     try:
-        _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+        _check_repository(push_to_hub, store, max_shard_size, private=private)
         with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
             job = run_job(
                 *(store, out_dir, report),
@@ -328,11 +334,12 @@ def ci_command(
                 overwrite=overwrite,
                 **options,
             )
-            pushed = _push(out_dir, push_to_hub, private, options)
+            if pushed := _push(out_dir, push_to_hub, private, options):
+                job = job.with_push(pushed)
     except ConvertError as error:
         _add_summary(failed_summary(model, error))
         raise
-    _add_summary(done_summary(job, pushed))
+    _add_summary(done_summary(job))
     warn(job.conversion.warnings)
     content, tables = job.as_json(), [job_table(job)]
     print_with_push(content, tables, pushed, as_json=as_json)

@@ -256,6 +256,12 @@ def test_sglang_loads_no_llama_4_with_attention_in_nvfp4(
         ("Step3p5ForCausalLM", {"swiglu_limits": [0, None]}, set()),
         ("Step3p5ForCausalLM", {"swiglu_limits": "7"}, set()),
         ("Gemma4ForConditionalGeneration", {}, set()),
+        ("AfmoeForCausalLM", {}, {"sglang"}),
+        ("DeepseekForCausalLM", {}, {"sglang"}),
+        ("XverseMoeForCausalLM", {}, {"sglang"}),
+        ("MiniCPMForCausalLM", {}, {"sglang", "vllm"}),
+        ("DeepseekOCRForCausalLM", {"use_mla": False}, {"sglang"}),
+        ("DeepseekOCRForCausalLM", {"use_mla": True}, set()),
         ("KimiK25ForConditionalGeneration", {}, set()),
     ],
 )

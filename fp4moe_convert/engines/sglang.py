@@ -16,11 +16,21 @@ from .engine import Engine, KnownModels, Model
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
 """Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
 
-_NOT_SERVED = {
-    "AfmoeForCausalLM": "has a module for each expert, and no fused MoE layers",
-    "LagunaForCausalLM": "insists on having loaded tensors of each expert",
-}
-"""models/afmoe.py:254 and laguna.py:813 in 0.5.23."""
+_UNFUSED = (
+    "AfmoeForCausalLM",
+    "DbrxForCausalLM",
+    "DeepseekForCausalLM",
+    "MiniCPM3ForCausalLM",
+    "MiniCPMForCausalLM",
+    "MiniCPMSALAForCausalLM",
+    "UnlimitedOCRForCausalLM",
+    "XverseMoeForCausalLM",
+)
+"""Models with a module for each expert, with parameters of their own, or with no experts at all
+(models/deepseek.py:132, dbrx.py:126, minicpm.py:527 in 0.5.23)."""
+
+_DEEPSEEK_OCR = "DeepseekOCRForCausalLM"
+"""Takes one of them for its text model where that has no MLA (models/deepseek_ocr.py:1489)."""
 
 _KIMI_K3 = {"KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM"}
 
@@ -59,9 +69,13 @@ def _why_not(model: Model) -> str | None:
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
-    for name, reason in _NOT_SERVED.items():
+    unfused = (*_UNFUSED, *([] if model.text.get("use_mla", True) else [_DEEPSEEK_OCR]))
+    for name in unfused:
         if name in model.architectures:
-            return f"SGLang's {name} {reason}"
+            return f"SGLang's {name} has no fused MoE layers"
+    # models/laguna.py:813 in 0.5.23.
+    if "LagunaForCausalLM" in model.architectures:
+        return "SGLang's LagunaForCausalLM insists on having loaded tensors of each expert"
     return None
 
 

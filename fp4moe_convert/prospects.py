@@ -15,6 +15,7 @@ from .format.contract import Geometry
 from .source.checkpoint import Checkpoint
 from .source.description import is_compressed_tensors
 from .source.experts import PassedLayer
+from .source.linears import decoder_linears
 from .source.names import DOWNS, layer_number, original_layer
 from .source.scales import untied_layer
 
@@ -127,6 +128,7 @@ def prospects(
         section,
         gated=all(each.gated for each in geometries.values()),
         downs=frozenset(_down_projections(checkpoint, geometries)),
+        linears=decoder_linears(checkpoint, geometries),
         untied=untied_layer(checkpoint, _clamped(text, section, geometries)),
     )
     sizes = tensor_parallel_sizes(model, geometries.values())

@@ -4,6 +4,7 @@ sizes, and how. That the reasons are true is for tests/engines/reasons.py."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from support.folders import edit_json
 from support.golden import CASES, runs_of
 from support.make_checkpoint import Spec, make_checkpoint
 from support.specs import MANY_SHARDS
-from support.tensors import home_of, range_of, read_tensors, write_tensors
+from support.tensors import StoredTensor, home_of, range_of, read_tensors, write_tensors
 from typer.testing import CliRunner
 
 from fp4moe_convert import CheckpointError, convert, inspect, preview
@@ -28,6 +29,7 @@ from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.prospects import CannotServe, CanServe, Prospects
+from fp4moe_convert.source.linears import Linear
 
 ANY = Model((), {}, {})
 
@@ -271,26 +273,52 @@ def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
     assert SGLANG.why_not(Model(("MixtralForCausalLM",), {}, {"quant_method": "modelopt"}))
 
 
+def pack(names: str) -> Callable[[Path], None]:
+    """Makes NVFP4 of the weights whose names match."""
+
+    def change(model_dir: Path) -> None:
+        tensors = read_tensors(model_dir)
+        for path in model_dir.glob("*.safetensors*"):
+            path.unlink()
+        for name in [name for name in tensors if re.fullmatch(names, name)]:
+            rows, cols = tensors[name].shape
+            tensors[name] = StoredTensor("U8", (rows, cols // 2), bytes(rows * cols // 2))
+            scales = StoredTensor("F8_E4M3", (rows, cols // 16), bytes(rows * cols // 16))
+            tensors[f"{name}_scale"] = scales
+        write_tensors(model_dir / "model.safetensors", tensors)
+
+    return change
+
+
 @pytest.mark.parametrize(
-    ("section", "served"),
+    ("packed", "served"),
     [
-        ({"quant_algo": "NVFP4", "ignore": ["lm_head", "vision_model*"]}, False),
-        ({"quant_algo": "NVFP4", "ignore": ["language_model.model.layers.0.self_attn*"]}, True),
-        ({"quant_algo": "NVFP4"}, False),
-        ({"quantization": NESTED | {"exclude_modules": ["lm_head"]}}, False),
-        ({"quantization": NESTED | {"exclude_modules": ["*self_attn*"]}}, True),
-        ({"quant_algo": "MIXED_PRECISION"}, True),
-        ({"quant_method": "compressed-tensors", "ignore": []}, True),
+        (r"language_model\..*self_attn\.[qkvo]_proj\.weight", False),
+        (r"vision_model\..*self_attn\.[qkvo]_proj\.weight", True),
+        (r"language_model\..*self_attn\.[vo]_proj\.weight", True),
     ],
-    ids=str,
 )
+@pytest.mark.parametrize("ignored", ["*vision_model*self_attn*", "*router*"])
 def test_sglang_loads_no_llama_4_with_attention_in_nvfp4(
-    section: dict[str, Any], served: bool
+    tmp_path: Path, packed: str, served: bool, ignored: str
 ) -> None:
-    model = Model(("Llama4ForConditionalGeneration",), {}, section)
-    assert VLLM.why_not(model) is None
-    assert (SGLANG.why_not(model) is None) == served
-    assert SGLANG.why_not(replace(model, architectures=("DeepseekV3ForCausalLM",))) is None
+    """Whatever the list of what is not quantized says."""
+    model = tmp_path / "model"
+    model_zoo.make(model, "llama4")
+    pack(packed)(model)
+    section = json.loads((model / "config.json").read_text())["quantization_config"]
+    edit_json(model / "config.json", quantization_config=section | {"ignore": [ignored]})
+    found = inspect(model).prospects
+    assert "vllm" in found.tensor_parallel
+    assert ("sglang" in found.tensor_parallel) == served
+
+
+def test_attention_of_compressed_tensors_may_be_nvfp4() -> None:
+    linear = Linear("self_attn.q_proj", "U8", (256, 256), (1, 16))
+    llama = Model(("Llama4ForConditionalGeneration",), {}, {}, linears=frozenset([linear]))
+    assert SGLANG.why_not(llama)
+    assert SGLANG.why_not(replace(llama, architectures=("Qwen3MoeForCausalLM",))) is None
+    assert SGLANG.why_not(replace(llama, section={"quant_method": "compressed-tensors"})) is None
 
 
 @pytest.mark.parametrize(

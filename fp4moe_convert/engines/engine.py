@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..format.contract import Geometry
+from ..source.linears import Linear
 
 MAX_TENSOR_PARALLEL = 64
 
@@ -31,6 +32,8 @@ class Model:
     """Whether all its experts have a gate."""
     downs: frozenset[str] = frozenset()
     """What the down projections of its experts are called."""
+    linears: frozenset[Linear] = frozenset()
+    """The decoder's, without its routed experts."""
     untied: str | None = None
     """A layer that clamps its SwiGLU and has experts whose gate and up differ in
     ``weight_scale_2``."""

@@ -54,7 +54,14 @@ def _why_not(model: Model) -> str | None:
     if is_modelopt and "MixtralForCausalLM" in model.architectures:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
     # models/mllama4.py:616 in 0.5.23 permutes the rows of q and k as if they were not packed.
-    if "Llama4ForConditionalGeneration" in model.architectures and _has_nvfp4_attention(model):
+    if (
+        is_modelopt
+        and "Llama4ForConditionalGeneration" in model.architectures
+        and any(
+            each.dtype == "U8" and each.name.endswith(("q_proj", "k_proj"))
+            for each in model.linears
+        )
+    ):
         return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
     if model.untied is not None:
         return f"{UNTIED}, as in {model.untied}"
@@ -115,13 +122,6 @@ def _group_size(model: Model) -> object:
         if isinstance(each, dict) and each.get("group_size") is not None:
             return each["group_size"]
     return GROUP_SIZE
-
-
-def _has_nvfp4_attention(model: Model) -> bool:
-    """Whether ModelOpt's NVFP4 leaves out no attention."""
-    settings = settings_of(model.section)
-    left_out = settings.get("ignore") or settings.get("exclude_modules")
-    return settings.get("quant_algo") == "NVFP4" and "attn" not in str(left_out)
 
 
 def _names_no_experts(model: Model) -> bool:

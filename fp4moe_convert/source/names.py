@@ -6,6 +6,8 @@ import re
 
 from .families import FAMILIES, LEAVES
 
+IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
+"""A whole name: up to and including ``layers``, the number, and the rest."""
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""

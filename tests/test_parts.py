@@ -382,9 +382,9 @@ def test_no_advice_to_convert_where_nothing_would_fit(source: Path, tmp_path: Pa
     run(source, tmp_path / "out", 1)
     for path in source.glob("*.safetensors"):
         os.utime(path)
-    with pytest.raises(OutputError, match="give all parts the same number of .* and source$"):
+    with pytest.raises(OutputError, match=r"give all parts the same number of .* and source$"):
         run(source, tmp_path / "out", 2)
-    with pytest.raises(OutputError, match="lacks 8 of 8 shards: .*, which keeps none$"):
+    with pytest.raises(OutputError, match=r"lacks 8 of 8 shards: .*, which keeps none$"):
         finish(tmp_path / "out")
 
 

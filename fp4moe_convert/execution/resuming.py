@@ -61,22 +61,26 @@ def finished_by(manifest: Manifest, work: Work) -> dict[str, FinishedShard]:
     return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
 
 
-def foresee_kept(work: Work, out_dir: Path) -> set[str]:
-    """Names of the shards that a run would keep, as far as that can be told without the lock.
+def foresee(work: Work, out_dir: Path) -> tuple[set[str], Mapping[str, Mapping[int, str]]]:
+    """What a run would keep, as far as that can be told without the lock.
+
+    Returns:
+        Names of finished shards; unfinished ones, as `take_up` has them.
 
     Raises:
         OutputError: the folder, or a journal, cannot be read.
     """
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
-            return set()
+            return set(), {}
     records = Records.of(out_dir)
     finished = dict(records.finished)
     with contextlib.suppress(VerifyError):  # it is not finished
         manifest = read_manifest(out_dir)
         if work.difference(manifest) is None and not records.forgotten:
             finished |= finished_by(manifest, work)
-    return set(take_stock(work, finished, out_dir, was_finished=False)[0])
+    kept, _ = take_stock(work, finished, out_dir, was_finished=False)
+    return set(kept), take_up(work, records.filled, out_dir)
 
 
 def take_up(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_REPORT_NBYTES = 10_000_000
 
 
-class Verified(msgspec.Struct, frozen=True, rename="verified_{}".format):
+class VerifiedFolder(msgspec.Struct, frozen=True, rename="verified_{}".format):
     """A finished folder whose bytes a job has verified."""
 
     manifest: str
@@ -42,7 +42,7 @@ class Verified(msgspec.Struct, frozen=True, rename="verified_{}".format):
     were read."""
 
     @classmethod
-    def of(cls, out_dir: Path) -> Verified:
+    def of(cls, out_dir: Path) -> VerifiedFolder:
         """What would be on record of a folder as it is now.
 
         Raises:
@@ -62,7 +62,7 @@ class JobReport:
     unchanged: bool
     """The folder held just this conversion, which an earlier job has verified, and no file of it
     has been written."""
-    verified: Verified
+    verified: VerifiedFolder
     """The folder, which is verified now."""
     conversion: ConversionReport
     path: Path
@@ -131,13 +131,13 @@ def run_job(
     verified = None if overwrite else _verified_before(out_dir, report)
     before = _files(out_dir) if verified else set()
     conversion = run(verify=verified is None)
-    if verified and Verified.of(out_dir) != verified:
+    if verified and VerifiedFolder.of(out_dir) != verified:
         # A shard had been lost, or another release has written the manifest again.
         verified, conversion = None, run(verify=True)
     job = JobReport(
         model=str(model_dir if isinstance(model_dir, (str, Path)) else model_dir.location),
         unchanged=verified is not None and _files(out_dir) <= before,
-        verified=verified or Verified.of(out_dir),
+        verified=verified or VerifiedFolder.of(out_dir),
         conversion=conversion,
         path=report,
     )
@@ -179,10 +179,10 @@ def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
             pass
 
 
-def _verified_before(out_dir: Path, report: Path) -> Verified | None:
+def _verified_before(out_dir: Path, report: Path) -> VerifiedFolder | None:
     """The folder, if it is as it was when a job had verified it."""
     try:
-        recorded = decode(read_all(LocalReader(report), MAX_REPORT_NBYTES), Verified)
-        return recorded if recorded == Verified.of(out_dir) else None
+        recorded = decode(read_all(LocalReader(report), MAX_REPORT_NBYTES), VerifiedFolder)
+        return recorded if recorded == VerifiedFolder.of(out_dir) else None
     except (CheckpointError, ValueError):  # one is not there, or it may be anything
         return None

@@ -323,7 +323,10 @@ class _Result:
                     f"the model card in {repo_id} names no licence: none is known of the source"
                 )
             files[CARD_NAME] = make_card(
-                *(repo_id, manifest, inspect(folder), carried),
+                repo_id,
+                manifest,
+                inspect(folder),
+                carried,
                 keeps_source_card=source_card is not None,
             )
         identities = {

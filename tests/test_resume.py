@@ -592,7 +592,7 @@ def test_names_in_a_journal_lead_to_no_other_folder(
 
 FIELDS = (
     *("name", "record", "format_version", "row_order", "plan", "sources", "owner", "files"),
-    *("parts", "max_shard_nbytes", "source"),
+    *("parts", "max_shard_nbytes", "source", "restored"),
 )
 KINDS = ("shard", "run", "files", "forget", "division")
 lines = st.dictionaries(

@@ -185,7 +185,8 @@ def convert_command(
         from .display import preview_tables
 
         foreseen = preview(
-            *(store, out_dir),
+            store,
+            out_dir,
             max_shard_nbytes=max_shard_size,
             drop_source=drop_source,
             overwrite=overwrite,
@@ -202,7 +203,10 @@ def convert_command(
 
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = _convert(
-            *(store, out_dir, part, ray),
+            store,
+            out_dir,
+            part,
+            ray,
             overwrite=overwrite,
             drop_source=drop_source,
             max_shard_nbytes=max_shard_size,
@@ -331,7 +335,9 @@ def ci_command(
         _check_repository(push_to_hub, store, max_shard_size, private=private)
         with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
             job = run_job(
-                *(store, out_dir, report),
+                store,
+                out_dir,
+                report,
                 max_shard_nbytes=max_shard_size,
                 overwrite=overwrite,
                 **options,
@@ -411,7 +417,7 @@ def restore_command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Start afresh: delete what an unfinished run left in OUT_DIR."
+            "--overwrite", help="Start afresh: delete what an unfinished fp4moe restore left."
         ),
     ] = False,
     as_json: AsJson = False,

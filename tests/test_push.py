@@ -245,6 +245,7 @@ def test_the_card(uploads: Uploads, converted: Path, hub: Hub) -> None:
         assert each in card.text
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_card_work(
     uploads: Uploads, converted: Path, original: Path, tmp_path: Path
 ) -> None:

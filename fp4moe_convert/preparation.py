@@ -15,7 +15,7 @@ import msgspec
 from . import defaults, layouts
 from .errors import CheckpointError, OutputError, naming
 from .execution.dropping import Dropping, remaining
-from .execution.folder_files import check_known, check_place
+from .execution.folder_files import check_known, check_local, check_place
 from .execution.forecast import Forecast, forecast
 from .execution.resuming import foresee
 from .execution.work import Conversion
@@ -156,10 +156,7 @@ def preview(
     store = open_store(model_dir)
     out_dir = None if out_dir is None else Path(out_dir)
     if out_dir is not None:
-        check_place(out_dir, store.local_path)
-        with naming(out_dir, OutputError):
-            if out_dir.exists():
-                check_known(out_dir)
+        check_local(out_dir)
     checkpoint = open_checkpoint(store if out_dir is None else remaining(store, out_dir))
     plan = plan_of(checkpoint, max_shard_nbytes=max_shard_nbytes)
     require_layers(checkpoint, plan.layers, plan.passed)
@@ -167,6 +164,11 @@ def preview(
     section = checkpoint.quantization or {}
     outlook = prospects(checkpoint, section, plan.geometries, plan.passed)
     outlook.require_one(checkpoint.location)
+    if out_dir is not None:
+        check_place(out_dir, store.local_path)
+        with naming(out_dir, OutputError):
+            if out_dir.exists():
+                check_known(out_dir)
     work = Conversion(checkpoint, plan)
     foreseen = Preview(work, outlook, warnings, out_dir=out_dir, overwrite=overwrite)
     if drop_source and work.is_there:

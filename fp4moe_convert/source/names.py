@@ -6,6 +6,8 @@ import re
 
 from .families import FAMILIES, LEAVES
 
+IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
+"""A whole name: up to and including ``layers``, the number, and the rest."""
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
@@ -26,6 +28,13 @@ _IN_EXPERTS = _parts_in("experts")
 """Llama 4's: ``down_proj_weight_scale``."""
 _IN_MOE = frozenset(part.partition(".")[0] for part in _parts_in("moe"))
 """Step-3.5's, without a leaf: ``down_proj``, but not the router, ``gate``."""
+DOWNS = {
+    part.partition(".")[0]
+    for family in FAMILIES
+    for part, (projections, leaf) in family.parts.items()
+    if "down" in projections and leaf == "weight"
+}
+"""What down projections of experts are called."""
 
 
 def layer_number(name: str) -> int | None:

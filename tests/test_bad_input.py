@@ -322,7 +322,7 @@ def convert_all_but_the_config(model_dir: Path) -> None:
 
 
 def convert_one_layer(model_dir: Path) -> None:
-    """Its stacked tensors beside the other's single ones."""
+    """What it becomes, beside the other as it was."""
     conversion.convert(model_dir, model_dir.parent / "converted")
     tensors = sorted(read_tensors(model_dir.parent / "converted").items())
     without(rf"{LAYER}\.")(model_dir)

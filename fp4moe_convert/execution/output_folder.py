@@ -96,11 +96,10 @@ class OutputFolder:
             can_overwrite=can_overwrite and part is None,
         )
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.push(self)
             self.files.read()
-        except BaseException as failure:
-            self.__exit__(type(failure), failure, None)
-            raise
+            opened.pop_all()
 
     def __enter__(self) -> Opened:
         assert isinstance(self._state, Opened)

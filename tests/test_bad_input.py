@@ -340,6 +340,11 @@ def narrow_the_experts(model_dir: Path) -> None:
 GROUPS_OF_32 = quantization_section(TINY)
 GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
 
+OF_COMPRESSED_TENSORS = {
+    "quant_method": "compressed-tensors",
+    "config_groups": quantization_section(TINY)["config_groups"],
+}
+
 MIXED_PRECISION = {
     "quant_method": "modelopt",
     "quant_algo": "MIXED_PRECISION",
@@ -596,6 +601,10 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
     "leaf unknown": (
         lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"{UP}.bias"),
         rf"{THIRD}: '{UP}\.bias' is not a tensor of a ModelOpt NVFP4 expert .*",
+    ),
+    "description of another exporter": (
+        edit_config(quantization_config=OF_COMPRESSED_TENSORS),
+        rf"model-.*: '{LAYER}\..*' is not a tensor of a compressed-tensors NVFP4 expert .*",
     ),
     "dtype unlike the others'": (
         lambda model_dir: change_entry(model_dir, f"{UP}.weight", dtype="I8"),

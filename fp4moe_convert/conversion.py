@@ -308,7 +308,7 @@ def fill(
             )
         )
     if must_be_complete:
-        planned.require_all(verify=verify)
+        planned.require_all(plan.max_shard_nbytes, verify=verify)
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
 

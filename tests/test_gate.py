@@ -44,13 +44,13 @@ def marker(**changes: Any) -> tuple[str, torch.Tensor]:
 
 EMBED = ("model.embed_tokens.weight", WEIGHT)
 HEAD = ("lm_head.weight", WEIGHT)
-STACKED = (f"{LAYER}.w13_weight", WEIGHT)
-OTHER_STACKED = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
+W13 = (f"{LAYER}.w13_weight", WEIGHT)
+OTHER_W2 = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
 SINGLE = (f"{LAYER}.0.gate_proj.weight", WEIGHT)
 
 STOP = (f"{LAYER}.0.down_proj.weight", torch.zeros(0, dtype=torch.uint8))
 
-CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, STOP, HEAD]
+CONVERTED_WEIGHTS = [EMBED, W13, OTHER_W2, STOP, HEAD]
 REST = [(f"{LAYER}.{leaf}", WEIGHT) for leaf in LEAVES if leaf != "w13_weight"]
 WHOLE = [*CONVERTED_WEIGHTS, *REST]
 ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
@@ -128,7 +128,7 @@ def test_another_marker_is_refused_before_anything_changes(
 
 @pytest.mark.parametrize("order", list(permutations(CONVERTED_WEIGHTS)))
 @pytest.mark.parametrize("form", [list, as_iterator])
-def test_stacked_tensors_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
+def test_converted_layers_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
     model = Model(CONVERTED)
     with pytest.raises(ServingError, match=r"comes without fp4moe\.layout"):
         model.load_weights(form(order))
@@ -183,10 +183,10 @@ def test_any_other_model_refuses_converted_weights(order: tuple[Any, ...], form:
 
 @pytest.mark.parametrize("form", [list, as_iterator])
 def test_any_other_model_takes_everything_else(form: Any) -> None:
-    """Stacked tensors without a marker too: they may be another exporter's."""
+    """Converted layers' names without a marker too: they may be another exporter's."""
     model = Model(None)
-    model.load_weights(form([EMBED, SINGLE, STACKED, HEAD]))
-    assert sorted(model.given) == sorted([EMBED[0], SINGLE[0], STACKED[0], HEAD[0]])
+    model.load_weights(form([EMBED, SINGLE, W13, HEAD]))
+    assert sorted(model.given) == sorted([EMBED[0], SINGLE[0], W13[0], HEAD[0]])
 
 
 STEP = "model.language_model.layers.1.moe"
@@ -295,7 +295,7 @@ def test_the_gate_of_a_model_that_an_engine_has_built(
 def test_a_marker_may_have_a_prefix() -> None:
     name, tensor = marker()
     model = Model(CONVERTED)
-    model.load_weights([(f"language_model.{name}", tensor), STACKED, *REST])
+    model.load_weights([(f"language_model.{name}", tensor), W13, *REST])
     assert model.delivered == [*LEAVES]
 
 
@@ -320,8 +320,8 @@ def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([EMBED, STACKED, marker(row_order="xxh3_128:00")], "row order xxh3_128:00"),
-        ([EMBED, STACKED, HEAD], "w13_weight' comes without fp4moe.layout"),
+        ([EMBED, W13, marker(row_order="xxh3_128:00")], "row order xxh3_128:00"),
+        ([EMBED, W13, HEAD], "w13_weight' comes without fp4moe.layout"),
         ([EMBED, SINGLE], "these weights are not converted"),
     ],
 )
@@ -342,7 +342,7 @@ def test_a_later_load_out_of_order_is_refused_before_anything_changes() -> None:
 
 def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
     gate = gate_of(Model(CONVERTED))
-    judged = gate.judge(as_iterator([marker(), STACKED]))
+    judged = gate.judge(as_iterator([marker(), W13]))
     assert gate.judge(judged) is judged
     with pytest.raises(ServingError):
         gate.judge(as_iterator([EMBED, marker(row_order="xxh3_128:00")]))
@@ -351,7 +351,7 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
 
 INCOMPLETE = [
     ([*CONVERTED_WEIGHTS, *REST[1:]], rf"^fp4moe: {REST[0][0]} was not loaded: missing from"),
-    ([EMBED, OTHER_STACKED, STOP, HEAD], rf"^fp4moe: {STACKED[0]}, .* were not loaded: missing"),
+    ([EMBED, OTHER_W2, STOP, HEAD], rf"^fp4moe: {W13[0]}, .* were not loaded: missing"),
 ]
 """A tensor of a layer that is here is missing, or all of them."""
 

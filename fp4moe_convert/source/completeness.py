@@ -17,7 +17,7 @@ from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
 from ..storage.local import UnlistedSnapshot
 from .checkpoint import Checkpoint, missing_by_name
-from .names import IN_LAYER, is_mtp_by_name, original_layer, stacked_layer
+from .names import IN_LAYER, converted_layer, is_mtp_by_name, original_layer
 from .text_config import TextConfig
 
 _NUMBERED = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
@@ -172,7 +172,7 @@ def _module(rest: str, experts: Set[str], parents: Set[str]) -> str:
     """The module of a layer that a tensor belongs to. What lies beside the experts is told apart:
     a router, shared experts."""
     name = f".{rest}"
-    own = original_layer(name) or stacked_layer(name)
+    own = original_layer(name) or converted_layer(name)
     if own is not None and own[1:] in experts:
         return own[1:]
     parts = rest.split(".", _DEEPEST)

@@ -11,7 +11,7 @@ IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
-_STACKED = frozenset(f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in LEAVES)
+_CONVERTED = frozenset(f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in LEAVES)
 
 
 def _parts_in(module: str) -> frozenset[str]:
@@ -49,11 +49,11 @@ def is_mtp_by_name(name: str) -> bool:
     return _MTP.search(name) is not None
 
 
-def stacked_layer(name: str) -> str | None:
+def converted_layer(name: str) -> str | None:
     """The expert layer of a tensor that is named as one that a layer becomes, up to and including
     ``.experts`` or ``.moe``. Others may use these names for an order of their own."""
     layer, _, leaf = name.rpartition(".")
-    return layer if leaf in _STACKED and layer.endswith((".experts", ".moe")) else None
+    return layer if leaf in _CONVERTED and layer.endswith((".experts", ".moe")) else None
 
 
 def original_layer(name: str) -> str | None:

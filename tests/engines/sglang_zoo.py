@@ -106,10 +106,10 @@ STOPS = (
     r"|(ValueError|AssertionError): .*loaded_weight.shape=?.*\[0\]"
     r"|IndexError: (Dimension out of range|index 0 is out of bounds for dimension 0 with size 0)"
 )
-"""Without the plugin, stacked experts reach a function that wants to know which expert, or the
-marker is refused, or the empty tensor fits nowhere. Which comes first is nobody's promise."""
+"""Without the plugin, a converted layer's tensors reach a function that wants to know which expert,
+or the marker is refused, or the empty tensor fits nowhere. Which comes first, nobody promises."""
 
-LOGS = "a loader that logs what goes wrong with stacked experts, and goes on"
+LOGS = "a loader that logs what goes wrong with converted layers, and goes on"
 PASSES_BY = {
     "mixtral": "a class without fused experts ignores names that it does not know",
     "minimax_m3_text": LOGS,

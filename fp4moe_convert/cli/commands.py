@@ -174,7 +174,9 @@ def convert_command(
         raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
     if drop_source and (part or ray is not None):
         raise typer.BadParameter("--drop-source is for one machine; others may need the source")
-    if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
+    # The question goes to stderr.
+    can_ask = all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    if drop_source and not (yes or dry_run or can_ask):
         raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     _check_repository(push_to_hub, store, max_shard_size, private=private)
@@ -191,7 +193,7 @@ def convert_command(
         )
         if part:
             foreseen = foreseen.only(part)
-        warn(foreseen.warnings)
+        warn([*foreseen.warnings, *foreseen.shortage])
         print_result(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     if drop_source and not yes:

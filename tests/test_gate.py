@@ -17,7 +17,13 @@ from safetensors.torch import save_file
 
 from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.errors import ServingError
-from fp4moe_convert.format.contract import ConvertedSection, Geometry, LayoutRecord, Marker
+from fp4moe_convert.format.contract import (
+    FORMAT_VERSION,
+    ConvertedSection,
+    Geometry,
+    LayoutRecord,
+    Marker,
+)
 from fp4moe_convert.layouts.trtllm_nvfp4 import TRTLLM_NVFP4
 from fp4moe_convert.serving.converted_layer import LEAVES
 from fp4moe_convert.serving.gate import Gate, Judged, gate_for, gate_of, guard
@@ -37,8 +43,10 @@ Weights = list[tuple[str, torch.Tensor]]
 WEIGHT = torch.zeros(1)
 
 
-def marker(**changes: Any) -> tuple[str, torch.Tensor]:
+def marker(format_version: int = FORMAT_VERSION, **changes: Any) -> tuple[str, torch.Tensor]:
     data = replace(CONVERTED.layout.marker, **changes).encode()
+    if format_version != FORMAT_VERSION:
+        data = json.dumps({**json.loads(data), "format_version": format_version}).encode()
     return "fp4moe.layout", torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

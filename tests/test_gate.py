@@ -385,6 +385,8 @@ def test_the_first_load_keeps_no_tensor() -> None:
             handed_out.append(weakref.ref(own))
             yield name, own
             del own
+            if name == HEAD[0]:
+                assert model.given[-1] == HEAD[0]
 
     model.load_weights(stream())
     assert model.given == 2 * [EMBED[0], HEAD[0]]
@@ -448,6 +450,8 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
     with pytest.raises(ServingError):
         gate.judge(as_iterator([EMBED, marker(row_order="xxh3_128:00")]))
     assert list(gate.judge(iter(()))) == []
+    ((_, given),) = gate.judge([EMBED])
+    assert given is EMBED[1]  # a list stays where it is
 
 
 INCOMPLETE = [

@@ -770,7 +770,7 @@ class Run:
 
         case = "an update from outside"
         folder = self.folder("qwen3", "converted", case)
-        other = load(self.folder("qwen3-b", "converted", case), Setup())
+        other = load(self.folder("qwen3-b", "converted", f"{case}, the other"), Setup())
         found = update_from_outside(load(folder, Setup()), other, folder)
         self.record(case, not found, found or "all is computed anew")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,19 @@ from .format.untrusted import decode
 from .progress import Running
 from .storage.copying import record_of
 from .storage.durable import make_folder, partial_path, write_file
-from .storage.local import LocalReader
+from .storage.local import LocalReader, files_below
 from .storage.opening import open_store
 from .storage.reader import Store, read_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .publication import PushReport
+
 MAX_REPORT_NBYTES = 10_000_000
 
 
-class Verified(msgspec.Struct, frozen=True, rename="verified_{}".format):
+class VerifiedFolder(msgspec.Struct, frozen=True, rename="verified_{}".format):
     """A finished folder whose bytes a job has verified."""
 
     manifest: str
@@ -40,7 +42,7 @@ class Verified(msgspec.Struct, frozen=True, rename="verified_{}".format):
     were read."""
 
     @classmethod
-    def of(cls, out_dir: Path) -> Verified:
+    def of(cls, out_dir: Path) -> VerifiedFolder:
         """What would be on record of a folder as it is now.
 
         Raises:
@@ -58,20 +60,35 @@ class JobReport:
 
     model: str
     unchanged: bool
-    """The folder held just this conversion, which an earlier job has verified."""
-    verified: Verified
+    """The folder held just this conversion, which an earlier job has verified, and no file of it
+    has been written."""
+    verified: VerifiedFolder
     """The folder, which is verified now."""
     conversion: ConversionReport
     path: Path
     """Where the report lies."""
+    pushed: PushReport | None = None
+    """The upload that followed, if one did."""
 
     def as_json(self) -> dict[str, Any]:
+        pushed = {} if self.pushed is None else {"pushed": self.pushed.as_json()}
         return {
             "model": self.model,
             "unchanged": self.unchanged,
             **msgspec.to_builtins(self.verified),
             "conversion": self.conversion.as_json(),
+            **pushed,
         }
+
+    def with_push(self, pushed: PushReport) -> JobReport:
+        """Write the report again, with the upload.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        job = replace(self, pushed=pushed)
+        write_file(job.path, to_json(job.as_json()))
+        return job
 
 
 def run_job(
@@ -112,14 +129,15 @@ def run_job(
         )
 
     verified = None if overwrite else _verified_before(out_dir, report)
+    before = _files(out_dir) if verified else set()
     conversion = run(verify=verified is None)
-    if verified and Verified.of(out_dir) != verified:
+    if verified and VerifiedFolder.of(out_dir) != verified:
         # A shard had been lost, or another release has written the manifest again.
         verified, conversion = None, run(verify=True)
     job = JobReport(
         model=str(model_dir if isinstance(model_dir, (str, Path)) else model_dir.location),
-        unchanged=verified is not None,
-        verified=verified or Verified.of(out_dir),
+        unchanged=verified is not None and _files(out_dir) <= before,
+        verified=verified or VerifiedFolder.of(out_dir),
         conversion=conversion,
         path=report,
     )
@@ -128,6 +146,12 @@ def run_job(
         partial_path(report).unlink(missing_ok=True)
     write_file(report, to_json(job.as_json()))
     return job
+
+
+def _files(out_dir: Path) -> set[tuple[str, FileIdentity]]:
+    """Every file of a folder, as it is now."""
+    with naming(out_dir):
+        return {(name, FileIdentity.of((out_dir / name).lstat())) for name in files_below(out_dir)}
 
 
 def _beside(out_dir: Path) -> Path:
@@ -155,10 +179,10 @@ def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
             pass
 
 
-def _verified_before(out_dir: Path, report: Path) -> Verified | None:
+def _verified_before(out_dir: Path, report: Path) -> VerifiedFolder | None:
     """The folder, if it is as it was when a job had verified it."""
     try:
-        recorded = decode(read_all(LocalReader(report), MAX_REPORT_NBYTES), Verified)
-        return recorded if recorded == Verified.of(out_dir) else None
+        recorded = decode(read_all(LocalReader(report), MAX_REPORT_NBYTES), VerifiedFolder)
+        return recorded if recorded == VerifiedFolder.of(out_dir) else None
     except (CheckpointError, ValueError):  # one is not there, or it may be anything
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +15,7 @@ from .format.contract import ConvertedSection, Geometry, LayoutRecord
 from .format.files import CONFIG_NAME, INDEX_NAME
 from .preparation import plan_of
 from .prospects import Prospects, prospects
-from .source.checkpoint import open_checkpoint
+from .source.checkpoint import Checkpoint, open_checkpoint
 from .source.completeness import warnings_on
 from .source.converted import is_converted
 from .source.experts import PassedLayer, find_layers, require_layers
@@ -51,13 +52,23 @@ class Inspection:
     """What a conversion would say besides."""
     prospects: Prospects
     """Which engines can serve it, once converted."""
-    row_order: str | None
-    """Fingerprint of the row order, where converted."""
-    flashinfer: str | None
-    """The release that gave it."""
+    layout: LayoutRecord | None
+    """Where converted."""
+
+    @property
+    def row_order(self) -> str | None:
+        """Fingerprint of the row order, where converted."""
+        return self.layout.row_order if self.layout else None
+
+    @property
+    def flashinfer(self) -> str | None:
+        """The release that gave it."""
+        return self.layout.flashinfer if self.layout else None
 
     def as_json(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del content["layout"]
+        content |= {"row_order": self.row_order, "flashinfer": self.flashinfer}
         content["layers"] = {prefix: sizes.as_json() for prefix, sizes in self.layers.items()}
         content["bytes"] = content.pop("nbytes")
         content |= {**content.pop("prospects").as_json(), "serve": self.serve}
@@ -67,6 +78,38 @@ class Inspection:
     def serve(self) -> dict[str, str]:
         """The command that serves it, by engine, where it is converted."""
         return self.prospects.commands(self.folder) if self.state == "converted" else {}
+
+
+@dataclass
+class _Experts:
+    """What `Inspection` says of a model's expert layers, as far as it was found out."""
+
+    layers: Mapping[str, Geometry] = field(default_factory=dict)
+    families: dict[str, str] = field(default_factory=dict)
+    passed: Sequence[PassedLayer] = ()
+    warnings: list[str] = field(default_factory=list)
+    prospects: Prospects = field(default_factory=lambda: Prospects({}))
+
+    def look_at_source(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError: it cannot be converted."""
+        plan = plan_of(checkpoint)
+        self.layers, self.families, self.passed = plan.geometries, plan.families, plan.passed
+        require_layers(checkpoint, plan.layers, plan.passed)
+        self.warnings = warnings_on(checkpoint, self.layers)
+        section = checkpoint.quantization or {}
+        self.prospects = prospects(checkpoint, section, self.layers, self.passed)
+        self.prospects.require_one(checkpoint.location)
+
+    def look_at_converted(self, checkpoint: Checkpoint, section: ConvertedSection) -> None:
+        """Raises CheckpointError: it has layers as in an original."""
+        self.layers = section.layers
+        found, self.passed = find_layers(checkpoint, converted=self.layers)
+        if found:
+            raise CheckpointError(
+                f"{checkpoint.location}: {found[0].prefix!r} is as in an original, and "
+                f"{CONFIG_NAME} says that it has passed through; convert the original again"
+            )
+        self.prospects = prospects(checkpoint, section.source, self.layers, self.passed)
 
 
 def inspect(folder: str | Path | Store) -> Inspection:
@@ -82,54 +125,34 @@ def inspect(folder: str | Path | Store) -> Inspection:
         for tensor in shard.header.tensors:
             dtypes[tensor.dtype] += tensor.nbytes
     section = checkpoint.quantization or {}
-    layout: LayoutRecord | None = None
-    state: State = "source"
-    reason = None
-    layers: dict[str, Geometry] = {}
-    families: dict[str, str] = {}
-    others: list[PassedLayer] = []
-    warnings: list[str] = []
-    outlook = Prospects({})
+    experts = _Experts()
+    layout = reason = None
     try:
         if is_converted(checkpoint):
-            state = "converted"
             converted = ConvertedSection.from_json(section)
-            layers = dict(converted.layers)
-            found, others = find_layers(checkpoint, converted=layers)
-            if found:
-                raise CheckpointError(
-                    f"{checkpoint.location}: {found[0].prefix!r} is as in an original, and "
-                    f"{CONFIG_NAME} says that it has passed through; convert the original again"
-                )
-            outlook = prospects(checkpoint, converted.source, layers, others)
+            experts.look_at_converted(checkpoint, converted)
+            layout = converted.layout
         else:
-            plan = plan_of(checkpoint)
-            layers, families, others = plan.geometries, plan.families, list(plan.passed)
-            require_layers(checkpoint, plan.layers, others)
-            warnings = warnings_on(checkpoint, layers)
-            outlook = prospects(checkpoint, section, layers, others)
-            outlook.require_one(checkpoint.location)
+            experts.look_at_source(checkpoint)
     except CheckpointError as error:
-        state, reason = "unsupported", str(error)
-    if state == "converted":
+        reason = str(error)
+    if layout:
         if not checkpoint.has_index:
             raise CheckpointError(f"{checkpoint.location}: is unfinished: it has no {INDEX_NAME}")
-        layout = converted.layout
         layouts.layout_of(layout)
     return Inspection(
         folder=checkpoint.location,
-        state=state,
+        state="unsupported" if reason else "converted" if layout else "source",
         reason=reason,
         quantization=describe(section),
         shards=len(checkpoint.shards),
         tensors=sum(len(shard.header.tensors) for shard in checkpoint.shards),
         nbytes=sum(shard.header.file_nbytes for shard in checkpoint.shards),
         dtypes=dict(dtypes.most_common()),
-        layers=layers,
-        families=families,
-        passed_layers={layer.prefix: layer.reason for layer in others},
-        warnings=warnings,
-        prospects=outlook,
-        row_order=layout.row_order if layout else None,
-        flashinfer=layout.flashinfer if layout else None,
+        layers=dict(experts.layers),
+        families=experts.families,
+        passed_layers={layer.prefix: layer.reason for layer in experts.passed},
+        warnings=experts.warnings,
+        prospects=experts.prospects,
+        layout=layout,
     )

@@ -31,13 +31,15 @@ from .format.files import (
     is_journal,
     no_engine_reads,
 )
-from .format.manifest import FileIdentity, Manifest
+from .format.manifest import FileIdentity, Manifest, ShardIdentity
 from .inspection import inspect
 from .model_card import front_matter, make_card
 from .progress import OnNote, OnProgress, tell, track
 from .source.recorded import is_source_card, keeps_source_card
+from .storage.copying import record_of
 from .storage.hub_repository import Head, HubRepository
 from .storage.local import LocalFolder, files_below
+from .storage.reader import Store
 from .storage.remote import FIRST_TRIES, Backoff, TryAgainError
 from .verification import verify
 
@@ -85,15 +87,24 @@ class PushReport:
         }
 
 
-def check_repository(repo_id: str, *, private: bool = False) -> None:
+def check_repository(
+    repo_id: str,
+    source: Store,
+    *,
+    max_shard_nbytes: int | None = None,
+    private: bool = False,
+) -> None:
     """Make sure, before a conversion, that its result has a chance to be pushed.
 
     Args:
         repo_id: as for `push`.
+        source: what will be converted.
+        max_shard_nbytes: with which bound of a shard's size, where that is known.
         private: as for `push`.
 
     Raises:
-        PushError: nobody is logged in, or the repository holds something that no conversion is.
+        PushError: nobody is logged in, or the repository holds something else.
+        CheckpointError: the source, or the repository's manifest, cannot be read.
         UnreachableError: the Hub does not answer.
     """
     head = _reach(HubRepository(repo_id))
@@ -102,6 +113,28 @@ def check_repository(repo_id: str, *, private: bool = False) -> None:
     _check_private(repo_id, head, private)
     if MANIFEST_NAME not in head.files:
         _refuse_foreign(repo_id, head, known=())
+        return
+    theirs = _manifest_of(repo_id, head)
+    if max_shard_nbytes not in (None, theirs.max_shard_nbytes):
+        size = theirs.max_shard_nbytes
+        difference = f"its files have at most {size:,} bytes (--max-shard-size {size})"
+        raise _another_conversion(repo_id, theirs, difference)
+    source.check_exists()
+    # Not the commit, which may differ in what no engine reads. Shards may have been dropped.
+    there = set(source.listing().files)
+    files, shards = theirs.source.files, theirs.source.shards
+    on_hub = bool(theirs.source.hub_id and source.provenance().hub_id)
+
+    def differs(before: ShardIdentity, now: FileIdentity) -> bool:
+        etags = (
+            {before.etag, now.etag} - {None} if on_hub else ()
+        )  # elsewhere copies have their own
+        return before.nbytes != now.nbytes or len(etags) == 2
+
+    changed = [n for n in files if n in there and files[n] != record_of(source.open(n))]
+    changed += [n for n in shards if n in there and differs(shards[n], source.open(n).identity)]
+    if changed:
+        raise _another_conversion(repo_id, theirs, f"in the source, {changed[0]} differs")
 
 
 def push(
@@ -290,7 +323,10 @@ class _Result:
                     f"the model card in {repo_id} names no licence: none is known of the source"
                 )
             files[CARD_NAME] = make_card(
-                *(repo_id, manifest, inspect(folder), carried),
+                repo_id,
+                manifest,
+                inspect(folder),
+                carried,
                 keeps_source_card=source_card is not None,
             )
         identities = {
@@ -332,20 +368,11 @@ class _Result:
         return [name for name in self.files if name not in head.files]
 
     def _check_same(self, head: Head) -> None:
-        try:
-            theirs = Manifest.decode(head.read(MANIFEST_NAME, MAX_MANIFEST_NBYTES))
-        except VerifyError as error:
-            raise PushError(
-                f"{self.repo_id}: holds another conversion: {error}; choose another repository"
-            ) from None
-        ours = self.manifest
+        theirs, ours = _manifest_of(self.repo_id, head), self.manifest
         for before, now in ((theirs.files, ours.files), (theirs.shards, ours.shards)):
             for name in sorted(before.keys() | now.keys()):
                 if before.get(name) != now.get(name) and not no_engine_reads(name):
-                    raise PushError(
-                        f"{self.repo_id}: holds another conversion, of {theirs.source.path}: "
-                        f"{name} differs; choose another repository"
-                    )
+                    raise _another_conversion(self.repo_id, theirs, f"{name} differs")
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raises CheckpointError: a file is not the one that was verified."""
@@ -355,6 +382,28 @@ class _Result:
                 now = self.folder.open(os.path.relpath(file, self.folder.local_path)).identity
                 if now != self.identities[name]:
                     raise CheckpointError(f"{file}: has changed while it was uploaded")
+
+
+def _manifest_of(repo_id: str, head: Head) -> Manifest:
+    """The manifest that a repository has.
+
+    Raises:
+        PushError: it is of another format version, or none.
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return Manifest.decode(head.read(MANIFEST_NAME, MAX_MANIFEST_NBYTES))
+    except VerifyError as error:
+        raise PushError(
+            f"{repo_id}: holds another conversion: {error}; choose another repository"
+        ) from None
+
+
+def _another_conversion(repo_id: str, theirs: Manifest, difference: str) -> PushError:
+    return PushError(
+        f"{repo_id}: holds another conversion, of {theirs.source.path}: {difference}; "
+        "choose another repository"
+    )
 
 
 def _check_private(repo_id: str, head: Head, private: bool) -> None:

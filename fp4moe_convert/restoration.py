@@ -172,7 +172,7 @@ def restore(
         direct_io: bypass the page cache where the file systems allow.
         threads: workers that read, undo and write.
         verify: read the result back and compare every byte with the converted checkpoint.
-        overwrite: start afresh and delete what unfinished runs left in ``out_dir``.
+        overwrite: start afresh and delete what unfinished restorations left in ``out_dir``.
         on_progress: called after each few MiB, from any thread, one call at a time.
         on_note: told, in words, what of an earlier run is kept and what is written again.
 
@@ -202,7 +202,7 @@ def restore(
         tell([f"already finished: {out_dir} is the original"], on_note)
         verify_seconds = read_again()
     else:
-        with OutputFolder(out_dir, source=converted_dir) as opened:
+        with OutputFolder(out_dir, source=converted_dir, restoring=True) as opened:
             planned = opened.plan(work, overwrite=overwrite)
             writing = planned.start()
             tell(planned.notes(), on_note)

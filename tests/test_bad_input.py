@@ -30,7 +30,7 @@ from support.folders import (
     write_byte,
 )
 from support.make_checkpoint import Spec, make_checkpoint, quantization_section
-from support.processes import FP4MOE_CONVERT
+from support.processes import FP4MOE_CONVERT, kill_at_rename
 from support.specs import TINY
 from support.tensors import (
     StoredTensor,
@@ -45,6 +45,7 @@ from typer.testing import CliRunner
 from fp4moe_convert import ConvertError, conversion, inspect, preview
 from fp4moe_convert.cli.commands import app, convert_app
 from fp4moe_convert.errors import printable
+from fp4moe_convert.format.files import is_journal
 from fp4moe_convert.layouts import fingerprints as recorded_orders
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -824,6 +825,82 @@ def test_refused_by_restore(tiny: Path, tiny_converted: Path, tmp_path: Path, ca
     assert DOCUMENTED[case] == f"error: {short}"
 
 
+def unfinished_original(folder: Path) -> None:
+    kill_at_rename(f"restore({str(folder / 'converted')!r}, {str(folder / 'out')!r})", 1)
+
+
+Step = str | Damage
+"""A command, or what else is done in the folder that it is called from."""
+
+CONVERTED_OTHER: list[Step] = ["convert other out"]
+PART_OF_OTHER: list[Step] = ["convert other out --part 1/2 --max-shard-size 500KB"]
+HELD: dict[str, tuple[list[Step], list[str]]] = {
+    "`restore`: a finished conversion, with `--overwrite` too": (
+        CONVERTED_OTHER,
+        ["restore converted out", "restore converted out --overwrite"],
+    ),
+    "`restore`: parts of a conversion, with `--overwrite` too": (
+        PART_OF_OTHER,
+        ["restore converted out", "restore converted out --overwrite"],
+    ),
+    "`restore`: an unfinished original of another conversion": (
+        [unfinished_original, "convert other converted-other"],
+        ["restore converted-other out"],
+    ),
+    "an unfinished original, with `--overwrite` or `--part` too": (
+        [unfinished_original],
+        [
+            "convert model out",
+            "convert model out --overwrite",
+            "convert model out --part 1/2",
+            "ci model out --overwrite",
+        ],
+    ),
+    "a finished conversion of another checkpoint": (CONVERTED_OTHER, ["convert model out"]),
+    "an unfinished conversion of another checkpoint": (
+        PART_OF_OTHER,
+        ["convert model out", "ci model out"],
+    ),
+    "`--part`, `finish`: parts of another checkpoint": (
+        PART_OF_OTHER,
+        ["convert model out --part 2/2", "finish out --source model"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_refused_for_what_the_output_folder_holds(
+    tiny: Path,
+    tiny_converted: Path,
+    made: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("model", tiny), ("converted", tiny_converted), ("other", made[0])):
+        Path(name).symlink_to(folder)
+    steps, commands = HELD[case]
+    for step in steps:
+        if isinstance(step, str):
+            assert CliRunner().invoke(app, [*step.split(), "--quiet"]).exit_code == 0
+        else:
+            step(tmp_path)
+
+    def left() -> dict[str, str]:
+        """But for the journals: a run that has the lock says so."""
+        found = fingerprints(tmp_path).items()
+        return {name: data for name, data in found if not is_journal(Path(name).name)}
+
+    before = left()
+    for command in commands:
+        result = CliRunner().invoke(app, [*command.split(), "--quiet"])
+        assert (result.exit_code, result.stdout) == (1, ""), command
+        short = one_error(result.stderr).replace(f"{made[0].parent}/", "")
+        assert DOCUMENTED[case] == f"error: {short}"
+        assert left() == before
+
+
 def documented_errors() -> dict[str, str]:
     """What docs/errors.md says is printed, by input."""
     text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
@@ -834,7 +911,7 @@ DOCUMENTED = documented_errors()
 
 
 def test_the_documented_errors_are_those_that_are_tested() -> None:
-    assert list(DOCUMENTED) == [*BEFORE_THE_FIRST_BYTE, *TO_RESTORE]
+    assert list(DOCUMENTED) == [*BEFORE_THE_FIRST_BYTE, *TO_RESTORE, *HELD]
 
 
 def test_refuses_what_it_has_converted_itself(tiny: Path, tmp_path: Path) -> None:

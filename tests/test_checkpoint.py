@@ -308,6 +308,18 @@ def test_quantization_in_both_places(model_dir: Path) -> None:
     assert checkpoint.hf_quant_config == hf_quant_config(TINY)
 
 
+@pytest.mark.parametrize("section", [{"quant_method": "fp8"}, "no object"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_nested_section_beside_hf_quant_config_is_a_leftover(
+    model_dir: Path, key: str, section: object
+) -> None:
+    edit_json(model_dir / "config.json", quantization_config=None, text_config={key: section})
+    (model_dir / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(TINY)))
+    checkpoint = open_checkpoint(model_dir)
+    require_nvfp4(checkpoint)
+    assert checkpoint.quantization == hf_quant_config(TINY)
+
+
 # --- not a model folder ---------------------------------------------------------------------------
 
 
@@ -646,6 +658,10 @@ FOUR_BITS = {"num_bits": 4, "type": "float"}
         {**PACKED, "quant_method": "compressed_tensors", **groups(input_activations=FOUR_BITS)},
         HYBRID,
         HYBRID | {"group_size": 16} | mixed(mlp_experts="NVFP4"),
+        HYBRID | {"moe_quant_algo": "nvfp4", "group_size": "16"},
+        {"quant_method": "ModelOpt", "quant_algo": "nvfp4", "group_size": "16"},
+        MIXED | {"quant_algo": "mixed_precision"} | mixed(mlp_experts="nvfp4"),
+        {**PACKED, "quant_method": "Compressed_Tensors", **groups(input_activations=FOUR_BITS)},
     ],
 )
 def test_takes_what_says_that_some_experts_are_nvfp4(
@@ -664,6 +680,14 @@ def test_the_algorithm_of_the_experts_may_stand_in_hf_quant_config(model_dir: Pa
     (model_dir / "hf_quant_config.json").write_text(json.dumps(described))
     kind = "modelopt MIXED_PRECISION, whose experts are FP8"
     refuses(model_dir, f"config.json: no NVFP4 experts to convert: the quantization is {kind}")
+
+
+def test_a_group_of_mxfp4_may_be_of_something_else(model_dir: Path) -> None:
+    mxfp4 = {"weights": {**FOUR_BITS, "group_size": 32}, "input_activations": FOUR_BITS}
+    own = groups(input_activations=FOUR_BITS)["config_groups"]
+    section = PACKED | {"config_groups": {"group_1": mxfp4, **own}}
+    edit_json(model_dir / "config.json", quantization_config=section)
+    require_nvfp4(open_checkpoint(model_dir))
 
 
 @pytest.mark.parametrize(
@@ -689,6 +713,13 @@ def test_refuses_another_group_size_of_some_experts(
 ) -> None:
     edit_json(model_dir / "config.json", quantization_config=section)
     refuses(model_dir, "config.json: group size is 32, NVFP4 has 16")
+
+
+def test_engines_read_a_group_size_of_compressed_tensors_as_it_is(model_dir: Path) -> None:
+    section = PACKED | groups(input_activations=FOUR_BITS)
+    section["config_groups"]["group_0"]["weights"]["group_size"] = "16"
+    edit_json(model_dir / "config.json", quantization_config=section)
+    refuses(model_dir, "config.json: group size is '16', NVFP4 has 16")
 
 
 def test_what_a_section_does_not_say_of_activations_is_no_reason(model_dir: Path) -> None:
@@ -718,12 +749,12 @@ def test_names_the_file_that_describes_the_quantization(model_dir: Path) -> None
     refuses(model_dir, "hf_quant_config.json: group size is 32, NVFP4 has 16")
 
 
-@pytest.mark.parametrize("size", [32, 128, "16"])
+@pytest.mark.parametrize("size", [32, 128, "32"])
 def test_refuses_another_group_size(model_dir: Path, size: object) -> None:
     section = quantization_section(TINY)
     section["config_groups"]["group_0"]["weights"]["group_size"] = size
     edit_json(model_dir / "config.json", quantization_config=section)
-    refuses(model_dir, f"config.json: group size is {size}, NVFP4 has 16")
+    refuses(model_dir, f"config.json: group size is {size!r}, NVFP4 has 16")
 
 
 def test_copying_a_folder_does_not_change_what_it_is(tiny: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.faulty_disk import mounted, needs_root
-from support.folders import contents, flip_bit
+from support.folders import INDEX, contents, flip_bit
 from support.hub import Hub
 from support.processes import kill_at_rename
 from support.specs import SMALL_SHARD_NBYTES
@@ -173,6 +173,27 @@ def test_what_no_job_has_verified_is_verified(
     assert report["unchanged"] is False
     assert len(reads) >= 8
     assert contents(out) == expected
+    assert done(source, out)["unchanged"] is True
+
+
+@pytest.mark.parametrize("name", [INDEX, "tokenizer.json", "LICENSE"])
+def test_a_lost_file_beside_the_shards_is_written_and_that_is_told(
+    source: Path, tmp_path: Path, page: Path, reads: list[str], name: str
+) -> None:
+    """A pipeline that skips its upload of what is unchanged would leave it out."""
+    (source / "LICENSE").write_text("as it is")
+    out = tmp_path / "out"
+    done(source, out)
+    before = contents(out)
+    if name == "tokenizer.json":
+        (out / INDEX).unlink()  # with an index, its loss is refused
+    (out / name).unlink()
+    reads.clear()
+    report = done(source, out)
+    assert report["unchanged"] is False
+    assert not reads
+    assert contents(out) == before
+    assert "| result | converted, verified by an earlier job |" in page.read_text()
     assert done(source, out)["unchanged"] is True
 
 

@@ -521,6 +521,7 @@ def test_killed_at_a_rename(
     assert_way_back(out, pristine)
 
 
+@pytest.mark.slow
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
     """A handful; ``support/kill.py --drop-source --power-cuts`` does hundreds."""

@@ -189,6 +189,55 @@ def test_engines_look_for_nvfp4_amid_fp8_where_all_is_said(
     assert {engine.name for engine in ENGINES if engine.why_not(model)} == cannot
 
 
+COMPRESSED = {"quant_method": "compressed-tensors"}
+MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+PLAIN = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+@pytest.mark.parametrize(
+    ("section", "cannot"),
+    [
+        (PLAIN | {"group_size": "16"}, {"sglang": "wants a number for the group_size, not '16'"}),
+        (
+            {"config_groups": {"a": W4A4 | {"weights": {"group_size": "16"}}}},
+            {"sglang": "wants a number"},
+        ),
+        (PLAIN | {"group_size": 16, "config_groups": {"a": group(input_activations={})}}, {}),
+        (PLAIN | {"quant_algo": "nvfp4"}, {"sglang": "does not know the spelling nvfp4"}),
+        (PLAIN | {"quant_method": "ModelOpt"}, {"sglang": "does not know the spelling ModelOpt"}),
+        (PLAIN | {"quant_method": "MODELOPT_FP4"}, {}),
+        (PLAIN | {"ignore": None}, dict.fromkeys(("sglang", "vllm"), "wants a list")),
+        (PLAIN | {"ignore": "lm_head"}, dict.fromkeys(("sglang", "vllm"), "wants a list")),
+        (
+            {"quantization": NESTED | {"exclude_modules": None}},
+            dict.fromkeys(("sglang", "vllm"), "wants a list"),
+        ),
+        (MIXED | {"group_size": "16"}, {}),
+        (MIXED | {"quant_algo": "mixed_precision"}, {"sglang": "does not know the spelling"}),
+        (MIXED | {"ignore": None}, {"vllm": "wants a list"}),
+        (COMPRESSED | {"ignore": None}, dict.fromkeys(("sglang", "vllm"), "wants a list")),
+        (COMPRESSED | {"quant_method": "Compressed-Tensors"}, {}),
+        (
+            COMPRESSED | {"quant_method": "compressed_tensors"},
+            {"sglang": "does not know the spelling compressed_tensors"},
+        ),
+        (HYBRID | {"moe_quant_algo": "nvfp4", "quant_algo": "mixed_precision"}, {}),
+        (HYBRID | {"group_size": "16", "ignore": None}, {}),
+    ],
+    ids=str,
+)
+def test_settings_in_another_form(section: dict[str, Any], cannot: dict[str, str]) -> None:
+    """What both engines make of each was seen where they load a model with it."""
+    model = Model(("DeepseekV4ForCausalLM",), {"model_type": "deepseek_v4"}, section)
+    reasons = {engine: engine.why_not(model) for engine in ENGINES}
+    found = {engine.name: reason for engine, reason in reasons.items() if reason is not None}
+    assert found.keys() == cannot.keys()
+    for engine in ENGINES:
+        assert found.get(engine.name, "").startswith(
+            f"{engine.title} {cannot[engine.name]}" if engine.name in cannot else ""
+        )
+
+
 @pytest.mark.parametrize(
     ("modules", "served"),
     [
@@ -224,7 +273,7 @@ def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
     [
         ({"quant_algo": "NVFP4", "ignore": ["lm_head", "vision_model*"]}, False),
         ({"quant_algo": "NVFP4", "ignore": ["language_model.model.layers.0.self_attn*"]}, True),
-        ({"quant_algo": "NVFP4", "exclude_modules": None}, False),
+        ({"quant_algo": "NVFP4"}, False),
         ({"quantization": NESTED | {"exclude_modules": ["lm_head"]}}, False),
         ({"quantization": NESTED | {"exclude_modules": ["*self_attn*"]}}, True),
         ({"quant_algo": "MIXED_PRECISION"}, True),

@@ -399,6 +399,7 @@ WEIGHT_ONLY = (
     "its experts are weight-only (W4A16), which no engine serves with flashinfer_trtllm, the "
     "backend that this layout is for; serve the original with another MoE backend"
 )
+FP8_AND_NVFP4 = "its experts are FP8 and NVFP4, not NVFP4"
 COMPRESSED = {"quantization_config": {"quant_method": "compressed-tensors"}}
 
 
@@ -430,7 +431,7 @@ def without_input_scales(tensors: Tensors) -> Tensors:
     ("algorithms", "reason"),
     [
         ({"experts": "W4A16_NVFP4"}, WEIGHT_ONLY),
-        ({"experts__0__up_proj": "NVFP4", "experts__1__up_proj": "FP8"}, "FP8 and NVFP4"),
+        ({"experts__0__up_proj": "NVFP4", "experts__1__up_proj": "FP8"}, FP8_AND_NVFP4),
         ({"experts": "W4A8_NVFP4_FP8"}, "its experts are W4A8_NVFP4_FP8, not NVFP4"),
     ],
 )
@@ -443,12 +444,31 @@ def test_packed_experts_that_are_said_to_be_of_another_kind_pass(
 
 
 @pytest.mark.parametrize(
-    "algorithms", [{"experts": "NVFP4"}, {"experts__0__up_proj": "nvfp4"}, {"shared": "FP8"}]
+    "algorithms",
+    [
+        {"experts": "NVFP4"},
+        {"experts__0__up_proj": "nvfp4"},
+        {"shared": "FP8"},
+        {"experts": "NVFP4", "experts__shared_expert__up_proj": "FP8"},
+        {"experts__0__up_proj": "NVFP4", "experts__gate": "FP8"},
+    ],
 )
 def test_packed_experts_that_are_said_to_be_nvfp4_or_nothing_are_converted(
     algorithms: dict[str, str],
 ) -> None:
     assert found(layer(), **mixed(**algorithms))
+
+
+@pytest.mark.parametrize("other", ["talker.model", "model.visual"])
+def test_the_algorithm_of_a_layer_of_the_same_number_elsewhere_is_not_that_of_its_own(
+    other: str,
+) -> None:
+    section = mixed(experts="NVFP4")
+    layers = section["quantization_config"]["quantized_layers"]
+    layers[f"{other}.layers.1.mlp.experts"] = {"quant_algo": "FP8"}
+    assert found(layer(), **section)
+    renamed = {f"language_model.{name}": tensor for name, tensor in layer().items()}
+    assert FP8_AND_NVFP4 in passed(renamed, **section)[f"language_model.{PREFIX}"]
 
 
 def test_a_layer_of_its_own_kind_passes_beside_others() -> None:

@@ -83,6 +83,7 @@ def views(draw: st.DrawFn) -> Any:
     return shape, axis, start, length, draw(st.integers(0, 3)), draw(st.integers(1, 700))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(views())
 def test_any_share_arrives_and_nothing_beside_it(case: Any) -> None:

@@ -242,6 +242,7 @@ def test_a_disk_that_does_not_answer(
     assert contents(out) == expected
 
 
+@pytest.mark.slow
 @needs_root
 def test_power_cuts_at_random_moments() -> None:
     """A handful; ``support/kill.py --power-cuts`` does hundreds."""

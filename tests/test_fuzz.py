@@ -125,6 +125,7 @@ def test_what_we_accept_the_safetensors_library_accepts(seed: bytes, number: int
 anything = st.binary(max_size=60) | json_values.map(fuzz.dump)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_arbitrary_input(checks: dict[str, fuzz.Check], target: str) -> None:
     @settings(max_examples=50)
@@ -337,6 +338,7 @@ print(status.split("VmHWM:")[1].split()[0], time.perf_counter() - started)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its peak of memory")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_header_takes_less_than_1_gib(tmp_path: Path, kind: str) -> None:

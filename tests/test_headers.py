@@ -425,6 +425,7 @@ almost_entries = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.text(max_size=4), almost_entries | json_values, max_size=4),
     st.binary(max_size=20),

@@ -47,7 +47,7 @@ def tiled(scales: Bytes) -> Bytes:
 def arranged(sources: list[Bytes], *, tiles: bool) -> Bytes:
     rows, row_nbytes = sources[0].shape
     out = np.empty(sum(source.size for source in sources), np.uint8)
-    arrangement = ShuffledRows(rows, row_nbytes, rows, row_nbytes, tiled=tiles)
+    arrangement = ShuffledRows.unpadded(rows, row_nbytes, tiled=tiles)
     arrangement.arrange([source.reshape(-1) for source in sources], out)
     return out
 
@@ -97,7 +97,13 @@ def test_padding_is_zero_and_undo_gives_the_source_back(
 ) -> None:
     rows, row_nbytes = blocks * 128 // count, 4 * (width + missing_words)
     source_rows, source_row_nbytes = rows - 16 * missing_blocks, 4 * width
-    arrangement = ShuffledRows(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
+    arrangement = ShuffledRows(
+        rows=rows,
+        row_nbytes=row_nbytes,
+        source_rows=source_rows,
+        source_row_nbytes=source_row_nbytes,
+        tiled=tiles,
+    )
     sources = [random_bytes(source_rows * source_row_nbytes, seed=n) for n in range(count)]
     out = np.full(count * arrangement.nbytes, 0xA5, np.uint8)
     arrangement.arrange(sources, out)
@@ -148,7 +154,13 @@ def test_transposed_rows_lie_as_those_that_are_not(
 ) -> None:
     rows, row_nbytes = blocks * 128 // count, 4 * width
     source_rows, source_row_nbytes = rows - 16 * missing_blocks, row_nbytes - missing_bytes
-    own = ShuffledRows(rows, row_nbytes, source_rows, source_row_nbytes, tiles)
+    own = ShuffledRows(
+        rows=rows,
+        row_nbytes=row_nbytes,
+        source_rows=source_rows,
+        source_row_nbytes=source_row_nbytes,
+        tiled=tiles,
+    )
     sources = [random_bytes(source_rows, source_row_nbytes, seed=n) for n in range(count)]
     expected = np.empty(count * own.nbytes, np.uint8)
     own.arrange(sources, expected)
@@ -171,7 +183,7 @@ def test_transposed_rows_lie_as_those_that_are_not(
 
 
 def test_a_nan_in_any_column_is_refused() -> None:
-    rows = ShuffledRows(320, 4, 320, 4, tiled=True)
+    rows = ShuffledRows.unpadded(320, 4, tiled=True)
     for column in (0, 319, 320, 639):
         stored = side_by_side([random_bytes(320, 4, seed=n) for n in range(2)])
         stored[3, column] = 0x7F
@@ -201,7 +213,7 @@ def test_values_that_stand_in_several_places_come_back_as_one(
 
 def test_keys_tell_what_bytes_come_out() -> None:
     """Or an unfinished conversion would go on with other bytes."""
-    rows = ShuffledRows(128, 8, 128, 8, tiled=False)
+    rows = ShuffledRows.unpadded(128, 8, tiled=False)
     keys = [rows.key, TransposedRows(rows, (0,)).key, TransposedRows(rows, (0, 1)).key]
     keys += [TransposedRows(rows, (1, 0)).key, SharedValues((0, 0)).key, SharedValues((0, 1)).key]
     assert len(set(keys)) == len(keys)
@@ -213,9 +225,9 @@ def test_a_nan_block_scale_is_refused(bad: int) -> None:
     sources[bad][70] = 0xFF
     out = np.empty(512, np.uint8)
     with pytest.raises(BadSourceError, match="has a NaN block scale") as refusal:
-        ShuffledRows(64, 4, 64, 4, tiled=True).arrange(sources, out)
+        ShuffledRows.unpadded(64, 4, tiled=True).arrange(sources, out)
     assert refusal.value.source == bad
-    ShuffledRows(64, 4, 64, 4, tiled=False).arrange(sources, out)  # weights may hold any byte
+    ShuffledRows.unpadded(64, 4, tiled=False).arrange(sources, out)  # weights may hold any byte
 
 
 SCALES = pytest.mark.parametrize(

@@ -302,6 +302,7 @@ def test_a_power_cut_costs_little(
     assert all(synced[number + 1] == journal for number in at)
 
 
+@pytest.mark.slow
 def test_a_kill_costs_what_was_in_memory(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -304,6 +304,7 @@ def test_finish_where_no_part_is(tmp_path: Path) -> None:
         finish(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_finish_can_be_killed(
     apart: Callable[..., Path], source: Path, expected: dict[str, bytes]
 ) -> None:
@@ -585,5 +586,6 @@ def test_a_planted_journal_is_no_file_to_wait_for(source: Path, tmp_path: Path) 
             again()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments() -> None:
     run_kills("--kills", "4", "--parts")

@@ -176,6 +176,7 @@ def test_the_fingerprint_tells_plans_apart(wide: Path) -> None:
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
+@pytest.mark.slow
 def test_all_of_deepseek_v3_is_planned_in_little_memory(tmp_path: Path) -> None:
     """61 layers, 163 shards, 180,000 tensors, as sparse files."""
     make_checkpoint(

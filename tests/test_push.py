@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
-from support.folders import INDEX, MANIFEST, change_byte, every_file, flip_bit
+from support.folders import INDEX, MANIFEST, change_byte, edit_json, every_file, flip_bit
 from support.hub import Fault, Hub
 from support.hub_upload import ATTRIBUTES, Uploads
 from support.specs import SMALL_SHARD_NBYTES
@@ -245,6 +245,7 @@ def test_the_card(uploads: Uploads, converted: Path, hub: Hub) -> None:
         assert each in card.text
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_card_work(
     uploads: Uploads, converted: Path, original: Path, tmp_path: Path
 ) -> None:
@@ -580,6 +581,7 @@ REFUSED: dict[str, Case] = {
     "a damaged shard": damaged,
     "a link that leads outside": link_outside,
 }
+NO_ROOM = {"X-Error-Message": "Private repository storage limit reached, please upgrade your plan"}
 MAY_PASS = {"no storage left", "no network"}
 
 
@@ -730,6 +732,8 @@ def test_a_job_pushes(
         assert result.exit_code == 0, result.stderr
         pushed_whole(uploads, tmp_path / "out")
         pushed = json.loads(result.stdout)["pushed"]
+        report = (tmp_path / "out.report.json").read_text()
+        assert json.loads(report) == json.loads(result.stdout)
         assert bool(pushed["uploaded_files"]) == uploaded
         row = f"| pushed | {pushed['uploaded_bytes']:,} bytes to {pushed['url']} at `"
         assert row in (tmp_path / "summary.md").read_text()
@@ -753,6 +757,95 @@ def test_a_repository_is_looked_at_before_the_conversion(
     assert result.exit_code == 1
     assert "holds something else: config.json; choose another" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def of_another_source(source: Path) -> None:
+    edit_json(source / "config.json", rope_theta=5)
+
+
+def of_another_shard(source: Path) -> None:
+    """The configuration and the index are the same."""
+    with min(source.glob("*.safetensors")).open("ab") as shard:
+        shard.write(b"more")
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+@pytest.mark.parametrize(
+    ("change", "options", "difference"),
+    [
+        (of_another_source, (), "in the source, config.json differs"),
+        (of_another_shard, (), "in the source, model-00001-of-00003.safetensors differs"),
+        (
+            lambda _: None,
+            ("--max-shard-size", "1MB"),
+            "its files have at most 5,000,000,000 bytes (--max-shard-size 5000000000)",
+        ),
+    ],
+)
+def test_another_conversion_is_found_before_hours_are_spent(
+    uploads: Uploads,
+    original: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    options: tuple[str, ...],
+    difference: str,
+    on_hub: bool,
+) -> None:
+    held = convert(original, tmp_path / "held").out_dir
+    uploads.add(ID, {MANIFEST: (held / MANIFEST).read_bytes()})
+    change(original)
+    uploads.hub.add(SOURCE_ID, original)
+    source = SOURCE_ID if on_hub else original
+    for command in ("convert", "ci"):
+        arguments = (command, source, tmp_path / "out", "--push-to-hub", ID, "--quiet")
+        result = run(*arguments, *options)
+        assert result.exit_code == 1
+        what = f"another conversion, of {original}: {difference}; choose another repository"
+        assert result.stderr == f"error: {ID}: holds {what}\n"
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_finetune_is_found_by_its_etags(uploads: Uploads, original: Path, tmp_path: Path) -> None:
+    """Everything has the same size. A copy in a folder is known by its bytes alone."""
+    uploads.hub.add(SOURCE_ID, original)
+    held = convert(SOURCE_ID, tmp_path / "held").out_dir
+    uploads.add(ID, {MANIFEST: (held / MANIFEST).read_bytes()})
+    flip_bit(original / "model-00002-of-00003.safetensors")
+    uploads.hub.add("org/finetune", original)
+    push_to = ("--push-to-hub", ID, "--dry-run")
+    result = run("convert", "org/finetune", tmp_path / "out", *push_to)
+    assert "in the source, model-00002-of-00003.safetensors differs" in result.stderr
+    assert run("convert", original, tmp_path / "out", *push_to).exit_code == 0
+
+
+def test_another_commit_of_the_same_model_and_a_source_that_goes(
+    uploads: Uploads, original: Path, tmp_path: Path
+) -> None:
+    arguments = ("convert", original, tmp_path / "out", "--push-to-hub", ID, "--quiet")
+    uploads.hub.add(SOURCE_ID, original)
+    assert run("convert", SOURCE_ID, tmp_path / "held", *arguments[3:]).exit_code == 0
+    for _ in range(2):  # the second time no shard of the source is there
+        result = run(*arguments, "--drop-source", "--yes")
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_conversion_is_finished_where_the_push_fails(
+    uploads: Uploads, original: Path, tmp_path: Path
+) -> None:
+    """The line says so, or one would think that it is lost."""
+    out = tmp_path / "out"
+    for fault, code in (
+        (Fault("POST .*/preupload/", times=1, status=403), 1),
+        (Fault(r"POST .*\.git/info/lfs", times=1, status=403, headers=NO_ROOM), 75),
+    ):
+        uploads.hub.faults.append(fault)
+        result = run("convert", original, out, "--push-to-hub", ID, "--quiet")
+        assert result.exit_code == code
+        advice = f"; {out} is finished, so fp4moe push {out} OWNER/NAME is enough then\n"
+        assert result.stderr.endswith(advice)
+        assert result.stderr.count("\n") == 1
+    push(out, ID)
+    assert INDEX in there(uploads)
 
 
 def test_private_alone_is_wrong_usage(source: Path, tmp_path: Path) -> None:

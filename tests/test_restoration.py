@@ -32,9 +32,11 @@ from fp4moe_convert import (
     CheckpointError,
     FormatError,
     OutputError,
+    Part,
     RunReport,
     VerifyError,
     convert,
+    convert_part,
     restoration,
     restore,
     verify,
@@ -358,13 +360,49 @@ def test_a_folder_of_somebody_is_left_alone(
 def test_a_finished_conversion_is_left_alone(converted: Path, source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "other")
     before = every_file(tmp_path / "other")
-    with pytest.raises(OutputError, match="holds a finished conversion"):
-        restore(converted, tmp_path / "other")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds a finished conversion"):
+            restore(converted, tmp_path / "other", overwrite=overwrite)
     assert every_file(tmp_path / "other") == before
     with pytest.raises(OutputError, match=f"{converted}: is the source folder"):
         restore(converted, converted)
     with pytest.raises(OutputError, match="is inside the source folder"):
         restore(converted, converted / "out")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("renames", [0, 3, 14], ids=["no shard", "shards", "all but the index"])
+def test_an_unfinished_conversion_is_left_alone(
+    converted: Path, source: Path, tmp_path: Path, renames: int, overwrite: bool
+) -> None:
+    """Of whatever is converted."""
+    out = tmp_path / "out"
+    call = f"convert({str(source)!r}, {str(out)!r}, max_shard_nbytes={SMALL_SHARD_NBYTES})"
+    kill_at_rename(call, renames)
+    before = every_file(out)
+    with pytest.raises(OutputError, match=r"holds an unfinished conversion( of .*)?, which fp4moe"):
+        restore(converted, out, overwrite=overwrite)
+    after = every_file(out)
+    assert after.pop(JOURNAL_NAME).startswith(before.pop(JOURNAL_NAME))
+    assert after == before
+    report = convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
+    assert report.shards_kept == min(renames, report.shards)
+
+
+def test_parts_that_are_put_beside_an_unfinished_original(
+    converted: Path, source: Path, tmp_path: Path
+) -> None:
+    """Neither is what the other may delete."""
+    killed(converted, out := tmp_path / "out", 1)
+    convert_part(source, parts := tmp_path / "parts", Part(2, 2), max_shard_nbytes=500_000)
+    shutil.copytree(parts, out, dirs_exist_ok=True, ignore=lambda *_: [JOURNAL_NAME])
+    before = every_file(out).keys()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds an unfinished conversion of"):
+            restore(converted, out, overwrite=overwrite)
+        with pytest.raises(OutputError, match="holds an original that is not fully restored"):
+            convert(source, out, overwrite=overwrite)
+    assert every_file(out).keys() == before
 
 
 def killed(converted: Path, out: Path, renames: int) -> None:
@@ -390,7 +428,9 @@ def test_a_killed_run_of_another_checkpoint_is_not_built_on(
 ) -> None:
     killed(converted, tmp_path / "out", 2)
     convert(source, tmp_path / "other", max_shard_nbytes=2 * SMALL_SHARD_NBYTES)
-    report = restore(tmp_path / "other", tmp_path / "out")
+    with pytest.raises(OutputError, match="an original that is not fully restored, and this is an"):
+        restore(tmp_path / "other", tmp_path / "out")
+    report = restore(tmp_path / "other", tmp_path / "out", overwrite=True)
     assert report.shards_kept == 0
     assert every_file(tmp_path / "out") == every_file(source)
 

@@ -592,7 +592,7 @@ def test_names_in_a_journal_lead_to_no_other_folder(
 
 FIELDS = (
     *("name", "record", "format_version", "row_order", "plan", "sources", "owner", "files"),
-    *("parts", "max_shard_nbytes", "source"),
+    *("parts", "max_shard_nbytes", "source", "restored"),
 )
 KINDS = ("shard", "run", "files", "forget", "division")
 lines = st.dictionaries(
@@ -600,6 +600,7 @@ lines = st.dictionaries(
 ) | st.fixed_dictionaries({"line": st.sampled_from(KINDS)} | dict.fromkeys(FIELDS, json_values))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=20) | lines.map(lambda line: json.dumps(line).encode())))
 def test_a_journal_of_anything_is_read(tmp_path: Path, lines: list[bytes]) -> None:
@@ -987,6 +988,7 @@ def test_a_source_that_fails_leaves_what_was_finished(source: Path, tmp_path: Pa
     verify(out, source)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments() -> None:
     """A handful; support/kill.py does hundreds."""
     run_kills("--kills", "6")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import defaults
-from ..errors import ConvertError, OutputError
+from ..errors import ConvertError, OutputError, PushError, UnreachableError
 from .options import (
     AsJson,
     CacheDir,
@@ -58,7 +58,9 @@ convert_app = typer.Typer(
 )
 
 
-def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
+def _check_repository(
+    push_to_hub: str | None, source: Store, max_shard_nbytes: int | None = None, *, private: bool
+) -> None:
     """Look at the repository before hours are spent on what cannot be pushed there."""
     if push_to_hub is None:
         if private:
@@ -66,7 +68,7 @@ def _check_repository(push_to_hub: str | None, *, private: bool) -> None:
         return
     from ..publication import check_repository
 
-    check_repository(push_to_hub, private=private)
+    check_repository(push_to_hub, source, max_shard_nbytes=max_shard_nbytes, private=private)
 
 
 def _push(
@@ -80,7 +82,11 @@ def _push(
         return None
     from ..publication import push
 
-    return push(out_dir, push_to_hub, private=private, **options)
+    try:
+        return push(out_dir, push_to_hub, private=private, **options)
+    except (PushError, UnreachableError) as error:
+        advice = f"{out_dir} is finished, so fp4moe push {out_dir} OWNER/NAME is enough then"
+        raise type(error)(f"{error}; {advice}") from error
 
 
 def _ask_whether_to_drop(store: Store, out_dir: Path, **options: Any) -> None:
@@ -170,14 +176,15 @@ def convert_command(
         raise typer.BadParameter("--drop-source is for one machine; others may need the source")
     if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
         raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
-    _check_repository(push_to_hub, private=private)
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+    _check_repository(push_to_hub, store, max_shard_size, private=private)
     if dry_run:
         from ..preparation import preview
         from .display import preview_tables
 
         foreseen = preview(
-            *(store, out_dir),
+            store,
+            out_dir,
             max_shard_nbytes=max_shard_size,
             drop_source=drop_source,
             overwrite=overwrite,
@@ -194,7 +201,10 @@ def convert_command(
 
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = _convert(
-            *(store, out_dir, part, ray),
+            store,
+            out_dir,
+            part,
+            ray,
             overwrite=overwrite,
             drop_source=drop_source,
             max_shard_nbytes=max_shard_size,
@@ -272,13 +282,13 @@ def finish_command(
     from ..storage.opening import open_store
     from .display import report_table
 
-    _check_repository(push_to_hub, private=private)
     store = open_store(
         source or source_of(out_dir),
         revision=revision,
         cache_dir=cache_dir,
         connections=connections,
     )
+    _check_repository(push_to_hub, store, private=private)
     with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
         report = finish(out_dir, store, verify=verify, **options)
         pushed = _push(out_dir, push_to_hub, private, options)
@@ -319,20 +329,23 @@ def ci_command(
     from .summary import done_summary, failed_summary
 
     try:
-        _check_repository(push_to_hub, private=private)
         store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
+        _check_repository(push_to_hub, store, max_shard_size, private=private)
         with running(quiet=quiet, direct_io=direct_io, threads=threads) as options:
             job = run_job(
-                *(store, out_dir, report),
+                store,
+                out_dir,
+                report,
                 max_shard_nbytes=max_shard_size,
                 overwrite=overwrite,
                 **options,
             )
-            pushed = _push(out_dir, push_to_hub, private, options)
+            if pushed := _push(out_dir, push_to_hub, private, options):
+                job = job.with_push(pushed)
     except ConvertError as error:
         _add_summary(failed_summary(model, error))
         raise
-    _add_summary(done_summary(job, pushed))
+    _add_summary(done_summary(job))
     warn(job.conversion.warnings)
     content, tables = job.as_json(), [job_table(job)]
     print_with_push(content, tables, pushed, as_json=as_json)
@@ -402,7 +415,7 @@ def restore_command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Start afresh: delete what an unfinished run left in OUT_DIR."
+            "--overwrite", help="Start afresh: delete what an unfinished fp4moe restore left."
         ),
     ] = False,
     as_json: AsJson = False,

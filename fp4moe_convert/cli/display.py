@@ -155,7 +155,9 @@ def report_table(report: ConversionReport) -> Table:
 def job_table(job: JobReport) -> Table:
     """What a job found or did."""
     table = report_table(job.conversion)
-    table.add_row("job", "unchanged, verified before" if job.unchanged else "converted, verified")
+    what = "unchanged" if job.unchanged else "converted"
+    before = " before" if job.conversion.verify_seconds is None else ""
+    table.add_row("job", f"{what}, verified{before}")
     table.add_row("report", _cell(str(job.path)))
     return table
 

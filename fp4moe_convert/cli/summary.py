@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..ci import JobReport
 from ..errors import ConvertError, OutputError, naming, printable
-
-if TYPE_CHECKING:  # it takes huggingface_hub along
-    from ..publication import PushReport
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 """Of the environment; GitHub's and Gitea's runners set it to the path of a file."""
@@ -26,12 +22,13 @@ def add_summary(text: str) -> None:
             file.write(text)
 
 
-def done_summary(job: JobReport, pushed: PushReport | None = None) -> str:
+def done_summary(job: JobReport) -> str:
     """Of a job that has ended well."""
     did = job.conversion
-    what = "unchanged, verified by an earlier job" if job.unchanged else "converted and verified"
+    what = "unchanged" if job.unchanged else "converted"
+    how = " and verified" if did.verify_seconds is not None else ", verified by an earlier job"
     rows = {
-        "result": what,
+        "result": what + how,
         "MoE layers": f"{did.layers}",
         "size": f"{did.bytes_out:,} bytes in {did.shards} shards",
         "written by this job": f"{did.bytes_written:,} bytes",
@@ -40,7 +37,7 @@ def done_summary(job: JobReport, pushed: PushReport | None = None) -> str:
         "row order": f"`{did.row_order}` (FlashInfer {did.flashinfer})",
         "manifest": f"`{job.verified.manifest}`",
     }
-    if pushed:
+    if pushed := job.pushed:
         rows["pushed"] = f"{pushed.uploaded_nbytes:,} bytes to {pushed.url} at `{pushed.commit}`"
     lines = [_title(job.model), "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]

@@ -11,6 +11,9 @@ from ..format.contract import Geometry
 
 MAX_TENSOR_PARALLEL = 64
 
+NO_LIST = "{} wants a list in the ignore, or exclude_modules, of the quantization"
+"""Of an engine, by its title."""
+
 _CUT_BY = ("num_attention_heads", "num_key_value_heads", "vocab_size")
 
 

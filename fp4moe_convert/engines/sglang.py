@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..format.contract import GROUP_SIZE
 from ..source.description import (
+    algorithm_of,
+    ignored_modules,
     is_compressed_tensors,
     is_fp8_hybrid,
     is_mixed_precision,
     settings_of,
 )
-from .engine import Engine, KnownModels, Model
+from .engine import NO_LIST, Engine, KnownModels, Model
 
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
 """Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
@@ -42,12 +46,21 @@ def _why_not(model: Model) -> str | None:
     # schemes/compressed_tensors_w4a4_nvfp4_moe.py:269 knows no SiTU.
     if not is_modelopt and _KIMI_K3 & set(model.architectures):
         return "SGLang does not load a Kimi K3 whose NVFP4 experts are of compressed-tensors"
-    # configs/model_config.py:788 in 0.5.23.
-    complete = (model.section.get("quant_algo"), model.section.get("group_size"))
-    if is_fp8_hybrid(model.section) and complete != ("MIXED_PRECISION", GROUP_SIZE):
-        return "SGLang wants MIXED_PRECISION and a group_size beside moe_quant_algo"
-    if is_mixed_precision(model.section) and _names_no_experts(model):
-        return "SGLang looks for experts in mixed precision among modules named experts"
+    if spelling := _unknown_spelling(model.section):
+        return f"SGLang does not know the spelling {spelling}"
+    if is_fp8_hybrid(model.section):
+        # configs/model_config.py:788 in 0.5.23.
+        is_mixed = algorithm_of(model.section) == "MIXED_PRECISION"
+        if not is_mixed or model.section.get("group_size") is None:
+            return "SGLang wants MIXED_PRECISION and a group_size beside moe_quant_algo"
+    elif is_mixed_precision(model.section):
+        if _names_no_experts(model):
+            return "SGLang looks for experts in mixed precision among modules named experts"
+    # quantization/modelopt_quant.py:1682 in 0.5.23.
+    elif not isinstance(ignored_modules(model.section), list):
+        return NO_LIST.format(SGLANG.title)
+    elif is_modelopt and type(_group_size(model)) is not int:
+        return f"SGLang wants a number for the group_size, not {_group_size(model)!r}"
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
@@ -55,6 +68,31 @@ def _why_not(model: Model) -> str | None:
         if name in model.architectures:
             return f"SGLang's {name} {reason}"
     return None
+
+
+def _unknown_spelling(section: Mapping[str, Any]) -> str | None:
+    """A name that vLLM takes for the one that SGLang knows (configs/model_config.py:1735 and :1852
+    in 0.5.23)."""
+    method = str(section.get("quant_method", "modelopt"))
+    algorithm = settings_of(section).get("quant_algo")
+    if is_compressed_tensors(section):
+        return method if "_" in method else None
+    if method != "modelopt" and method.lower() == "modelopt":
+        return method
+    if not isinstance(algorithm, str) or algorithm.isupper() or is_fp8_hybrid(section):
+        return None
+    return algorithm
+
+
+def _group_size(model: Model) -> object:
+    """Where SGLang looks for it (quantization/modelopt_quant.py:1640 in 0.5.23)."""
+    settings = settings_of(model.section)
+    groups = settings.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    for each in (settings, first.get("weights") if isinstance(first, dict) else None):
+        if isinstance(each, dict) and each.get("group_size") is not None:
+            return each["group_size"]
+    return GROUP_SIZE
 
 
 def _has_nvfp4_attention(model: Model) -> bool:

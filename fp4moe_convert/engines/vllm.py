@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..format.contract import GROUP_SIZE, Geometry
-from ..source.description import is_fp8_hybrid, is_mixed_precision
-from .engine import Engine, KnownModels, Model
+from ..source.description import ignored_modules, is_fp8_hybrid, is_mixed_precision
+from .engine import NO_LIST, Engine, KnownModels, Model
 
 _REQUIRED = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 """Keys of hf_quant_config.json (quantization/modelopt.py:829 in 0.33.0)."""
@@ -26,6 +26,9 @@ def _why_not(model: Model) -> str | None:
     # models/deepseek_v41/quant_config.py:171 in 0.33.0.
     if is_fp8_hybrid(model.section) and model.text.get("model_type") not in _FP8_HYBRIDS:
         return "vLLM looks for NVFP4 experts amid FP8 in DeepSeek-V4 alone"
+    # quantization/modelopt.py:340 in 0.33.0. Amid FP8 it reads no such list.
+    if not is_fp8_hybrid(model.section) and not isinstance(ignored_modules(model.section), list):
+        return NO_LIST.format(VLLM.title)
     if is_mixed_precision(model.section):  # each layer has its own algorithm there
         return None
     nested = model.section.get("quantization")

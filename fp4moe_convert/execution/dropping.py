@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import CheckpointError, OutputError, VerifyError, naming
+from ..errors import CheckpointError, OutputError, naming
 from ..format.files import SOURCE_NAME
 from ..format.manifest import FileIdentity, ShardIdentity, ShardRecord, SourceRecord
 from ..layouts.base import Move
@@ -40,7 +40,7 @@ from .forecast import steps
 from .journal import Records
 from .output_folder import Planned, Writing
 from .scatter import OnFilled
-from .surroundings import copy_files, read_manifest
+from .surroundings import copy_files, find_manifest
 from .work import Conversion
 
 
@@ -86,13 +86,7 @@ def _recorded_in(out_dir: Path) -> SourceRecord | None:
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
             return None
-    if (source := Records.of(out_dir).dropped) is not None:
-        return source
-    try:
-        source = read_manifest(out_dir).source
-    except VerifyError:
-        return None
-    return source if source.dropped else None
+    return Records.of(out_dir).source_dropped(find_manifest(out_dir))
 
 
 def _changed(store: LocalFolder, source: SourceRecord, gone: Container[str]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError, OutputError, VerifyError, naming
@@ -22,7 +22,7 @@ from ..format.files import (
     is_journal,
     no_engine_reads,
 )
-from ..format.manifest import Manifest, SourceRecord
+from ..format.manifest import Manifest, ShardIdentity, SourceRecord, contents
 from ..storage.copying import record_of
 from ..storage.durable import remove_file
 from ..storage.local import LocalReader, files_below
@@ -70,18 +70,25 @@ def check_known(path: Path) -> None:
         raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
 
 
+_ORIGINAL = "an original that is not fully restored"
+
+
 class FolderFiles:
     """The files of an output folder whose lock is held."""
 
-    def __init__(self, path: Path, journal: Journal, *, can_overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, journal: Journal, *, restoring: bool, can_overwrite: bool
+    ) -> None:
         """
         Args:
             path: of the folder.
             journal: of the run that has the lock.
+            restoring: whether the run restores an original.
             can_overwrite: whether the command at hand takes ``--overwrite``.
         """
         self.path = path
         self._journal = journal
+        self._restoring = restoring
         self._afresh = f"{'' if can_overwrite else 'fp4moe-convert '}--overwrite starts afresh"
         self.ours: set[str] = set()
         """Names that a conversion has left, or is about to."""
@@ -93,11 +100,13 @@ class FolderFiles:
         """Find out which files are ours.
 
         Raises:
-            OutputError: nothing tells, or there are others.
+            OutputError: nothing tells, there are others, or an original would take the place of a
+                conversion, or the other way round.
         """
         files = set(files_below(self.path, OutputError))
         self._journal.read()  # other parts record their names before they make their files
-        self.ours = self._journal.records.files | names_in_manifest(self.path)
+        listed = names_in_manifest(self.path)
+        self.ours = self._journal.records.files | listed
         try:
             self.manifest = read_manifest(self.path)
         except VerifyError as error:
@@ -107,6 +116,18 @@ class FolderFiles:
                     "choose another folder"
                 ) from None
             self._no_manifest = str(error)
+        # Not with --overwrite either: a conversion may be all that there is of a model.
+        restored = self._journal.records.restored
+        if self._restoring and (False in restored or listed):
+            raise OutputError(
+                f"{self.path}: holds {self._conversion}, which fp4moe restore never deletes; "
+                "choose another folder"
+            )
+        if not self._restoring and True in restored:
+            raise OutputError(
+                f"{self.path}: holds {_ORIGINAL}, which a conversion never deletes; go on with "
+                "fp4moe restore, or choose another folder"
+            )
         # Links are never ours: we make none, and would write through a planted one.
         self._refuse(
             name
@@ -121,7 +142,7 @@ class FolderFiles:
     def declare(self, names: set[str]) -> None:
         """Record names before the files are made, so that a run after a kill knows them as ours."""
         self.ours |= names
-        self._journal.declare(names)
+        self._journal.declare(names, restored=self._restoring)
 
     def claim(self, names: set[str]) -> None:
         """Record the names of files that are about to be written beside the shards.
@@ -150,10 +171,15 @@ class FolderFiles:
     @property
     def dropped(self) -> SourceRecord | None:
         """The source that the folder was made from, where shards of it may have been deleted."""
-        if self._journal.records.dropped is not None:
-            return self._journal.records.dropped
-        source = self.manifest.source if self.manifest else None
-        return source if source is not None and source.dropped else None
+        return self._journal.records.source_dropped(self.manifest)
+
+    @property
+    def _conversion(self) -> str:
+        """The one that is there."""
+        known = [self.manifest.source.address] if self.manifest else []
+        known += [each.source for each in self._journal.records.divisions.values()]
+        state = "a finished" if self.has_index else "an unfinished"
+        return f"{state} conversion" + (f" of {known[0]}" if known else "")
 
     def or_afresh(self, advice: str, separator: str = ", or ") -> str:
         """Advice for the end of a message, and --overwrite where that is not refused."""
@@ -196,15 +222,27 @@ class FolderFiles:
                 continue
             raise OutputError(f"{self.path}: {name!r} {what}; {self.or_afresh('put it right')}")
 
-    def refuse_other_origin(self, now: str | None) -> None:
+    def refuse_other_source(self, now: str | None, sources: Mapping[str, ShardIdentity]) -> None:
         """A run that goes on reads what the runs before it have read.
 
         Args:
             now: the model and the commit that this run reads, where they are known.
+            sources: the shards that it reads.
 
         Raises:
             OutputError: a branch or a tag has moved since, or another model is read.
         """
+        read = set(contents(self.manifest.source.shards)) if self.manifest else set()
+        for name, finished in self._journal.records.finished.items():
+            if os.path.isfile(self.path / name):  # somebody may have written the journal
+                read |= contents(finished.sources)
+        is_other = bool(read) and read.isdisjoint(contents(sources))
+        if is_other and not self.has_index and not self.dropped:
+            held = _ORIGINAL if self._restoring else self._conversion
+            raise OutputError(
+                f"{self.path}: holds {held}, and this is another; "
+                f"{self.or_afresh('choose another folder')}"
+            )
         begun = self._journal.records.origin
         if begun is not None and now is not None and begun != now:
             model, _, revision = begun.rpartition("@")

@@ -34,7 +34,7 @@ import msgspec
 
 from ..errors import OutputError, naming
 from ..format.files import JOURNAL_NAME, is_journal, part_journal_name
-from ..format.manifest import ShardIdentity, ShardRecord, SourceRecord
+from ..format.manifest import Manifest, ShardIdentity, ShardRecord, SourceRecord
 from ..format.untrusted import decode
 from ..plan import Part
 from ..storage.durable import remove_file, sync_folder
@@ -115,10 +115,12 @@ class _Run(msgspec.Struct, frozen=True, tag_field="line", tag="run"):
     owner: str
 
 
-class _Files(msgspec.Struct, frozen=True, tag_field="line", tag="files"):
+class _Files(msgspec.Struct, frozen=True, tag_field="line", tag="files", omit_defaults=True):
     """Files of these names may be there from now on."""
 
     files: list[str]
+    restored: bool = False
+    """They are of an original, not of a conversion."""
 
 
 class _Forget(msgspec.Struct, frozen=True, tag_field="line", tag="forget"):
@@ -142,6 +144,8 @@ class Records:
     """Checksums of the moves of unfinished shards, by the shard's name and key."""
     files: set[str] = field(default_factory=set)
     """Names that runs so far may have left in the folder."""
+    restored: set[bool] = field(default_factory=set)
+    """Whether these runs have restored an original; both, where files were brought together."""
     forgotten: bool = False
     """Whether records have been taken back; a manifest then proves nothing either."""
     origin: str | None = None
@@ -172,6 +176,13 @@ class Records:
             for line in _lines(path):
                 self.apply(line, path.name)
 
+    def source_dropped(self, manifest: Manifest | None) -> SourceRecord | None:
+        """The source, where shards of it may have been deleted; the manifest of a finished folder
+        may be alone in knowing."""
+        if self.dropped is not None:
+            return self.dropped
+        return manifest.source if manifest is not None and manifest.source.dropped else None
+
     def apply(self, line: _Line, journal: str) -> None:
         """Take in a line of the journal of this name."""
         match line:
@@ -187,6 +198,7 @@ class Records:
                 self.divisions[journal] = line
             case _Files():
                 self.files.update(line.files)
+                self.restored.add(line.restored)
             case _Forget():
                 self.forgotten = True
                 self.finished.clear()
@@ -228,9 +240,9 @@ class Journal:
         """Read all journals of the folder, the other parts' too: what is recorded by now."""
         self.records.read(self._out_dir)
 
-    def declare(self, files: Iterable[str]) -> None:
+    def declare(self, files: Iterable[str], *, restored: bool = False) -> None:
         """Record names of files before they are created, so that a later run knows them as ours."""
-        self._append([_Files(sorted(files))])
+        self._append([_Files(sorted(files), restored)])
         with naming(self._path, OutputError):
             sync_folder(self._out_dir)
 

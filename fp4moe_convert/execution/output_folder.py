@@ -35,7 +35,7 @@ import xxhash
 
 from ..errors import NoSpaceError, OutputError, VerifyError, naming
 from ..format.files import CONFIG_NAME, INDEX_NAME, SOURCE_NAME
-from ..format.manifest import Manifest, ShardRecord, SourceRecord
+from ..format.manifest import ShardRecord, SourceRecord
 from ..plan import Part
 from ..storage.buffers import Bytes
 from ..storage.durable import (
@@ -48,7 +48,7 @@ from ..storage.durable import (
 )
 from .folder_files import FolderFiles, check_known, check_place
 from .journal import Division, FilledMove, FinishedShard, Journal, check_same
-from .resuming import finished_by, take_stock, take_up
+from .resuming import recorded_shards, take_stock, take_up
 from .work import Target, Work
 
 SYNC_NBYTES = 256 * 2**20
@@ -64,6 +64,7 @@ class OutputFolder:
         *,
         source: Path | None,
         part: Part | None = None,
+        restoring: bool = False,
         can_overwrite: bool = True,
     ) -> None:
         """Make the folder if need be, and lock it.
@@ -72,12 +73,13 @@ class OutputFolder:
             path: of the folder.
             source: the source folder, where it is a local one; neither may lie in the other.
             part: lock this part only.
+            restoring: an original will lie there, not a conversion.
             can_overwrite: whether the command at hand takes ``--overwrite``; that of a part does
                 not.
 
         Raises:
             InUseError: another process holds the folder, or the part.
-            OutputError: the folder is unfit or not ours.
+            OutputError: the folder is unfit, not ours, or holds the one where the other will lie.
         """
         check_place(path, source)
         self.path = path
@@ -87,7 +89,12 @@ class OutputFolder:
             make_folder(path)
             check_known(path)
         self.journal = Journal(path, part)
-        self.files = FolderFiles(path, self.journal, can_overwrite=can_overwrite and part is None)
+        self.files = FolderFiles(
+            path,
+            self.journal,
+            restoring=restoring,
+            can_overwrite=can_overwrite and part is None,
+        )
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
         try:
             self.files.read()
@@ -165,7 +172,7 @@ class Opened:
             OutputError: another part, or an earlier run of this one, is a part of something else.
         """
         journal, path = self.folder.journal, self.folder.path
-        self.folder.files.refuse_other_origin(division.origin)
+        self.folder.files.refuse_other_source(division.origin, division.sources)
         check_same(division, journal.records.divisions, path)
         journal.join(division)
         journal.read()  # of two that start at once, the later sees the other here
@@ -188,34 +195,26 @@ class Opened:
         files.refuse_folders_named(names | files.ours)
         planned = Planned(folder, work, users=files.users_own(work))
         files.leave_to_user(planned.users)
-        recorded = dict(journal.records.finished)
         if folder.part is not None:
             # Nothing else may be deleted, or remarked upon: other parts are at work.
             files.leave_to_other_parts(names)
-            recorded = {name: line for name, line in recorded.items() if name in names}
         if not overwrite:
+            files.refuse_other_source(work.origin, work.identities)
             files.refuse_edited(work)
-            files.refuse_other_origin(work.origin)
-            if files.manifest is not None and not journal.records.forgotten:
-                recorded |= _recorded_by(files.manifest, work, files)
+            recorded, difference = recorded_shards(work, journal.records, files.manifest)
+            if difference and files.has_index:
+                raise OutputError(
+                    f"{files.path}: holds a finished conversion of another checkpoint or with "
+                    f"other options: {difference}; {files.or_afresh('choose another folder')}"
+                )
+            if folder.part is not None:
+                recorded = {name: line for name, line in recorded.items() if name in names}
             planned.kept, planned.to_redo = take_stock(
                 work, recorded, folder.path, was_finished=files.has_index
             )
             planned.filled = take_up(work, journal.records.filled, folder.path)
         folder.enter(self, planned)
         return planned
-
-
-def _recorded_by(manifest: Manifest, work: Work, files: FolderFiles) -> dict[str, FinishedShard]:
-    """The shards of a manifest, if it is of this very conversion."""
-    if (difference := work.difference(manifest)) is None:
-        return finished_by(manifest, work)
-    if files.has_index:
-        raise OutputError(
-            f"{files.path}: holds a finished conversion of another checkpoint or with "
-            f"other options: {difference}; {files.or_afresh('choose another folder')}"
-        )
-    return {}
 
 
 @dataclass

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError, VerifyError, naming
+from ..errors import CheckpointError, OutputError, naming
 from ..format.contract import FORMAT_VERSION
 from ..format.manifest import Manifest
 from ..storage.durable import partial_path
 from ..storage.header import read_header
 from ..storage.local import LocalReader
 from .journal import FinishedShard, Records
-from .surroundings import read_manifest
+from .surroundings import find_manifest
 from .work import Target, Work
 
 _OTHER_PLAN = "the options or the layout of shards have changed since"
@@ -56,9 +55,28 @@ def take_stock(
     return kept, to_redo
 
 
-def finished_by(manifest: Manifest, work: Work) -> dict[str, FinishedShard]:
-    """The shards of a finished folder that has the manifest of this very work."""
-    return {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
+def recorded_shards(
+    work: Work, records: Records, manifest: Manifest | None
+) -> tuple[dict[str, FinishedShard], str | None]:
+    """The shards that journals, or the manifest of this very work, call finished.
+
+    Args:
+        work: what should be there.
+        records: the journals'.
+        manifest: of the folder, if it has one.
+
+    Returns:
+        These shards, and how the work differs from that which left the manifest, if it does.
+
+    Raises:
+        CheckpointError: a file of the source cannot be read.
+    """
+    recorded = dict(records.finished)
+    if manifest is None or records.forgotten:
+        return recorded, None
+    if (difference := work.difference(manifest)) is None:
+        recorded |= {s.name: work.finished(s, manifest.shards[s.name]) for s in work.shards}
+    return recorded, difference
 
 
 def foresee_kept(work: Work, out_dir: Path) -> set[str]:
@@ -70,13 +88,8 @@ def foresee_kept(work: Work, out_dir: Path) -> set[str]:
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
             return set()
-    records = Records.of(out_dir)
-    finished = dict(records.finished)
-    with contextlib.suppress(VerifyError):  # it is not finished
-        manifest = read_manifest(out_dir)
-        if work.difference(manifest) is None and not records.forgotten:
-            finished |= finished_by(manifest, work)
-    return set(take_stock(work, finished, out_dir, was_finished=False)[0])
+    recorded, _ = recorded_shards(work, Records.of(out_dir), find_manifest(out_dir))
+    return set(take_stock(work, recorded, out_dir, was_finished=False)[0])
 
 
 def take_up(

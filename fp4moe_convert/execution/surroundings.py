@@ -55,6 +55,13 @@ def read_manifest(out_dir: Path) -> Manifest:
     return Manifest.decode(text)
 
 
+def find_manifest(out_dir: Path) -> Manifest | None:
+    """A converted folder's manifest; None if there is none that `read_manifest` takes."""
+    with contextlib.suppress(VerifyError):
+        return read_manifest(out_dir)
+    return None
+
+
 def names_in_manifest(out_dir: Path) -> set[str]:
     """Names of all files that a manifest lists, and its own; none if there is none.
 
@@ -130,8 +137,8 @@ def _description(checkpoint: Checkpoint, out_dir: Path) -> SourceRecord:
     """The source, as the manifest of a finished folder has it where it is the same commit: that it
     lies elsewhere now is no reason to write another."""
     found = describe_source(checkpoint)
-    with contextlib.suppress(VerifyError):  # it is not finished
-        recorded = read_manifest(out_dir).source
+    if (manifest := find_manifest(out_dir)) is not None:
+        recorded = manifest.source
         is_same = found.origin is not None and recorded.origin == found.origin
         if is_same and recorded.dropped == found.dropped:
             return recorded

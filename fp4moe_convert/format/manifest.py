@@ -63,6 +63,11 @@ class ShardIdentity(msgspec.Struct, frozen=True, omit_defaults=True, rename={"nb
         return self.nbytes, self.header
 
 
+def contents(shards: Mapping[str, ShardIdentity]) -> set[tuple[str, tuple[int, str]]]:
+    """What copies of these shards have as well, under the same names."""
+    return {(name, identity.content) for name, identity in shards.items()}
+
+
 class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a checkpoint lies."""
 

@@ -73,7 +73,7 @@ def padded_intermediate(geometry: Geometry) -> int:
     return round_up(geometry.intermediate, intermediate_multiple(geometry))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShuffledRows:
     """An `Arrangement`: how rows of one or two sources (down, or up and gate, or up alone) become
     output bytes.
@@ -91,6 +91,17 @@ class ShuffledRows:
     """Bytes that a source's row has; the others are zero."""
     tiled: bool
     """Block scales: the shuffled rows are cut into 128x4 tiles."""
+
+    @classmethod
+    def unpadded(cls, rows: int, row_nbytes: int, *, tiled: bool) -> ShuffledRows:
+        """Of sources that fill all rows."""
+        return cls(
+            rows=rows,
+            row_nbytes=row_nbytes,
+            source_rows=rows,
+            source_row_nbytes=row_nbytes,
+            tiled=tiled,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -344,9 +355,21 @@ class TrtllmNvfp4:
                 rows = tuple(layer.matrices[expert, each, leaf] for each in reversed(projections))
                 down = layer.matrices[expert, "down", leaf]
                 tiled = leaf == "weight_scale"
-                h_nbytes, i_nbytes = h // values_per_byte, i // values_per_byte
-                w13_rows = ShuffledRows(padded_i, h_nbytes, i, h_nbytes, tiled)
-                w2_rows = ShuffledRows(h, padded_i // values_per_byte, h, i_nbytes, tiled)
+                h_nbytes = h // values_per_byte
+                w13_rows = ShuffledRows(
+                    rows=padded_i,
+                    row_nbytes=h_nbytes,
+                    source_rows=i,
+                    source_row_nbytes=h_nbytes,
+                    tiled=tiled,
+                )
+                w2_rows = ShuffledRows(
+                    rows=h,
+                    row_nbytes=padded_i // values_per_byte,
+                    source_rows=h,
+                    source_row_nbytes=i // values_per_byte,
+                    tiled=tiled,
+                )
                 yield from _matrix_moves(w13, expert, rows, w13_rows)
                 yield from _matrix_moves(w2, expert, (down,), w2_rows)
         for leaf, w13, w2 in self._gathered(out):
@@ -406,7 +429,7 @@ def written_rows(count: int, gated: bool) -> fingerprints.Rows:
     out = np.empty_like(numbers)
     sources = np.split(numbers, 2) if gated else [numbers]
     rows = count // len(sources)
-    ShuffledRows(rows, 4, rows, 4, tiled=False).arrange(sources, out)
+    ShuffledRows.unpadded(rows, 4, tiled=False).arrange(sources, out)
     return out.view("<i4")
 
 

@@ -29,7 +29,7 @@ from ..storage.reader import Listing, Store, in_parallel, read_all, read_bytes
 from ..storage.stand_in import START_NBYTES, stand_in_for
 from .names import is_mtp_by_name, layer_number
 from .spans import Shard
-from .text_config import TextConfig, find_text_config
+from .text_config import SECTION_KEYS, TextConfig, find_text_config
 
 _COUNTED_NAME = re.compile(r"(.*-)([0-9]+)-of-([0-9]+)\.safetensors", re.DOTALL)
 MAX_SHARDS = 100_000
@@ -102,12 +102,24 @@ class Checkpoint:
 
     @cached_property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The source's own description; config.json's section wins, as it does in the engines."""
+        """The source's own description, from the first place that has one: the top of config.json,
+        hf_quant_config.json, an object nested in config.json. A nested one may be a leftover of the
+        model that was quantized. vLLM looks in this order (transformers_utils/config.py:953 in
+        0.33.0).
+        """
+        if self.is_described_in_file:
+            return self.hf_quant_config
         for (path, key), section in self.text.sections.items():
             if not isinstance(section, dict):
                 raise CheckpointError(f"{CONFIG_NAME}: {'.'.join((*path, key))} is not an object")
             return section
-        return self.hf_quant_config
+        return None
+
+    @property
+    def is_described_in_file(self) -> bool:
+        """Whether hf_quant_config.json is that place."""
+        at_top = ((), SECTION_KEYS[0]) in self.text.sections
+        return self.hf_quant_config is not None and not at_top
 
 
 def open_checkpoint(store: Store) -> Checkpoint:

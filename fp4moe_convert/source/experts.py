@@ -191,13 +191,13 @@ def _passed(
     if "U8" not in weights:
         found = " and ".join(sorted(weights)) or "without weights"
         return because(f"its experts are {found}, not NVFP4")
-    algorithms = source.algorithms.get(number)
+    algorithms = source.algorithms_of(prefix, number)
     return _of_another_kind(prefix, algorithms, dtypes, source) if source.mixed else None
 
 
 def _of_another_kind(
     prefix: str,
-    algorithms: Collection[str] | None,
+    algorithms: Collection[str],
     dtypes: Mapping[str, Collection[str]],
     source: Nvfp4Source,
 ) -> PassedLayer | None:

@@ -13,15 +13,27 @@ from ..format.contract import GROUP_SIZE, QUANT_METHOD
 from ..format.files import CONFIG_NAME, HF_QUANT_CONFIG_NAME
 from .checkpoint import Checkpoint
 from .converted import is_converted
-from .description import is_compressed_tensors, is_fp8_hybrid, is_mixed_precision, settings_of
-from .families import COMPRESSED_TENSORS_LEAVES, MODELOPT_LEAVES, Leaf
-from .names import is_mtp_by_name, layer_number, original_layer
+from .description import (
+    algorithm_of,
+    is_compressed_tensors,
+    is_fp8_hybrid,
+    is_mixed_precision,
+    settings_of,
+)
+from .families import COMPRESSED_TENSORS_LEAVES, FAMILIES, MODELOPT_LEAVES, Leaf
+from .names import is_mtp_by_name, layer_number
 
 WEIGHT_ONLY = (
     "weight-only (W4A16), which no engine serves with flashinfer_trtllm, the backend that this "
     "layout is for; serve the original with another MoE backend"
 )
-_EXPERTS = re.compile(r"(?:^|\.)(?:experts(?:[.*]|$)|moe\*?$)")
+_PROJECTIONS = "|".join(sorted({name for family in FAMILIES for name in family.part_names}))
+_EXPERTS = re.compile(
+    rf"(?P<layer>(?:.*\.)?(?:experts|moe))(?:\.?\*.*|\.(?:[0-9]+|{_PROJECTIONS})(?:[._].*)?)?",
+    re.DOTALL,
+)
+"""A module of routed experts: of all, of one, or a projection; not a router or a shared expert that
+lies beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +46,15 @@ class Nvfp4Source:
     """What it calls the tensors of an expert."""
     mixed: bool
     """Whether its layers may differ in their quantization, so that others than NVFP4 pass."""
-    algorithms: Mapping[int, frozenset[str]]
-    """Of the decoder's experts, by the layer's number, where it names layers."""
+    algorithms: Mapping[str, frozenset[str]]
+    """Of experts, by the layer that it names, up to and including ``.experts`` or ``.moe``."""
+
+    def algorithms_of(self, prefix: str, number: int) -> frozenset[str]:
+        """Those of a layer; by its number, where modules have other names than tensors."""
+        if prefix in self.algorithms:
+            return self.algorithms[prefix]
+        own = (each for name, each in self.algorithms.items() if layer_number(name) == number)
+        return frozenset().union(*own)
 
 
 def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
@@ -46,10 +65,9 @@ def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
         file, source = source.get("source_hf_quant_config"), source.get("source", {})
     if is_compressed_tensors(source):
         return Nvfp4Source("compressed-tensors NVFP4", COMPRESSED_TENSORS_LEAVES, True, {})
-    algorithms: dict[int, frozenset[str]] = {}
-    for name, algorithm in _quantized_experts(settings_of(source), file):
-        if (number := layer_number(f"{name}.")) is not None:
-            algorithms[number] = algorithms.get(number, frozenset()) | {algorithm}
+    algorithms: dict[str, frozenset[str]] = {}
+    for layer, algorithm in _quantized_experts(settings_of(source), file):
+        algorithms[layer] = algorithms.get(layer, frozenset()) | {algorithm}
     mixed = is_mixed_precision(source) or is_fp8_hybrid(source)
     return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, mixed, algorithms)
 
@@ -70,7 +88,7 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
             f"{checkpoint.location}: not NVFP4: it is not quantized"
             + (f" ({CONFIG_NAME} says {dtype})" if dtype else "")
         )
-    file = CONFIG_NAME if checkpoint.text.sections else HF_QUANT_CONFIG_NAME
+    file = HF_QUANT_CONFIG_NAME if checkpoint.is_described_in_file else CONFIG_NAME
     settings = settings_of(section)
     producer = section.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
@@ -84,7 +102,7 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
         )
     for group_size in sizes:
         if group_size not in (GROUP_SIZE, None):
-            raise CheckpointError(f"{file}: group size is {group_size}, NVFP4 has {GROUP_SIZE}")
+            raise CheckpointError(f"{file}: group size is {group_size!r}, NVFP4 has {GROUP_SIZE}")
 
 
 def _group_sizes(
@@ -95,31 +113,32 @@ def _group_sizes(
     settings = settings_of(section)
     groups = _groups(settings)
     if is_compressed_tensors(section):
-        four_bits = [group for group in groups if _is_nvfp4(group)]
-        return [group["weights"].get("group_size") for group in four_bits] or None
+        sizes = [group["weights"].get("group_size") for group in groups if _is_nvfp4(group)]
+        # A group of MXFP4 may be of something else; the experts' block scales will tell.
+        return [size for size in sizes if size in (GROUP_SIZE, None)] or sizes or None
     if is_fp8_hybrid(section):
-        return [settings.get("group_size")]
+        return [_group_size(settings)]
     # transformers' reader of ModelOpt's section also knows the method as "modelopt_fp4".
-    if not method.startswith("modelopt"):
+    if not method.lower().startswith("modelopt"):
         return None
     if is_mixed_precision(section):
         experts = _algorithms_of_experts(settings, hf_quant_config)
         layers = _quantized_layers(settings, hf_quant_config).values()
-        four_bits = [layer for layer in layers if _algorithm(layer) == "NVFP4"]
-        return [layer.get("group_size") for layer in four_bits] if "NVFP4" in experts else None
-    if settings.get("quant_algo") != "NVFP4":
+        four_bits = [layer for layer in layers if algorithm_of(layer) == "NVFP4"]
+        return [_group_size(layer) for layer in four_bits] if "NVFP4" in experts else None
+    if algorithm_of(settings) != "NVFP4":
         return None
     weights = [group.get("weights") for group in groups]
     described = [settings, *(each for each in weights if isinstance(each, dict))]
-    return [each.get("group_size") for each in described]
+    return [_group_size(each) for each in described]
 
 
 def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> str:
     """What there is to say of experts that have four bits and yet are not converted."""
-    algorithm = settings.get("quant_algo")
+    algorithm = algorithm_of(settings)
     experts = _algorithms_of_experts(settings, hf_quant_config)
     if not experts:
-        experts = {"W4A16_NVFP4"} if _has_weights_alone(settings) else {str(algorithm)}
+        experts = {"W4A16_NVFP4"} if _has_weights_alone(settings) else {algorithm}
     if experts == {"W4A16_NVFP4"}:
         return f", whose experts are {WEIGHT_ONLY}"
     if experts == {"NVFP4_AWQ"}:
@@ -127,7 +146,7 @@ def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | N
             ", whose experts multiply their input by a pre_quant_scale, which no engine does for "
             "experts; export the model as NVFP4"
         )
-    if experts != {str(algorithm)}:
+    if experts != {algorithm}:
         known = "; this release knows such experts from modelopt, fp8 and compressed-tensors"
         words = " and ".join(sorted(experts))
         return f", whose experts are {words}{known if 'NVFP4' in experts else ''}"
@@ -138,18 +157,18 @@ def _algorithms_of_experts(
     settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
 ) -> set[str]:
     """Those that a description of mixed precision gives the decoder's experts."""
-    if algorithm := settings.get("moe_quant_algo"):  # amid FP8
-        return {str(algorithm)}
+    if settings.get("moe_quant_algo"):  # amid FP8
+        return {algorithm_of(settings, "moe_quant_algo")}
     return {algorithm for _, algorithm in _quantized_experts(settings, hf_quant_config)}
 
 
 def _quantized_experts(
     settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, str]]:
-    """Modules of the decoder's experts, whole ones or their linear layers, with the algorithm."""
-    for name, layer in _quantized_layers(settings, hf_quant_config).items():
-        if (_EXPERTS.search(name) or original_layer(name)) and not is_mtp_by_name(name):
-            yield name, _algorithm(layer)
+    """The layers of modules of the decoder's experts, each with the module's algorithm."""
+    for name, module in _quantized_layers(settings, hf_quant_config).items():
+        if (match := _EXPERTS.fullmatch(name)) and not is_mtp_by_name(name):
+            yield match["layer"], algorithm_of(module)
 
 
 def _quantized_layers(
@@ -163,10 +182,6 @@ def _quantized_layers(
     return {name: layer for name, layer in found if isinstance(layer, dict)}
 
 
-def _algorithm(layer: Mapping[str, Any]) -> str:
-    return str(layer.get("quant_algo")).upper()
-
-
 def _is_nvfp4(group: Mapping[str, Any]) -> bool:
     """Whether a group of compressed-tensors has weights and activations in FP4."""
     both = (group.get("weights"), group.get("input_activations"))
@@ -174,6 +189,12 @@ def _is_nvfp4(group: Mapping[str, Any]) -> bool:
         isinstance(each, dict) and (each.get("num_bits"), each.get("type")) == (4, "float")
         for each in both
     )
+
+
+def _group_size(settings: Mapping[str, Any]) -> object:
+    """As ModelOpt's readers take it, in quotes or not."""
+    size = settings.get("group_size")
+    return GROUP_SIZE if size == str(GROUP_SIZE) else size
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -99,7 +99,9 @@ class HubRepository:
             bool(info.private),
             {name: identity.nbytes for name, identity in files.items()},
             HubStore(
-                *(self.repo_id, info.sha, files),
+                self.repo_id,
+                info.sha,
+                files,
                 is_plain=is_plain,
                 connections=1,
                 traffic=Traffic(),

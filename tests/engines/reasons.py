@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from fp4moe_convert.engines.vllm import VLLM
 
 W4A4 = {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}
 W4A16 = {"weights": {"num_bits": 4}}
+SIZE_IN_QUOTES = {**W4A4, "weights": {"num_bits": 4, "group_size": "16"}}
 NESTED = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
 SECTIONS: dict[str, dict[str, Any]] = {
     "no groups": {},
@@ -42,6 +44,16 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "one of two": {"config_groups": {"group_0": W4A16, "group_1": W4A4}},
     "nested": {"quantization": {**NESTED, "exclude_modules": []}},
     "nested without exclude_modules": {"quantization": NESTED},
+    "a group size in quotes": {"group_size": "16"},
+    "a group's size in quotes": {"config_groups": {"group_0": SIZE_IN_QUOTES}},
+    "a size beside a group's in quotes": {
+        "group_size": 16,
+        "config_groups": {"group_0": SIZE_IN_QUOTES},
+    },
+    "small letters": {"quant_algo": "nvfp4"},
+    "no list": {"ignore": None},
+    "a module for a list": {"ignore": "lm_head"},
+    "no list, nested": {"quantization": {**NESTED, "exclude_modules": None}},
     "nested without group_size": {
         "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": []}
     },
@@ -129,21 +141,59 @@ def swiglu_step_in_vllm() -> None:
 
 
 def section_in_sglang(section: dict[str, Any]) -> None:
-    """SGLang serves all of them as W4A4."""
+    """SGLang serves as W4A4 what it can read. It divides by the group's size, and matches each
+    letter where there should be a list of modules."""
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
-    config = ModelOptFp4Config.from_config(
-        {"quant_method": "modelopt", "quant_algo": "NVFP4", **section.get("quantization", section)}
-    )
-    assert not config.is_w4a16
-    assert SGLANG.why_not(Model((), {}, section)) is None
+    try:
+        config = ModelOptFp4Config.from_config(
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "NVFP4",
+                **section.get("quantization", section),
+            }
+        )
+    except ValueError:
+        served = False
+    else:
+        assert not config.is_w4a16
+        served = isinstance(config.group_size, int) and isinstance(config.exclude_modules, list)
+    assert (SGLANG.why_not(Model((), {}, section)) is None) == served
+
+
+def spellings_in_sglang() -> None:
+    """SGLang takes the quantization for NVFP4, or mixed, just where the converter says so."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    for family, changes in (
+        *(("qwen3_moe", {"quant_method": method}) for method in ("ModelOpt", "MODELOPT_FP4")),
+        ("qwen3_moe", {"quant_algo": "nvfp4"}),
+        ("qwen3_5_moe-mixed", {"quant_algo": "mixed_precision"}),
+        ("qwen3_moe-ct", {"quant_method": "compressed_tensors"}),
+        ("qwen3_moe-ct", {"quant_method": "Compressed-Tensors"}),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            model_zoo.make(Path(folder, "model"), family)
+            path = Path(folder, "model", "config.json")
+            section = json.loads(path.read_text())["quantization_config"] | changes
+            edit_json(path, quantization_config=section)
+            try:
+                found = ModelConfig(f"{folder}/model").quantization
+            except ValueError:
+                found = None
+        served = found in ("modelopt_fp4", "modelopt_mixed", "compressed-tensors")
+        assert (SGLANG.why_not(Model((), {}, section)) is None) == served, changes
 
 
 def amid_fp8_in_sglang() -> None:
     """SGLang finds the experts just in such a section."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    for changes in ({}, {"group_size": None}, {"quant_algo": "MIXED"}):
+    for changes in (
+        *({}, {"group_size": None}, {"group_size": "16"}),
+        *({"quant_algo": "MIXED"}, {"quant_algo": "mixed_precision"}),
+        {"moe_quant_algo": "nvfp4"},
+    ):
         section = HYBRID | changes
         with tempfile.TemporaryDirectory() as folder:
             model_zoo.make(Path(folder, "model"), "deepseek_v4")
@@ -251,6 +301,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
     "sglang": {
         "models on record": lambda: models_on_record(SGLANG),
         **{f"section: {k}": lambda s=s: section_in_sglang(s) for k, s in SECTIONS.items()},
+        "spellings": spellings_in_sglang,
         "experts amid FP8": amid_fp8_in_sglang,
         "mixed precision": mixed_precision_in_sglang,
         "Mixtral": mixtral_in_sglang,

@@ -57,6 +57,8 @@ DRAFTS = (
 UNLOADABLE = {
     "modelopt-gpt_oss": "Expected 2D tensors",
     **dict.fromkeys(originals.BATCHED, "expand(CPUFloat8_e4m3fnType{[8, 8, 256]}, size=[256, 8])"),
+    # It takes what text_config says of another quantization for the model's.
+    "kimi_k25-leftover": "KeyError: 'model.layers.0.mlp.gate_up_proj.input_scale'",
     # It takes the experts' packed weights for plain ones, and does not know its own list of ignored
     # modules, whose names have another prefix there.
     "kimi_k3-ct": "KeyError: 'model.layers.0.mlp.gate_up_proj.weight'",
@@ -76,9 +78,11 @@ UNLOADABLE_EACH = {"modelopt-llama4": "shape '[2, 32, 2, 256]' is invalid for in
 queries, which are NVFP4, as if they were not packed (`permute_qk_weight_for_rotary`,
 models/mllama4.py:606 in 0.5.23)."""
 
-MISTAKEN = [
-    name for name in model_zoo.FAMILIES if name not in UNLOADABLE or name in originals.BATCHED
-]
+LEFTOVER = "kimi_k25-leftover"
+OTHERWISE = (*(name for name in originals.BATCHED if name not in UNLOADABLE_EACH), LEFTOVER)
+"""Of `UNLOADABLE`, those that it loads in another form: a converted one is compared with that."""
+SERVED = [name for name in originals.CONVERTED if name not in UNLOADABLE or name in OTHERWISE]
+MISTAKEN = [name for name in SERVED if name in model_zoo.FAMILIES and name != LEFTOVER]
 
 UNSET = {"hunyuan_v1_moe": r"^lm_head\."}
 """What SGLang leaves unset of an original: Hunyuan v1 hands no names to the quantization, so that
@@ -123,7 +127,7 @@ class Case:
     """A folder, and how it is loaded."""
 
     family: str
-    folder: Literal["original", "each", "mistake", "converted", "differing"]
+    folder: Literal["original", "otherwise", "mistake", "converted", "differing"]
     setup: Setup = field(default_factory=Setup)
     plugin: bool = False
     model_impl: str = "auto"
@@ -145,12 +149,11 @@ CASES = {
     },
     **{f"{name}: original": Case(name, "original") for name in UNLOADABLE},
     **{
-        f"{name}: each expert by itself, {label}": Case(name, "each", setup)
-        for name in originals.BATCHED
-        if name not in UNLOADABLE_EACH
+        f"{name}: otherwise, {label}": Case(name, "otherwise", setup)
+        for name in OTHERWISE
         for label, setup in SETUPS.items()
     },
-    **{f"{name}: each expert by itself": Case(name, "each") for name in UNLOADABLE_EACH},
+    **{f"{name}: otherwise": Case(name, "otherwise") for name in UNLOADABLE_EACH},
     **{f"{name}: original's draft": Case(name, "original", Setup(draft=True)) for name in DRAFTS},
     "deepseek_v3-ct: original, fused shared expert": Case(
         "deepseek_v3-ct", "original", Setup(server=FUSED)
@@ -168,8 +171,7 @@ CASES = {
     "Transformers backend: mistake, with the plugin": TRANSFORMERS("mistake", plugin=True),
     **{
         f"{name}: converted, {label}": Case(name, "converted", setup, plugin=True)
-        for name in originals.CONVERTED
-        if name not in UNLOADABLE or (name in originals.BATCHED and name not in UNLOADABLE_EACH)
+        for name in SERVED
         for label, setup in SETUPS.items()
     },
     "deepseek_v3-ct: converted, fused shared expert": Case(
@@ -263,7 +265,7 @@ class Run:
                 self.record(name, case)
 
     def make(self, family: str) -> None:
-        """Write the original, in both forms if it has two, the converted one, and that under the
+        """Write the original, in both forms if there are two, the converted one, and that under the
         original's config.json."""
         from fp4moe_convert.conversion import convert
 
@@ -272,7 +274,9 @@ class Run:
         )
         originals.make(original, family)
         if family in originals.BATCHED:
-            originals.make_each_by_itself(self.work / family / "each", family)
+            originals.make_each_by_itself(self.work / family / "otherwise", family)
+        elif family == LEFTOVER:
+            originals.make(self.work / family / "otherwise", "kimi_k25")
         elif family in UNLOADABLE or family in originals.REFUSED:
             return
         convert(original, converted, direct_io=False, max_shard_nbytes=SHARD_NBYTES)
@@ -283,7 +287,7 @@ class Run:
     def record(self, name: str, case: Case) -> None:
         check = {
             "original": self.loads,
-            "each": self.loads,
+            "otherwise": self.loads,
             "mistake": self.stops,
             "converted": self.serves,
             "differing": self.refuses,
@@ -302,7 +306,7 @@ class Run:
     def loads(self, name: str, case: Case) -> Outcome:
         """Every rank loads, and all that it holds is set; or SGLang says what is known."""
         expected = SHARED if case.setup.draft else UNSET.get(case.family, r"$^")
-        refusals = UNLOADABLE_EACH if case.folder == "each" else UNLOADABLE
+        refusals = UNLOADABLE_EACH if case.folder == "otherwise" else UNLOADABLE
         refusal = refusals.get(case.family)
         stock = self.stock[key(case)] = []
         for load_model in self.ranks(name, case):

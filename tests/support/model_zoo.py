@@ -337,6 +337,30 @@ KIMI_K25 = Family(
     ignore=("vision_tower*", "mm_projector*"),
 )
 
+INT4 = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+"""What Kimi K2.5's ``text_config`` says of itself, and goes on to say once it is NVFP4."""
+
 MINIMAX_M2 = Family(
     QWEN,
     {
@@ -852,6 +876,9 @@ FAMILIES: dict[str, Family] = {
     "kimi_k25": KIMI_K25,
     "kimi_k25-legacy": replace(
         KIMI_K25, rename={r"^model\.layers": "language_model.layers", **KIMI_K25.rename}
+    ),
+    "kimi_k25-leftover": replace(
+        KIMI_K25, config={**KIMI_K25.config, "quantization_config": INT4}, in_file=True
     ),
     "gemma4": Family(
         QWEN,
@@ -1454,8 +1481,9 @@ def renamed(family: Family, name: str) -> str:
 
 
 def config_of(family: Family) -> Json:
-    text = model_config(family.spec) | {"pad_token_id": 0} | family.config
+    text = model_config(family.spec) | {"pad_token_id": 0}
     del text["quantization_config"]
+    text |= family.config
     text.pop("auto_map", None)
     if family.remote:
         text["auto_map"] = {"AutoConfig": "configuration.Config"}

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.modelopt import (
 )
 
 from ...format.contract import QUANT_METHOD
-from ...source.description import is_fp8_hybrid
+from ...source.description import is_fp8_hybrid, method_of
 from ..checks import CONVERTED_KEY, read_section, refusal
 from .experts import ConvertedLayers
 
@@ -104,7 +104,7 @@ def _method(source: Mapping[str, Any], user_quant: str | None, hf_config: Any) -
         config.stock.override_quantization_method(described, None) for config in CONFIGS.values()
     ]
     known = (name for name in names if name in CONFIGS)
-    method: str = next(known, str(described["quant_method"]).replace("_", "-"))
+    method: str = next(known, method_of(described))
     if method not in CONFIGS:
         raise refusal(f"vLLM has no NVFP4 experts in a source quantized with {method}")
     return method

@@ -48,23 +48,23 @@ def update_from_disk(model: Any, folder: Path) -> None:
 
 
 def update_from_tensors(model: Any, folder: Path) -> None:
-    """In a session, which ends whatever the updater's answer is."""
+    """In a session. One that is refused is left open: stock would process its layers once more."""
     session = updater(model)
     session.begin_weight_update()
     done, message = session.update_weights_from_tensor(names_and_tensors(folder))
-    session.end_weight_update(run_post_load=not done)
     if not done:
         raise ValueError(message)
+    session.end_weight_update(run_post_load=False)
 
 
 def update_from_network(model: Any, folder: Path) -> None:
-    """What NCCL brings."""
+    """The same with what NCCL brings."""
     session = updater(model)
     session.begin_weight_update()
     done, message = session.load_weights_from_distributed(names_and_tensors(folder))
-    session.end_weight_update(run_post_load=not done)
     if not done:
         raise ValueError(message.removeprefix("Failed to update parameter online: "))
+    session.end_weight_update(run_post_load=False)
 
 
 def load_from_iterator(model: Any, folder: Path) -> None:

@@ -21,6 +21,7 @@ from .execution.surroundings import write_surroundings
 from .execution.work import Conversion
 from .format.contract import TensorSpec
 from .format.manifest import ShardRecord
+from .inspection import inspect
 from .layouts.base import Move, RowOrder, source_ranges
 from .plan import Plan, PlannedShard
 from .preparation import preview
@@ -244,7 +245,8 @@ def convert_with(
         other_bytes=sum(work.copied_nbytes.values()),
         seconds=seconds,
         peak_rss=peak_rss(),
-        prospects=foreseen.prospects,
+        # Values of what has gone are in the result alone.
+        prospects=inspect(out_dir).prospects if work.gone else foreseen.prospects,
         flashinfer=row_order.flashinfer,
         flashinfer_installed=row_order.installed,
         row_order=row_order.fingerprint,
@@ -306,7 +308,7 @@ def fill(
             )
         )
     if must_be_complete:
-        planned.require_all(verify=verify)
+        planned.require_all(plan.max_shard_nbytes, verify=verify)
     # Before anything is deleted: what cannot be written again stays.
     row_order = plan.layout.authority(plan.geometries.values())
 

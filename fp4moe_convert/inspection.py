@@ -113,7 +113,8 @@ class _Experts:
 
 
 def inspect(folder: str | Path | Store) -> Inspection:
-    """Describe a model folder without reading its weights.
+    """Describe a model folder without reading its weights, but for scalars of experts that clamp
+    their SwiGLU.
 
     Raises:
         CheckpointError: not a model folder, or one that contradicts itself.

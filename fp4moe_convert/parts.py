@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import defaults
 from .conversion import ConversionReport, convert_with, fill
-from .errors import CheckpointError, InUseError, OutputError, VerifyError
+from .errors import CheckpointError, InUseError, OutputError
+from .execution.folder_files import without_journal
 from .execution.journal import Division, Records, check_same
 from .execution.output_folder import OutputFolder
 from .execution.surroundings import read_manifest
+from .format.files import CONFIG_NAME, MANIFEST_NAME, is_shard
 from .plan import Part
 from .preparation import preview
 from .progress import Running, RunOptions
@@ -174,13 +176,27 @@ def finish(
 
 
 def _recorded(out_dir: Path) -> tuple[str, int]:
-    """Where the source was, and the bound of a shard's size."""
-    if divisions := Records.of(out_dir).divisions:
+    """Where the source was, and the bound of a shard's size.
+
+    Raises:
+        OutputError: nothing there tells.
+        VerifyError: the manifest cannot be read, or has been changed.
+    """
+    records = Records.of(out_dir)
+    if divisions := records.divisions:
         division = next(iter(divisions.values()))
         check_same(division, divisions, out_dir)
         return division.source, division.max_shard_nbytes
-    try:
-        manifest = read_manifest(out_dir)
-    except VerifyError as error:
-        raise OutputError(f"{out_dir}: holds no part of a conversion") from error
+    if not (out_dir / MANIFEST_NAME).is_file():
+        if records.files:
+            raise OutputError(
+                f"{out_dir}: holds no part, but what another command has not finished; run that "
+                "again"
+            )
+        names = os.listdir(out_dir)
+        shard = min(filter(is_shard, names), default=None)
+        if shard is not None and CONFIG_NAME not in names:
+            raise OutputError(without_journal(out_dir, shard))
+        raise OutputError(f"{out_dir}: holds no part of a conversion; name a folder that does")
+    manifest = read_manifest(out_dir)
     return manifest.source.address, manifest.max_shard_nbytes

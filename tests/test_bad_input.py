@@ -322,7 +322,7 @@ def convert_all_but_the_config(model_dir: Path) -> None:
 
 
 def convert_one_layer(model_dir: Path) -> None:
-    """Its stacked tensors beside the other's single ones."""
+    """What it becomes, beside the other as it was."""
     conversion.convert(model_dir, model_dir.parent / "converted")
     tensors = sorted(read_tensors(model_dir.parent / "converted").items())
     without(rf"{LAYER}\.")(model_dir)
@@ -829,6 +829,17 @@ def unfinished_original(folder: Path) -> None:
     kill_at_rename(f"restore({str(folder / 'converted')!r}, {str(folder / 'out')!r})", 1)
 
 
+def lose_journals(folder: Path) -> None:
+    for path in (folder / "out").glob(".fp4moe-journal*"):
+        path.unlink()
+
+
+def bring_two(folder: Path) -> None:
+    """As an artifact of a CI job does that leaves hidden files out."""
+    for path in (folder / "two").glob("*.safetensors"):
+        path.rename(folder / "out" / path.name)
+
+
 Step = str | Damage
 """A command, or what else is done in the folder that it is called from."""
 
@@ -864,6 +875,29 @@ HELD: dict[str, tuple[list[Step], list[str]]] = {
     "`--part`, `finish`: parts of another checkpoint": (
         PART_OF_OTHER,
         ["convert model out --part 2/2", "finish out --source model"],
+    ),
+    "`finish`: one part of two": (PART_OF_OTHER, ["finish out"]),
+    "`--part`: parts with another `--max-shard-size`": (
+        PART_OF_OTHER,
+        ["convert other out --part 1/2", "convert other out --part 2/2"],
+    ),
+    "parts whose journals are lost, with `--part` or `finish` too": (
+        [*PART_OF_OTHER, lose_journals],
+        ["convert other out", "convert other out --part 1/2", "finish out"],
+    ),
+    "`finish`: two parts, and the journal of one is lost": (
+        [*PART_OF_OTHER, f"{PART_OF_OTHER[0]}".replace("out --part 1", "two --part 2"), bring_two],
+        ["finish out", "convert other out --part 2/2 --max-shard-size 500KB"],
+    ),
+    "`finish`: no part": ([lambda folder: (folder / "out").mkdir()], ["finish out"]),
+    "`finish`: an unfinished original": ([unfinished_original], ["finish out"]),
+    "a finished conversion without its manifest, with `--overwrite` too": (
+        ["convert other out", lambda folder: (folder / "out" / MANIFEST).unlink()],
+        ["convert other out", "convert other out --overwrite"],
+    ),
+    "`restore`: the original, and one file is missing": (
+        ["restore converted out", lambda folder: (folder / "out" / "tokenizer.json").unlink()],
+        ["restore converted out", "restore converted out --overwrite"],
     ),
 }
 
@@ -1021,7 +1055,9 @@ def test_refuses_an_out_dir_that_is_not_empty(tiny: Path, tmp_path: Path, name: 
         (out_dir / name).write_text("mine")
     before = fingerprints(out_dir)
     held = name.rstrip("/")
-    assert fails(tiny, out_dir) == f"{out_dir}: is not empty: it holds {held!r}"
+    assert (
+        fails(tiny, out_dir) == f"{out_dir}: is not empty: it holds {held!r}; choose another folder"
+    )
     assert fingerprints(out_dir) == before
 
 

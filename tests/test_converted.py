@@ -103,8 +103,8 @@ def test_shards_of_both(folders: Path, tmp_path: Path, config: str) -> None:
         )
 
 
-def test_stacked_experts_without_the_marker(folders: Path, tmp_path: Path) -> None:
-    """Somebody else may stack them under the same names in the order of the source."""
+def test_names_of_a_converted_layer_without_the_marker(folders: Path, tmp_path: Path) -> None:
+    """Somebody else may use them for all experts in the order of the source."""
     tensors = read_tensors(folders / "converted")
     del tensors[MARKER]
     folder = merge(folders, tmp_path / "model", "original", tensors)

@@ -4,20 +4,24 @@ sizes, and how. That the reasons are true is for tests/engines/reasons.py."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from support import model_zoo
 from support.folders import edit_json
 from support.golden import CASES, runs_of
 from support.make_checkpoint import Spec, make_checkpoint
-from support.tensors import read_tensors, write_tensors
+from support.specs import MANY_SHARDS
+from support.tensors import StoredTensor, home_of, range_of, read_tensors, write_tensors
 from typer.testing import CliRunner
 
-from fp4moe_convert import CheckpointError, convert, inspect
+from fp4moe_convert import CheckpointError, convert, inspect, preview
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.engines import ENGINES, tensor_parallel_sizes
 from fp4moe_convert.engines.engine import Engine, Model
@@ -25,6 +29,7 @@ from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.prospects import CannotServe, CanServe, Prospects
+from fp4moe_convert.source.linears import Linear
 
 ANY = Model((), {}, {})
 
@@ -268,26 +273,52 @@ def test_sglang_has_another_mixtral_for_compressed_tensors() -> None:
     assert SGLANG.why_not(Model(("MixtralForCausalLM",), {}, {"quant_method": "modelopt"}))
 
 
+def pack(names: str) -> Callable[[Path], None]:
+    """Makes NVFP4 of the weights whose names match."""
+
+    def change(model_dir: Path) -> None:
+        tensors = read_tensors(model_dir)
+        for path in model_dir.glob("*.safetensors*"):
+            path.unlink()
+        for name in [name for name in tensors if re.fullmatch(names, name)]:
+            rows, cols = tensors[name].shape
+            tensors[name] = StoredTensor("U8", (rows, cols // 2), bytes(rows * cols // 2))
+            scales = StoredTensor("F8_E4M3", (rows, cols // 16), bytes(rows * cols // 16))
+            tensors[f"{name}_scale"] = scales
+        write_tensors(model_dir / "model.safetensors", tensors)
+
+    return change
+
+
 @pytest.mark.parametrize(
-    ("section", "served"),
+    ("packed", "served"),
     [
-        ({"quant_algo": "NVFP4", "ignore": ["lm_head", "vision_model*"]}, False),
-        ({"quant_algo": "NVFP4", "ignore": ["language_model.model.layers.0.self_attn*"]}, True),
-        ({"quant_algo": "NVFP4"}, False),
-        ({"quantization": NESTED | {"exclude_modules": ["lm_head"]}}, False),
-        ({"quantization": NESTED | {"exclude_modules": ["*self_attn*"]}}, True),
-        ({"quant_algo": "MIXED_PRECISION"}, True),
-        ({"quant_method": "compressed-tensors", "ignore": []}, True),
+        (r"language_model\..*self_attn\.[qkvo]_proj\.weight", False),
+        (r"vision_model\..*self_attn\.[qkvo]_proj\.weight", True),
+        (r"language_model\..*self_attn\.[vo]_proj\.weight", True),
     ],
-    ids=str,
 )
+@pytest.mark.parametrize("ignored", ["*vision_model*self_attn*", "*router*"])
 def test_sglang_loads_no_llama_4_with_attention_in_nvfp4(
-    section: dict[str, Any], served: bool
+    tmp_path: Path, packed: str, served: bool, ignored: str
 ) -> None:
-    model = Model(("Llama4ForConditionalGeneration",), {}, section)
-    assert VLLM.why_not(model) is None
-    assert (SGLANG.why_not(model) is None) == served
-    assert SGLANG.why_not(replace(model, architectures=("DeepseekV3ForCausalLM",))) is None
+    """Whatever the list of what is not quantized says."""
+    model = tmp_path / "model"
+    model_zoo.make(model, "llama4")
+    pack(packed)(model)
+    section = json.loads((model / "config.json").read_text())["quantization_config"]
+    edit_json(model / "config.json", quantization_config=section | {"ignore": [ignored]})
+    found = inspect(model).prospects
+    assert "vllm" in found.tensor_parallel
+    assert ("sglang" in found.tensor_parallel) == served
+
+
+def test_attention_of_compressed_tensors_may_be_nvfp4() -> None:
+    linear = Linear("self_attn.q_proj", "U8", (256, 256), (1, 16))
+    llama = Model(("Llama4ForConditionalGeneration",), {}, {}, linears=frozenset([linear]))
+    assert SGLANG.why_not(llama)
+    assert SGLANG.why_not(replace(llama, architectures=("Qwen3MoeForCausalLM",))) is None
+    assert SGLANG.why_not(replace(llama, section={"quant_method": "compressed-tensors"})) is None
 
 
 @pytest.mark.parametrize(
@@ -302,6 +333,12 @@ def test_sglang_loads_no_llama_4_with_attention_in_nvfp4(
         ("Step3p5ForCausalLM", {"swiglu_limits": [0, None]}, set()),
         ("Step3p5ForCausalLM", {"swiglu_limits": "7"}, set()),
         ("Gemma4ForConditionalGeneration", {}, set()),
+        ("AfmoeForCausalLM", {}, {"sglang"}),
+        ("DeepseekForCausalLM", {}, {"sglang"}),
+        ("XverseMoeForCausalLM", {}, {"sglang"}),
+        ("MiniCPMForCausalLM", {}, {"sglang", "vllm"}),
+        ("DeepseekOCRForCausalLM", {"use_mla": False}, {"sglang"}),
+        ("DeepseekOCRForCausalLM", {"use_mla": True}, set()),
         ("KimiK25ForConditionalGeneration", {}, set()),
     ],
 )
@@ -478,6 +515,73 @@ def test_a_model_that_no_engine_can_serve_is_refused(model_dir: Path, tmp_path: 
     found = inspect(model_dir)
     assert found.state == "unsupported"
     assert "no engine could serve it" in str(found.reason)
+
+
+CLAMPED = [0, 0, 7.0]
+UNTIED = replace(MANY_SHARDS, differing_scales=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "served"),
+    [
+        ({"swiglu_limit": 7.0}, False),
+        ({"swiglu_limits": CLAMPED}, False),
+        ({"expert_swiglu_limit_list": CLAMPED}, False),
+        ({"swiglu_limits": [7.0, 0]}, True),
+        ({"swiglu_limit": 0.0}, True),
+        ({"swiglu_limits_shared": CLAMPED, "share_expert_swiglu_limit_list": CLAMPED}, True),
+        ({}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("differing", [True, False])
+def test_sglang_serves_no_clamped_experts_whose_gate_and_up_differ(
+    tmp_path: Path, said: dict[str, Any], served: bool, differing: bool
+) -> None:
+    """As every command says it, of the original and of the result."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(model, replace(UNTIED, differing_scales=differing))
+    edit_json(model / "config.json", **said)
+    found = [preview(model), inspect(model), convert(model, out), inspect(out)]
+    for each in found:
+        reason = each.prospects.cannot_serve.get("sglang", "")
+        assert (reason == "") == (served or not differing)
+        first = "model.layers.1" if "swiglu_limit" in said else "model.layers.2"
+        assert reason == "" or reason.endswith(f", as in {first}.mlp.experts")
+        assert "vllm" in each.prospects.tensor_parallel
+
+
+def test_a_clamp_does_not_matter_to_compressed_tensors(tmp_path: Path) -> None:
+    """SGLang passes none to the kernel."""
+    model_zoo.make(tmp_path / "model", "qwen3_moe-ct")
+    edit_json(tmp_path / "model" / "config.json", swiglu_limit=7.0)
+    assert inspect(tmp_path / "model").prospects.cannot_serve == {}
+
+
+def test_what_a_deleted_source_held_is_read_from_the_result(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(model, UNTIED)
+    edit_json(model / "config.json", swiglu_limit=7.0)
+    first = convert(model, out, drop_source=True)
+    again = convert(model, out, drop_source=True)
+    assert not list(model.glob("*.safetensors"))
+    assert again.prospects == first.prospects
+    assert again.prospects.cannot_serve.keys() == {"sglang"}
+
+
+def test_a_step_whose_gate_and_up_differ_is_refused(tmp_path: Path) -> None:
+    """vLLM has no such clamp, so no engine is left. Nothing is written."""
+    model, scale = tmp_path / "model", "model.layers.2.moe.gate_proj.weight_scale_2"
+    model_zoo.make(model, "step3p5")
+    assert inspect(model).prospects.tensor_parallel.keys() == {"sglang"}
+    start, stop = range_of(shard := home_of(model, scale), scale)
+    data = shard.read_bytes()
+    doubled = (2 * np.frombuffer(data[start:stop], "<f4")).tobytes()
+    shard.write_bytes(data[:start] + doubled + data[stop:])
+    with pytest.raises(CheckpointError, match=r"no engine .* SGLang rescales .* model\.layers\.2"):
+        convert(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert inspect(model).state == "unsupported"
 
 
 @pytest.mark.parametrize(

@@ -471,6 +471,21 @@ def test_the_algorithm_of_a_layer_of_the_same_number_elsewhere_is_not_that_of_it
     assert FP8_AND_NVFP4 in passed(renamed, **section)[f"language_model.{PREFIX}"]
 
 
+def test_refuses_tensors_that_are_named_otherwise_than_the_description_says() -> None:
+    message = (
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight' is not a tensor of a compressed-tensors "
+        "NVFP4 expert (gate_proj, up_proj, down_proj with weight_packed, weight_scale, "
+        "weight_global_scale, input_global_scale)"
+    )
+    refuses(message, layer(), **COMPRESSED)
+    message = (
+        f"1.safetensors: '{PREFIX}.0.gate_proj.weight_packed' is not a tensor of a ModelOpt NVFP4 "
+        "expert (gate_proj, up_proj, down_proj with weight, weight_scale, weight_scale_2, "
+        "input_scale)"
+    )
+    refuses(message, compressed(layer()))
+
+
 def test_a_layer_of_its_own_kind_passes_beside_others() -> None:
     eight_bits = {
         f"model.layers.2.mlp.experts.{n}.up_proj.weight": ("F8_E4M3", (I, H)) for n in (0, 1)
@@ -555,11 +570,25 @@ def test_refuses_experts_that_are_stacked(case: str) -> None:
     message = (
         f"2.safetensors: {name!r} is U8 {list(shape)}: all experts of the layer stacked in one "
         "tensor; this release knows such tensors as moe.gate_proj, moe.up_proj and moe.down_proj "
-        "(as in Step-3.5), or as experts.gate_up_proj and experts.down_proj (as in Llama 4); serve "
-        "the original"
+        "(as in Step-3.5), or as experts.gate_up_proj and experts.down_proj, transposed (as in "
+        "Llama 4); serve the original"
     )
     refuses(message, {}, tensors)
     refuses(message, layer("model.layers.0.mlp.experts"), tensors)
+
+
+@pytest.mark.parametrize("scalars", [(), (E,)])
+def test_refuses_experts_that_are_stacked_as_they_are_under_the_names_of_transposed_ones(
+    scalars: tuple[int, ...],
+) -> None:
+    tensors: Tensors = {}
+    for part, rows, cols in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+        tensors[f"{PREFIX}.{part}"] = ("U8", (E, rows, cols // 2))
+        tensors[f"{PREFIX}.{part}_weight_scale"] = ("F8_E4M3", (E, rows, cols // 16))
+        tensors[f"{PREFIX}.{part}_weight_scale_2"] = ("F32", scalars)
+        tensors[f"{PREFIX}.{part}_input_scale"] = ("F32", scalars)
+    with pytest.raises(CheckpointError, match=r"gate_up_proj' is U8 \[3, 256, 128\]: all experts"):
+        find_layers(checkpoint(tensors))
 
 
 def test_experts_of_another_model_pass() -> None:

@@ -44,13 +44,13 @@ def marker(**changes: Any) -> tuple[str, torch.Tensor]:
 
 EMBED = ("model.embed_tokens.weight", WEIGHT)
 HEAD = ("lm_head.weight", WEIGHT)
-STACKED = (f"{LAYER}.w13_weight", WEIGHT)
-OTHER_STACKED = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
+W13 = (f"{LAYER}.w13_weight", WEIGHT)
+OTHER_W2 = ("model.layers.2.mlp.experts.w2_weight", WEIGHT)
 SINGLE = (f"{LAYER}.0.gate_proj.weight", WEIGHT)
 
 STOP = (f"{LAYER}.0.down_proj.weight", torch.zeros(0, dtype=torch.uint8))
 
-CONVERTED_WEIGHTS = [EMBED, STACKED, OTHER_STACKED, STOP, HEAD]
+CONVERTED_WEIGHTS = [EMBED, W13, OTHER_W2, STOP, HEAD]
 REST = [(f"{LAYER}.{leaf}", WEIGHT) for leaf in LEAVES if leaf != "w13_weight"]
 WHOLE = [*CONVERTED_WEIGHTS, *REST]
 ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
@@ -132,7 +132,7 @@ def test_another_marker_is_refused_before_anything_changes(
 
 @pytest.mark.parametrize("order", list(permutations(CONVERTED_WEIGHTS)))
 @pytest.mark.parametrize("form", [list, as_iterator])
-def test_stacked_tensors_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
+def test_converted_layers_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
     model = running(CONVERTED)
     with pytest.raises(ServingError, match=r"comes without fp4moe\.layout"):
         model.load_weights(form(order))
@@ -188,16 +188,16 @@ def test_after_a_stop_tensor_no_other_model_sees_what_is_converted() -> None:
     """By name a layer's stop tensor comes first in its file, and the marker may come last."""
     model = Model(None)
     with pytest.raises(ServingError, match="weights are converted"):
-        model.load_weights(as_iterator([EMBED, STOP, STACKED, HEAD, OTHER_STACKED, marker()]))
+        model.load_weights(as_iterator([EMBED, STOP, W13, HEAD, OTHER_W2, marker()]))
     assert model.given == [EMBED[0], HEAD[0]]
 
 
 @pytest.mark.parametrize("form", [list, as_iterator])
 @pytest.mark.parametrize("model", [Model(None), running(None)])
 def test_any_other_model_takes_everything_else_in_its_order(model: Model, form: Any) -> None:
-    """Stacked tensors without a marker too: Inkling's original has experts of these names."""
+    """Converted layers' names without a marker too: Inkling's original has experts of these names."""
     model.given.clear()
-    weights = [EMBED, SINGLE, STACKED, HEAD, OTHER_STACKED]
+    weights = [EMBED, SINGLE, W13, HEAD, OTHER_W2]
     model.load_weights(form(weights))
     assert model.given == [name for name, _ in weights]
 
@@ -368,7 +368,7 @@ def test_the_gate_of_a_model_that_an_engine_has_built(caplog: pytest.LogCaptureF
 def test_a_marker_may_have_a_prefix() -> None:
     name, tensor = marker()
     model = Model(CONVERTED)
-    model.load_weights([(f"language_model.{name}", tensor), STACKED, *REST])
+    model.load_weights([(f"language_model.{name}", tensor), W13, *REST])
     assert model.delivered == [*LEAVES]
 
 
@@ -396,8 +396,8 @@ def test_the_first_load_keeps_no_tensor() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([EMBED, STACKED, marker(row_order="xxh3_128:00")], "row order xxh3_128:00"),
-        ([EMBED, STACKED, HEAD], "w13_weight' comes without fp4moe.layout"),
+        ([EMBED, W13, marker(row_order="xxh3_128:00")], "row order xxh3_128:00"),
+        ([EMBED, W13, HEAD], "w13_weight' comes without fp4moe.layout"),
         ([EMBED, SINGLE], "these weights are not converted"),
     ],
 )
@@ -422,12 +422,12 @@ def test_a_model_without_converted_layers_needs_no_marker(start: Any, form: Any)
     """For a draft vLLM passes over files that have nothing for it: the marker's, but not each that
     also has tensors of converted layers."""
     model = start(CONVERTED, None)
-    model.load_weights(form([EMBED, STACKED, HEAD, OTHER_STACKED, STOP]))
+    model.load_weights(form([EMBED, W13, HEAD, OTHER_W2, STOP]))
     assert model.given == [EMBED[0], HEAD[0]]
     with pytest.raises(ServingError, match="these weights are not converted"):
         model.load_weights(form([EMBED, SINGLE]))
     with pytest.raises(ServingError, match="row order xxh3_128:00"):
-        model.load_weights(form([STACKED, marker(row_order="xxh3_128:00")]))
+        model.load_weights(form([W13, marker(row_order="xxh3_128:00")]))
 
 
 def test_nothing_waits_for_a_marker_that_is_not_needed() -> None:
@@ -435,7 +435,7 @@ def test_nothing_waits_for_a_marker_that_is_not_needed() -> None:
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         yield EMBED
-        yield STACKED
+        yield W13
         assert model.given == [EMBED[0]]
         yield HEAD
 
@@ -445,7 +445,7 @@ def test_nothing_waits_for_a_marker_that_is_not_needed() -> None:
 
 def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
     gate = gate_of(Model(CONVERTED))
-    judged = gate.judge(as_iterator([marker(), STACKED]))
+    judged = gate.judge(as_iterator([marker(), W13]))
     assert gate.judge(judged) is judged
     with pytest.raises(ServingError):
         gate.judge(as_iterator([EMBED, marker(row_order="xxh3_128:00")]))
@@ -456,7 +456,7 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
 
 INCOMPLETE = [
     ([*CONVERTED_WEIGHTS, *REST[1:]], rf"^fp4moe: {REST[0][0]} was not loaded: missing from"),
-    ([EMBED, OTHER_STACKED, STOP, HEAD], rf"^fp4moe: {STACKED[0]}, .* were not loaded: missing"),
+    ([EMBED, OTHER_W2, STOP, HEAD], rf"^fp4moe: {W13[0]}, .* were not loaded: missing"),
 ]
 """A tensor of a layer that is here is missing, or all of them."""
 

@@ -174,7 +174,8 @@ def test_a_part_repairs_no_finished_folder(source: Path, tmp_path: Path) -> None
     convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES)
     sorted(out.glob("*.safetensors"))[0].unlink()
     before = every_file(out)
-    lacks = r"lacks 1 of 8 shards: model-00001-\S+: it is missing; convert without --part$"
+    lacks = r"lacks 1 of 8 shards: model-00001-\S+: it is missing; convert with --max-"
+    lacks += r"shard-size 500000 and without --part, which keeps the other 7$"
     with pytest.raises(OutputError, match=lacks):
         run(source, out, 1)
     assert every_file(out) == before
@@ -274,7 +275,8 @@ def test_finish_reads_every_byte_if_asked(
     ) as bad:
         finish(out, verify=True)
     assert str(bad.value).endswith(
-        "; run the parts they belong to with --verify, or convert with --verify and without --part"
+        "; run the parts they belong to with --verify, or convert with --verify, --max-shard-size "
+        "500000 and without --part, which keeps the other 7"
     )
     assert not (out / INDEX).exists()
     if repair == "parts":
@@ -292,7 +294,9 @@ def test_what_only_reading_finds_in_a_finished_folder(
     finish(out)
     flip_bit(sorted(out.glob("*.safetensors"))[4])
     for call in (lambda: finish(out, verify=True), lambda: run(source, out, 2, verify=True)):
-        with pytest.raises(OutputError, match=r"damaged .*; convert with --verify and without --p"):
+        with pytest.raises(
+            OutputError, match=r"damaged .*; convert with --verify, --max-.* the other 7$"
+        ):
             call()
     convert(source, out, max_shard_nbytes=SMALL_SHARD_NBYTES, verify=True)
     assert contents(out) == expected
@@ -372,6 +376,16 @@ def test_parts_of_something_else(
     left = contents(other)
     assert left == expected if change is None else left.keys() == expected.keys()
     verify(other, source)
+
+
+def test_no_advice_to_convert_where_nothing_would_fit(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", 1)
+    for path in source.glob("*.safetensors"):
+        os.utime(path)
+    with pytest.raises(OutputError, match=r"give all parts the same number of .* and source$"):
+        run(source, tmp_path / "out", 2)
+    with pytest.raises(OutputError, match=r"lacks 8 of 8 shards: .*, which keeps none$"):
+        finish(tmp_path / "out")
 
 
 def test_a_copy_of_the_source_keeps_its_times(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..format.contract import Geometry
+from ..source.linears import Linear
 
 MAX_TENSOR_PARALLEL = 64
 
@@ -19,7 +20,7 @@ _CUT_BY = ("num_attention_heads", "num_key_value_heads", "vocab_size")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What an engine learns of a model from its config.json, before it has seen a tensor."""
+    """What can be said of a model before an engine loads it."""
 
     architectures: tuple[str, ...]
     """As config.json names them."""
@@ -31,6 +32,11 @@ class Model:
     """Whether all its experts have a gate."""
     downs: frozenset[str] = frozenset()
     """What the down projections of its experts are called."""
+    linears: frozenset[Linear] = frozenset()
+    """The decoder's, without its routed experts."""
+    untied: str | None = None
+    """A layer that clamps its SwiGLU and has experts whose gate and up differ in
+    ``weight_scale_2``."""
 
 
 @dataclass(frozen=True, slots=True)

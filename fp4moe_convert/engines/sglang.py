@@ -20,16 +20,32 @@ from .engine import NO_LIST, Engine, KnownModels, Model
 _NO_NAMES = ("HunYuanMoEV1ForCausalLM", "Grok1ForCausalLM", "Grok1ModelForCausalLM")
 """Models that give their FusedMoE no prefix (models/hunyuan.py:156, grok.py:160 in 0.5.23)."""
 
-_NOT_SERVED = {
-    "AfmoeForCausalLM": "has a module for each expert, and no fused MoE layers",
-    "LagunaForCausalLM": "insists on having loaded tensors of each expert",
-}
-"""models/afmoe.py:254 and laguna.py:813 in 0.5.23."""
+_UNFUSED = (
+    "AfmoeForCausalLM",
+    "DbrxForCausalLM",
+    "DeepseekForCausalLM",
+    "MiniCPM3ForCausalLM",
+    "MiniCPMForCausalLM",
+    "MiniCPMSALAForCausalLM",
+    "UnlimitedOCRForCausalLM",
+    "XverseMoeForCausalLM",
+)
+"""Models with a module for each expert, with parameters of their own, or with no experts at all
+(models/deepseek.py:132, dbrx.py:126, minicpm.py:527 in 0.5.23)."""
+
+_DEEPSEEK_OCR = "DeepseekOCRForCausalLM"
+"""Takes one of them for its text model where that has no MLA (models/deepseek_ocr.py:1489)."""
 
 _KIMI_K3 = {"KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM"}
 
 NO_UNGATED = "SGLang lays out experts of compressed-tensors as if they had a gate"
 """schemes/compressed_tensors_w4a4_nvfp4_moe.py:77 and :215 in 0.5.23."""
+
+UNTIED = (
+    "SGLang rescales experts that clamp their SwiGLU and whose gate and up differ in "
+    "weight_scale_2, which the plugin does not"
+)
+"""quantization/modelopt_quant.py:2858 in 0.5.23."""
 
 
 def _why_not(model: Model) -> str | None:
@@ -38,8 +54,17 @@ def _why_not(model: Model) -> str | None:
     if is_modelopt and "MixtralForCausalLM" in model.architectures:
         return "SGLang has no fused MoE layers for a Mixtral that is quantized by ModelOpt"
     # models/mllama4.py:616 in 0.5.23 permutes the rows of q and k as if they were not packed.
-    if "Llama4ForConditionalGeneration" in model.architectures and _has_nvfp4_attention(model):
+    if (
+        is_modelopt
+        and "Llama4ForConditionalGeneration" in model.architectures
+        and any(
+            each.dtype == "U8" and each.name.endswith(("q_proj", "k_proj"))
+            for each in model.linears
+        )
+    ):
         return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
+    if model.untied is not None:
+        return f"{UNTIED}, as in {model.untied}"
     if not is_modelopt and not model.gated:
         return NO_UNGATED
     # models/kimi_k3.py:3209 in 0.5.23 looks for packed weights under other names, and
@@ -64,9 +89,13 @@ def _why_not(model: Model) -> str | None:
     for name in _NO_NAMES:
         if name in model.architectures:
             return f"SGLang's {name} does not tell a plugin which of its MoE layers is which"
-    for name, reason in _NOT_SERVED.items():
+    unfused = (*_UNFUSED, *([] if model.text.get("use_mla", True) else [_DEEPSEEK_OCR]))
+    for name in unfused:
         if name in model.architectures:
-            return f"SGLang's {name} {reason}"
+            return f"SGLang's {name} has no fused MoE layers"
+    # models/laguna.py:813 in 0.5.23.
+    if "LagunaForCausalLM" in model.architectures:
+        return "SGLang's LagunaForCausalLM insists on having loaded tensors of each expert"
     return None
 
 
@@ -93,13 +122,6 @@ def _group_size(model: Model) -> object:
         if isinstance(each, dict) and each.get("group_size") is not None:
             return each["group_size"]
     return GROUP_SIZE
-
-
-def _has_nvfp4_attention(model: Model) -> bool:
-    """Whether ModelOpt's NVFP4 leaves out no attention."""
-    settings = settings_of(model.section)
-    left_out = settings.get("ignore") or settings.get("exclude_modules")
-    return settings.get("quant_algo") == "NVFP4" and "attn" not in str(left_out)
 
 
 def _names_no_experts(model: Model) -> bool:

@@ -16,8 +16,15 @@ _STEP = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 
 _FP8_HYBRIDS = ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text")
 
+_UNFUSED = ("HfMoondream", "MiniCPMForCausalLM", "Moondream3ForCausalLM")
+"""Models whose experts are parameters of their own (models/minicpm.py:85, moondream3.py:422 in
+0.33.0)."""
+
 
 def _why_not(model: Model) -> str | None:
+    for name in _UNFUSED:
+        if name in model.architectures:
+            return f"vLLM's {name} has no fused MoE layers"
     # models/step3p5.py:365 in 0.33.0: SWIGLUSTEP is not among the backend's activations.
     limits = model.text.get("swiglu_limits")
     is_step = any(name in _STEP for name in model.architectures)

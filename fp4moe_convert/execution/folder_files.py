@@ -20,6 +20,7 @@ from ..format.files import (
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
     is_journal,
+    is_shard,
     no_engine_reads,
 )
 from ..format.manifest import Manifest, ShardIdentity, SourceRecord, contents
@@ -58,7 +59,7 @@ def check_place(path: Path, source: Path | None) -> None:
             raise OutputError(f"{path}: is not a folder")
 
 
-def check_known(path: Path) -> None:
+def check_known(path: Path, *, restoring: bool = False) -> None:
     """Raises OutputError: a folder is not empty, and no conversion has been there."""
     entries = list(path.iterdir())  # once: other parts may be making theirs
     known = any(is_journal(entry.name) or entry.name == MANIFEST_NAME for entry in entries)
@@ -66,8 +67,20 @@ def check_known(path: Path) -> None:
         entry.name for entry in entries if entry.is_dir() or not no_engine_reads(entry.name)
     } - FOREIGN_FOLDERS
     if foreign and not known:
-        lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign else ""
-        raise OutputError(f"{path}: is not empty: it holds {min(foreign)!r}{lost}")
+        if not restoring and all(map(is_shard, foreign)):
+            raise OutputError(without_journal(path, min(foreign)))
+        lost = f" but no {MANIFEST_NAME}" if INDEX_NAME in foreign and not restoring else ""
+        raise OutputError(
+            f"{path}: is not empty: it holds {min(foreign)!r}{lost}; choose another folder"
+        )
+
+
+def without_journal(path: Path, shard: str) -> str:
+    """A message on a shard that a part may have left, where nothing tells that."""
+    return (
+        f"{path}: holds {shard!r}, and no journal there tells of it; bring that too (a hidden file "
+        "such as .fp4moe-journal-2-of-4.jsonl), or convert again in another folder"
+    )
 
 
 _ORIGINAL = "an original that is not fully restored"
@@ -195,6 +208,9 @@ class FolderFiles:
 
     def _refuse(self, foreign: Iterable[str]) -> None:
         if name := min(foreign, default=None):
+            is_regular = not (self.path / name).is_symlink() and (self.path / name).is_file()
+            if is_regular and is_shard(name) and not self._restoring:
+                raise OutputError(without_journal(self.path, name))
             what = "a link, " if (self.path / name).is_symlink() else ""
             raise OutputError(
                 f"{self.path}: holds {name!r}, {what}which no conversion has left there; "

@@ -353,9 +353,14 @@ def check_same(division: Division, others: Mapping[str, Division], out_dir: Path
     """
     for name, other in others.items():
         if (difference := division.difference(other)) is not None:
+            way = ""
+            if division.sources.items() & other.sources.items():  # nothing of it fits otherwise
+                size = other.max_shard_nbytes
+                way = f", or convert with --max-shard-size {size} and without --part, which keeps "
+                way += "what fits"
             raise OutputError(
                 f"{out_dir}: {name} {difference}; give all parts the same number of parts, options "
-                "and source, or convert without --part, which keeps what fits"
+                f"and source{way}"
             )
 
 

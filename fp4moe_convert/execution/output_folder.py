@@ -87,7 +87,7 @@ class OutputFolder:
         with naming(path, OutputError):
             self._created = not path.exists()
             make_folder(path)
-            check_known(path)
+            check_known(path, restoring=restoring)
         self.journal = Journal(path, part)
         self.files = FolderFiles(
             path,
@@ -96,11 +96,10 @@ class OutputFolder:
             can_overwrite=can_overwrite and part is None,
         )
         self._state: Opened | Planned | Writing | Done | Rejected = Opened(self)
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.push(self)
             self.files.read()
-        except BaseException as failure:
-            self.__exit__(type(failure), failure, None)
-            raise
+            opened.pop_all()
 
     def __enter__(self) -> Opened:
         assert isinstance(self._state, Opened)
@@ -264,10 +263,11 @@ class Planned:
             del self.kept[name]
         self.to_redo.update(reasons)
 
-    def require_all(self, *, verify: bool) -> None:
+    def require_all(self, max_shard_nbytes: int, *, verify: bool) -> None:
         """Make sure that there is no shard to be written.
 
         Args:
+            max_shard_nbytes: with which they were planned.
             verify: whether kept shards were read. A run that does not read them keeps one whose
                 damage only that shows.
 
@@ -276,7 +276,11 @@ class Planned:
         """
         if missing := [shard.name for shard in self.shards_to_write]:
             why = self.to_redo.get(missing[0], "it is not there")
-            advice = f"convert {'with --verify and ' if verify else ''}without --part"
+            kept = f"the other {len(self.kept)}" if self.kept else "none"
+            advice = (
+                f"convert with {'--verify, ' if verify else ''}--max-shard-size {max_shard_nbytes} "
+                f"and without --part, which keeps {kept}"
+            )
             if not self.folder.files.has_index:  # parts repair no finished folder
                 read = " with --verify" if verify else ""
                 advice = f"run the parts they belong to{read}, or {advice}"

@@ -52,6 +52,14 @@ def is_journal(name: str) -> bool:
     return _JOURNAL.fullmatch(name) is not None
 
 
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as an output shard is. Shards of a source often are, too."""
+    return _SHARD.fullmatch(name) is not None
+
+
 def shard_name(number: int, count: int) -> str:
     """Name of output shard ``number`` (from 1) of ``count``, as the Hub spells it."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"

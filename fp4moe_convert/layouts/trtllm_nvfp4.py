@@ -343,14 +343,14 @@ class TrtllmNvfp4:
         h, i = layer.geometry.hidden, layer.geometry.intermediate
         padded_i = padded_intermediate(layer.geometry)
         projections = w13_projections(layer.geometry)
-        stacked: tuple[tuple[Leaf, TensorSpec, TensorSpec, int], ...] = (
+        of_matrices: tuple[tuple[Leaf, TensorSpec, TensorSpec, int], ...] = (
             ("weight", out.w13_weight, out.w2_weight, 2),
             ("weight_scale", out.w13_weight_scale, out.w2_weight_scale, GROUP_SIZE),
         )
         # Expert by expert rather than tensor by tensor: an expert's matrices lie together in the
         # source, and a disk reads fastest forwards.
         for expert in range(layer.geometry.experts):
-            for leaf, w13, w2, values_per_byte in stacked:
+            for leaf, w13, w2, values_per_byte in of_matrices:
                 # up before gate: FlashInfer's interleave takes w3 as the first half.
                 rows = tuple(layer.matrices[expert, each, leaf] for each in reversed(projections))
                 down = layer.matrices[expert, "down", leaf]
@@ -453,7 +453,7 @@ def _gather_move(
 def _matrix_moves(
     spec: TensorSpec, expert: int, sources: tuple[Matrix, ...], whole: ShuffledRows
 ) -> Iterator[Move]:
-    """One expert's slice of a stacked tensor, cut between tiles where it is too large. What is
+    """One expert's slice of a tensor, cut between tiles where it is too large. What is
     transposed is not cut: a row of the output has a byte of each row of the source."""
     places = tuple(source.beside[0] for source in sources if source.beside is not None)
     if places:

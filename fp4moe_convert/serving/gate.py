@@ -24,7 +24,7 @@ from ..errors import FormatError
 from ..format.contract import FORMAT_VERSION, MARKER_NAME, ConvertedSection, Marker
 from ..format.files import INDEX_NAME
 from ..format.untrusted import decode
-from ..source.names import original_layer, stacked_layer
+from ..source.names import converted_layer, original_layer
 from .checks import CONVERT_AGAIN, refusal, refuse_format
 from .converted_layer import LEAVES, check_none_missing, check_taken_over
 from .fast_copy import COPIER
@@ -113,7 +113,7 @@ class Gate:
             return
         for name, tensor in judged:
             kind, layer = _kind(name, tensor)
-            if kind is not _Kind.STACKED:
+            if kind is not _Kind.CONVERTED:
                 yield name, tensor
             elif deliver := self.layers.get(layer):
                 delivered.add(deliver(name.removeprefix(f"{layer}."), tensor))
@@ -246,8 +246,8 @@ class _Kind(Enum):
     """What a tensor is in a checkpoint."""
 
     MARKER = auto()
-    STACKED = auto()
-    """Of all experts of a converted layer, or so it seems."""
+    CONVERTED = auto()
+    """Of a converted layer, by its name."""
     STOP = auto()
     """Empty: it stops engines without the plugin."""
     ORIGINAL = auto()
@@ -257,8 +257,8 @@ class _Kind(Enum):
 
 def _kind(name: str, tensor: torch.Tensor | None) -> tuple[_Kind, str]:
     """What a tensor is, and of which layer's experts."""
-    if (stacked := stacked_layer(name)) is not None:
-        return _Kind.STACKED, stacked
+    if (converted := converted_layer(name)) is not None:
+        return _Kind.CONVERTED, converted
     if (original := original_layer(name)) is not None:
         is_empty = tensor is not None and not tensor.numel()
         return _Kind.STOP if is_empty else _Kind.ORIGINAL, original
@@ -279,7 +279,7 @@ def _once_marked(
     in a draft, an engine may pass over whole files, that of the marker too."""
     waiting: list[tuple[str, Any]] = []
     marked = False
-    stacked: dict[str, None] = {}  # the names that came, in order
+    came: dict[str, None] = {}  # names of converted layers' tensors, in order
     for name, tensor in weights:
         match _kind(name, tensor):
             case _Kind.MARKER, _:
@@ -287,7 +287,7 @@ def _once_marked(
                 marked = True
                 yield from waiting
                 waiting.clear()
-            case _Kind.STACKED | _Kind.STOP, layer if layer not in converted.layers:
+            case _Kind.CONVERTED | _Kind.STOP, layer if layer not in converted.layers:
                 raise refusal(
                     f"{layer} is not among config.json's converted layers, but {name!r} is among "
                     "the weights",
@@ -306,18 +306,18 @@ def _once_marked(
                     "convert them first with fp4moe-convert",
                 )
             case kind, _:
-                if kind is _Kind.STACKED:
-                    stacked[name] = None
+                if kind is _Kind.CONVERTED:
+                    came[name] = None
                 if marked or not (hold and here):
                     yield name, tensor
                 else:  # a copy: loaders use a tensor's memory again
                     waiting.append((name, tensor.clone()))
     if marked:
         wanted = (f"{layer}.{leaf}" for layer in here for leaf in LEAVES)
-        check_none_missing(name for name in wanted if name not in stacked)
-    elif stacked and here:
+        check_none_missing(name for name in wanted if name not in came)
+    elif came and here:
         raise refusal(
-            f"{next(iter(stacked))!r} comes without {MARKER_NAME}, which tells how it is laid out",
+            f"{next(iter(came))!r} comes without {MARKER_NAME}, which tells how it is laid out",
             "load all of a converted folder in one call",
         )
     yield from waiting
@@ -325,8 +325,8 @@ def _once_marked(
 
 def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """For any other model."""
-    # Stacked tensors are no proof: another exporter may give these names to another layout. After
-    # an empty tensor of an expert they are, and wait, so that this refuses them and not the model.
+    # These names are no proof: another exporter may give them to another layout. After an empty
+    # tensor of an expert they are, and wait, so that this refuses them and not the model.
     waiting: list[tuple[str, Any]] = []
     for name, tensor in weights:
         match _kind(name, tensor):
@@ -335,7 +335,7 @@ def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
                     "these weights are converted, the model was built for a checkpoint that is not",
                     "start the engine from the converted folder, with its own config.json",
                 )
-            case kind, _ if kind is _Kind.STOP or (kind is _Kind.STACKED and waiting):
+            case kind, _ if kind is _Kind.STOP or (kind is _Kind.CONVERTED and waiting):
                 waiting.append((name, tensor))
             case _:
                 yield name, tensor

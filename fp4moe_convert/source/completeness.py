@@ -16,11 +16,9 @@ from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
 from ..storage.local import UnlistedSnapshot
 from .checkpoint import Checkpoint, missing_by_name
-from .names import is_mtp_by_name, original_layer, stacked_layer
+from .names import IN_LAYER, converted_layer, is_mtp_by_name, original_layer
 from .text_config import TextConfig
 
-_IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
-"""Prefix up to and including ``layers``, the number, and the rest."""
 _NUMBERED = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
 _DEEPEST = 8
 """How deep in a layer experts are looked for; mlp.experts is the rule."""
@@ -75,7 +73,7 @@ class _Decoder:
     def __init__(self, checkpoint: Checkpoint, prefixes: Iterable[str]) -> None:
         experts: dict[str, set[str]] = {}
         for prefix in prefixes:
-            if match := _IN_LAYER.fullmatch(prefix):
+            if match := IN_LAYER.fullmatch(prefix):
                 experts.setdefault(match[1], set()).add(match[3])
         self.count = checkpoint.text.layer_count or 0
         self.layers: dict[str, dict[int, set[str]]] = {stack: {} for stack in experts}
@@ -88,7 +86,7 @@ class _Decoder:
         self.has_attention = False
         for shard in checkpoint.shards:
             for tensor in shard.header.tensors:
-                match = _IN_LAYER.fullmatch(tensor.name)
+                match = IN_LAYER.fullmatch(tensor.name)
                 if match and match[1] in experts and int(match[2]) < self.count:
                     stack, number, rest = match.groups()
                     module = _module(rest, experts[stack], parents[stack])
@@ -166,7 +164,7 @@ def _module(rest: str, experts: Set[str], parents: Set[str]) -> str:
     """The module of a layer that a tensor belongs to. What lies beside the experts is told apart:
     a router, shared experts."""
     name = f".{rest}"
-    own = original_layer(name) or stacked_layer(name)
+    own = original_layer(name) or converted_layer(name)
     if own is not None and own[1:] in experts:
         return own[1:]
     parts = rest.split(".", _DEEPEST)

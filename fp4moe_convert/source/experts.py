@@ -13,21 +13,25 @@ from typing import NamedTuple
 
 from ..errors import CheckpointError
 from ..format.contract import GROUP_SIZE, Geometry
+from ..storage.header import TensorInfo
 from .checkpoint import Checkpoint
 from .families import (
+    COMPRESSED_TENSORS_LEAVES,
     FAMILIES,
     LEAVES,
+    MODELOPT_LEAVES,
     Family,
     Leaf,
     Projection,
     Role,
     leaf_name,
 )
-from .names import is_mtp_by_name, layer_number, stacked_layer
+from .names import converted_layer, is_mtp_by_name, layer_number
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 from .text_config import TextConfig
 
+_SCALES = {leaves["weight_scale_2"] for leaves in (MODELOPT_LEAVES, COMPRESSED_TENSORS_LEAVES)}
 _UNNUMBERED = re.compile(r"(.*\.experts)[._](?![0-9])", re.DOTALL)
 
 MAX_SIZE = 2**20
@@ -187,6 +191,8 @@ def _passed(
     dtypes: dict[str, set[str]] = {}
     for tensor in tensors:
         dtypes.setdefault(leaf_name(tensor.part), set()).add(tensor.matrix.tensor.dtype)
+    if source.leaves["weight_scale_2"] not in dtypes and _SCALES & dtypes.keys():
+        return None  # named as the other exporter names them, which `_roles` refuses
     weights = dtypes.get("weight", set()) | dtypes.get(source.leaves["weight"], set())
     if "U8" not in weights:
         found = " and ".join(sorted(weights)) or "without weights"
@@ -224,6 +230,8 @@ def _check_layer(
     expert_count: int | None,
     source: Nvfp4Source,
 ) -> MoeLayer:
+    if family.batched:
+        _refuse_untransposed(tensors)
     matrices = _roles(family, tensors, source)
     _refuse_other_experts(family, matrices)
     experts = {expert for expert, _, _ in matrices}
@@ -265,6 +273,26 @@ def _refuse_other_experts(family: Family, matrices: Mapping[Role, Matrix]) -> No
         raise CheckpointError(f"{name} is of experts without an input_scale: {WEIGHT_ONLY}")
 
 
+def _refuse_untransposed(tensors: Iterable[_Named]) -> None:
+    """Refuse experts that lie in one tensor, under the names of transposed ones, as they are."""
+    shapes = {named.part: named.matrix.shape for named in tensors}
+    gate_up, down = shapes.get("gate_up_proj", ()), shapes.get("down_proj", ())
+    # [E, 2I, H/2] and [E, H, I/2]; transposed they are [E, H/2, 2I] and [E, I/2, H].
+    both = len(gate_up) == len(down) == 3
+    if both and gate_up[1] == 4 * down[2] and down[1] == 2 * gate_up[2]:
+        matrix = next(named.matrix for named in tensors if named.part == "gate_up_proj")
+        raise _unknown_stack(matrix.shard, matrix.tensor)
+
+
+def _unknown_stack(shard: Shard, tensor: TensorInfo) -> CheckpointError:
+    return CheckpointError(
+        f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all experts of the "
+        "layer stacked in one tensor; this release knows such tensors as moe.gate_proj, "
+        "moe.up_proj and moe.down_proj (as in Step-3.5), or as experts.gate_up_proj and "
+        "experts.down_proj, transposed (as in Llama 4); serve the original"
+    )
+
+
 def _stacked(
     others: Iterable[Matrix], layer_count: int | None, known: Collection[str]
 ) -> Iterator[PassedLayer]:
@@ -286,13 +314,8 @@ def _stacked(
         named = _UNNUMBERED.search(tensor.name)
         deep = len(tensor.shape) > 2
         of_experts = deep or (named is not None and named[1] not in known)
-        if tensor.dtype == "U8" and of_experts and stacked_layer(tensor.name) is None:
-            raise CheckpointError(
-                f"{shard.name}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: all "
-                "experts of the layer stacked in one tensor; this release knows such tensors as "
-                "moe.gate_proj, moe.up_proj and moe.down_proj (as in Step-3.5), or as "
-                "experts.gate_up_proj and experts.down_proj (as in Llama 4); serve the original"
-            )
+        if tensor.dtype == "U8" and of_experts and converted_layer(tensor.name) is None:
+            raise _unknown_stack(shard, tensor)
         if named and deep and tensor.dtype in ("BF16", "F16", "F32") and named[1] not in prefixes:
             prefixes.add(named[1])
             yield PassedLayer(named[1], f"its experts are {tensor.dtype}, not NVFP4")

@@ -64,7 +64,7 @@ class Family:
             part: by the tensor's name.
             expert: the same; None where the tensor is of all experts.
             matrix: the whole tensor.
-            expert_count: how many experts share a scalar, where they do.
+            expert_count: how many experts there are, where a tensor does not say it.
 
         Raises:
             KeyError: no such ``part`` in this family.
@@ -78,7 +78,7 @@ class Family:
         elif shared:
             experts = [(number, matrix) for number in range(expert_count)]
         else:
-            slices = matrix.split(matrix.shape[0] if matrix.shape else 0)
+            slices = matrix.split(matrix.shape[0] if matrix.shape else expert_count)
             experts = [(n, s._replace(shape=s.shape[1:])) for n, s in enumerate(slices)]
         for number, own in experts:
             if shared:

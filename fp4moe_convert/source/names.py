@@ -6,10 +6,12 @@ import re
 
 from .families import FAMILIES, LEAVES
 
+IN_LAYER = re.compile(r"((?:.*?\.)?layers)\.([0-9]{1,18})\.(.+)", re.DOTALL)
+"""A whole name: up to and including ``layers``, the number, and the rest."""
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.([0-9]{1,18})\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_[a-z]+)?\.")
 """Multi-token prediction has layers of its own, counted from 0: ``mtp.layers.0``."""
-_STACKED = frozenset(f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in LEAVES)
+_CONVERTED = frozenset(f"{matrix}_{leaf}" for matrix in ("w13", "w2") for leaf in LEAVES)
 
 
 def _parts_in(module: str) -> frozenset[str]:
@@ -26,6 +28,13 @@ _IN_EXPERTS = _parts_in("experts")
 """Llama 4's: ``down_proj_weight_scale``."""
 _IN_MOE = frozenset(part.partition(".")[0] for part in _parts_in("moe"))
 """Step-3.5's, without a leaf: ``down_proj``, but not the router, ``gate``."""
+DOWNS = {
+    part.partition(".")[0]
+    for family in FAMILIES
+    for part, (projections, leaf) in family.parts.items()
+    if "down" in projections and leaf == "weight"
+}
+"""What down projections of experts are called."""
 
 
 def layer_number(name: str) -> int | None:
@@ -40,11 +49,11 @@ def is_mtp_by_name(name: str) -> bool:
     return _MTP.search(name) is not None
 
 
-def stacked_layer(name: str) -> str | None:
+def converted_layer(name: str) -> str | None:
     """The expert layer of a tensor that is named as one that a layer becomes, up to and including
     ``.experts`` or ``.moe``. Others may use these names for an order of their own."""
     layer, _, leaf = name.rpartition(".")
-    return layer if leaf in _STACKED and layer.endswith((".experts", ".moe")) else None
+    return layer if leaf in _CONVERTED and layer.endswith((".experts", ".moe")) else None
 
 
 def original_layer(name: str) -> str | None:

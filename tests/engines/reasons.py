@@ -12,11 +12,12 @@ import ast
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from support import model_zoo, record_models
 from support.cpu_engines import sglang_cpu
 from support.folders import edit_json
 
-from fp4moe_convert.engines.engine import Model
+from fp4moe_convert.engines.engine import Engine, Model
 from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
 
@@ -68,6 +69,11 @@ HYBRID = {
     "group_size": 16,
 }
 
+MAKES_FUSED_LAYERS = re.compile(
+    r"FusedMoE\(|FusedMoEFactory|get_moe_impl_class|(?<!def )init_vllm_registered_model"
+)
+IMPORTED = re.compile(r"from (?:\.|sglang\.srt\.models\.|vllm\.model_executor\.models\.)(\w+)")
+
 
 def models_on_record(engine: Any) -> None:
     """The list of architectures is that of this release."""
@@ -84,6 +90,35 @@ def models_on_record(engine: Any) -> None:
         .joinpath("fp4moe_convert", "engines", f"{engine.name}_models.txt")
         .read_text()
     )
+
+
+def models_of(engine: str, folder: str) -> Path:
+    spec = importlib.util.find_spec(engine)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], folder)
+
+
+def unfused_by(engine: Engine) -> set[str]:
+    """The architectures that the converter says have no fused MoE layers."""
+    reasons = {name: engine.why_not(Model((name,), {}, {})) for name in engine.models.downs}
+    return {name for name, reason in reasons.items() if (reason or "").endswith("fused MoE layers")}
+
+
+def unfused(models: Path) -> Iterator[Path]:
+    """Modules of models that speak of experts, and neither make fused layers nor import a module
+    that does."""
+    texts: dict[str, str] = {}
+    for path in models.rglob("*.py"):
+        name = path.relative_to(models).parts[0].removesuffix(".py")
+        texts[name] = texts.get(name, "") + path.read_text()
+    makers = {name for name, text in texts.items() if MAKES_FUSED_LAYERS.search(text)}
+    while more := {n for n in texts.keys() - makers if makers & set(IMPORTED.findall(texts[n]))}:
+        makers |= more
+    for name in texts.keys() - makers:
+        path = models / f"{name}.py"
+        if path.exists() and re.search(r"\b(num_)?experts\b", texts[name]):
+            yield path
 
 
 # --- vLLM -----------------------------------------------------------------------------------------
@@ -135,6 +170,14 @@ def swiglu_step_in_vllm() -> None:
 
     assert not TrtLlmNvFp4ExpertsBase._supports_activation(MoEActivation.SWIGLUSTEP)
     assert TrtLlmNvFp4ExpertsBase._supports_activation(MoEActivation.SILU)
+
+
+def unfused_in_vllm() -> None:
+    from vllm.model_executor.models import registry
+
+    stems = {path.stem for path in unfused(models_of("vllm", "model_executor/models"))}
+    tables = registry._TEXT_GENERATION_MODELS | registry._MULTIMODAL_MODELS
+    assert {name for name, (module, _) in tables.items() if module in stems} == unfused_by(VLLM)
 
 
 # --- SGLang ---------------------------------------------------------------------------------------
@@ -236,11 +279,8 @@ def mixtral_in_sglang() -> None:
 
 def names_in_sglang() -> None:
     """Just those models give their fused layers no name that the converter says do not."""
-    spec = importlib.util.find_spec("sglang")
-    assert spec is not None
-    assert spec.submodule_search_locations
     nameless = set()
-    for path in Path(spec.submodule_search_locations[0], "srt/models").glob("*.py"):
+    for path in models_of("sglang", "srt/models").glob("*.py"):
         tree = ast.parse(path.read_text())
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and makes_fused_layer(call):
@@ -249,16 +289,26 @@ def names_in_sglang() -> None:
                     nameless |= set(record_models.entry_classes(tree))
     expert_models = {name for name in nameless if "Dense" not in name}
     assert expert_models
-    others = {"AfmoeForCausalLM", "LagunaForCausalLM", "MixtralForCausalLM"}
+    others = {"LagunaForCausalLM", "MixtralForCausalLM", *unfused_by(SGLANG)}
     for name in SGLANG.models.downs:
         assert bool(SGLANG.why_not(Model((name,), {}, {}))) == (name in expert_models | others), (
             name
         )
 
 
-def other_models_in_sglang() -> None:
-    """Laguna alone counts the tensors of each expert, and Trinity's experts are not fused."""
-    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+def unfused_in_sglang() -> None:
+    """Unlimited-OCR's module takes more from others than it uses."""
+    found = {
+        name
+        for path in unfused(models_of("sglang", "srt/models"))
+        for name in record_models.entry_classes(ast.parse(path.read_text()))
+    }
+    expected = unfused_by(SGLANG) - {"UnlimitedOCRForCausalLM"}
+    assert found - {"QuantMixtralForCausalLM"} == expected
+
+
+def laguna_in_sglang() -> None:
+    """Laguna alone counts the tensors of each expert."""
     from sglang.srt.models import afmoe
 
     counting = {
@@ -267,8 +317,6 @@ def other_models_in_sglang() -> None:
         if "routed-expert tensors were not loaded" in path.read_text()
     }
     assert counting == {"laguna"}
-    assert FusedMoE not in vars(afmoe).values()
-    assert "get_moe_impl_class" not in vars(afmoe)
 
 
 def kimi_k3_in_sglang() -> None:
@@ -297,6 +345,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         **{f"section: {k}": lambda s=s: section_in_vllm(s) for k, s in SECTIONS.items()},
         "experts amid FP8": amid_fp8_in_vllm,
         "clamped SwiGLU of Step-3.5": swiglu_step_in_vllm,
+        "experts that are not fused": unfused_in_vllm,
     },
     "sglang": {
         "models on record": lambda: models_on_record(SGLANG),
@@ -306,7 +355,8 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "mixed precision": mixed_precision_in_sglang,
         "Mixtral": mixtral_in_sglang,
         "layers without names": names_in_sglang,
-        "Laguna and Trinity": other_models_in_sglang,
+        "experts that are not fused": unfused_in_sglang,
+        "Laguna": laguna_in_sglang,
         "Kimi K3": kimi_k3_in_sglang,
     },
 }

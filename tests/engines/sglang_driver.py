@@ -555,7 +555,7 @@ REFUSED = {
         setup=Setup(tp=3),
     ),
     "clamped SwiGLU with differing scales": Refused(
-        f"{LAYER}: a clamped SwiGLU .* weight_scale_2 is not supported; serve the original",
+        f"rescales experts that clamp their SwiGLU .* as in {LAYER}; serve the original",
         checkpoint="deepseek-I192",
         config=lambda config: config.update(swiglu_limit=7.0),
     ),

@@ -178,7 +178,7 @@ STOCK_STOPS = (
     r"FusedMoE\.weight_loader\(\) missing 3 required positional arguments"
     r"|Expected 2D tensors, got expert_data shape .* and loaded_weight shape torch.Size\(\[0\]\)"
 )
-"""A stacked tensor or a stop tensor, whichever comes first."""
+"""A converted layer's tensor or a stop tensor, whichever comes first."""
 
 
 def case_names() -> list[str]:

@@ -43,6 +43,8 @@ from sglang_driver import (
 from support import model_zoo
 from support.cpu_engines import sglang_cpu
 
+from fp4moe_convert.engines.sglang import UNTIED
+
 # --- what SGLang's models do ----------------------------------------------------------------------
 
 SHARED = r"^(model\.embed_tokens|lm_head)\."
@@ -104,10 +106,10 @@ STOPS = (
     r"|(ValueError|AssertionError): .*loaded_weight.shape=?.*\[0\]"
     r"|IndexError: (Dimension out of range|index 0 is out of bounds for dimension 0 with size 0)"
 )
-"""Without the plugin, stacked experts reach a function that wants to know which expert, or the
-marker is refused, or the empty tensor fits nowhere. Which comes first is nobody's promise."""
+"""Without the plugin, a converted layer's tensors reach a function that wants to know which expert,
+or the marker is refused, or the empty tensor fits nowhere. Which comes first, nobody promises."""
 
-LOGS = "a loader that logs what goes wrong with stacked experts, and goes on"
+LOGS = "a loader that logs what goes wrong with converted layers, and goes on"
 PASSES_BY = {
     "mixtral": "a class without fused experts ignores names that it does not know",
     "minimax_m3_text": LOGS,
@@ -115,6 +117,12 @@ PASSES_BY = {
 }
 """Families of which only the empty tensor stops a rank, and so only a rank that has expert 0. A
 server does not outlive a rank."""
+
+DIFFERING = {
+    "step3p5": ("model.layers.2.moe", True),
+    "kimi_k3-mixed": ("language_model.model.layers.1.block_sparse_moe.experts", False),
+}
+"""A layer, and whether its SwiGLU is clamped. SiTU has numbers of its own where a clamp has one."""
 
 REFUSED = r"ServingError: fp4moe: these weights are converted, the model was built for a checkpoint"
 """The mistake, with the plugin."""
@@ -187,7 +195,7 @@ CASES = {
         for name in DRAFTS
     },
     "Transformers backend: converted": TRANSFORMERS("converted", plugin=True),
-    "step3p5: differing scales": Case("step3p5", "differing", plugin=True),
+    **{f"{name}: differing scales": Case(name, "differing", plugin=True) for name in DIFFERING},
 }
 
 
@@ -290,7 +298,7 @@ class Run:
             "otherwise": self.loads,
             "mistake": self.stops,
             "converted": self.serves,
-            "differing": self.refuses,
+            "differing": self.judges,
         }
         self.outcomes.record(name, *check[case.folder](name, case))
 
@@ -358,17 +366,18 @@ class Run:
             values += len(own)
         return Outcome(refusal is None, f"{len(ranks)} ranks, {values} values equal")
 
-    def refuses(self, name: str, case: Case) -> Outcome:
-        """The clamped layer alone has another scale for gate than for up."""
-        layer = "model.layers.2.moe"
+    def judges(self, name: str, case: Case) -> Outcome:
+        """One layer has another scale for gate than for up: that is refused where it is clamped."""
+        layer, is_clamped = DIFFERING[case.family]
         (load_model,) = self.ranks(name, replace(case, folder="converted"))
         edit_tensors(self.folder(name), lambda tensors: double_gate(tensors, layer))
         try:
             model = load_model()
         except Exception as error:
-            expected = f"ServingError: fp4moe: {layer}: a clamped SwiGLU whose gate and up differ"
-            return Outcome(one_line(error).startswith(expected), one_line(error))
-        return Outcome(False, f"was loaded: {type(model).__name__}")
+            said = one_line(error)
+            refusal = f"ServingError: fp4moe: {UNTIED}, as in {layer}"
+            return Outcome(is_clamped and said.startswith(refusal), said)
+        return Outcome(not is_clamped, f"was loaded: {type(model).__name__}")
 
 
 def double_gate(tensors: Tensors, layer: str) -> Tensors:

@@ -193,7 +193,7 @@ STOCK_STOPS = (
     r"|^'layers\.\d+\.mlp\.experts\.w(13|2)_"
     r"|Unknown quantization method: fp4moe"
 )
-"""The marker, a stop tensor or a stacked one, whichever comes first; or there is no such method."""
+"""The marker, a stop tensor or a converted layer's, whichever comes first; or no such method."""
 
 
 def case_names() -> list[str]:

@@ -37,7 +37,7 @@ from sglang.srt.layers.quantization.modelopt_quant import (
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
 
-from ...engines.sglang import NO_UNGATED
+from ...engines.sglang import NO_UNGATED, UNTIED
 from ...format.contract import ConvertedSection, Geometry
 from ..checks import refusal
 from ..converted_layer import (
@@ -272,14 +272,13 @@ class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedM
     def process_weights_after_loading(self, layer: Any) -> None:
         loaded = getattr(layer, LOADER).check_loaded()
         runner = layer.moe_runner_config
-        if runner.is_gated and (runner.gemm1_clamp_limit or runner.swiglu_limit):
+        # SiTU, which is Kimi K3's, has its own use for these limits.
+        clamps = (runner.gemm1_clamp_limit or runner.swiglu_limit) and runner.activation != "situ"
+        if runner.is_gated and clamps:
             gate, up = layer.w13_weight_scale_2.unbind(dim=1)
             if not torch.equal(gate, up):
-                # Stock would move both halves onto one scale, through linear block scales.
-                raise refusal(
-                    f"{self.converted_layer.prefix}: a clamped SwiGLU whose gate and up differ in "
-                    "weight_scale_2 is not supported"
-                )
+                # Through linear block scales.
+                raise refusal(f"{UNTIED}, as in {self.converted_layer.prefix}")
         if loaded:
             _lay_out_shared_experts(layer)
         super().process_weights_after_loading(layer)

@@ -195,7 +195,7 @@ def test_after_a_stop_tensor_no_other_model_sees_what_is_converted() -> None:
 @pytest.mark.parametrize("form", [list, as_iterator])
 @pytest.mark.parametrize("model", [Model(None), running(None)])
 def test_any_other_model_takes_everything_else_in_its_order(model: Model, form: Any) -> None:
-    """Converted layers' names without a marker too: Inkling's original has experts of these names."""
+    """Converted layers' names, too: an ordinary Inkling has experts of these names."""
     model.given.clear()
     weights = [EMBED, SINGLE, W13, HEAD, OTHER_W2]
     model.load_weights(form(weights))

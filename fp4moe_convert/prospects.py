@@ -116,9 +116,7 @@ def prospects(
     Raises:
         CheckpointError: a shard cannot be read. Scalars are read where experts clamp their SwiGLU.
     """
-    text: Mapping[str, Any] = checkpoint.config
-    for key in checkpoint.text.path:
-        text = text[key]
+    text = checkpoint.text.own
     names = checkpoint.config.get("architectures")
     # There is one, rarely two.
     first = [str(name) for name in names[:3]] if isinstance(names, list) else []

@@ -340,6 +340,11 @@ def narrow_the_experts(model_dir: Path) -> None:
 GROUPS_OF_32 = quantization_section(TINY)
 GROUPS_OF_32["config_groups"]["group_0"]["weights"]["group_size"] = 32
 
+OF_COMPRESSED_TENSORS = {
+    "quant_method": "compressed-tensors",
+    "config_groups": quantization_section(TINY)["config_groups"],
+}
+
 MIXED_PRECISION = {
     "quant_method": "modelopt",
     "quant_algo": "MIXED_PRECISION",
@@ -597,6 +602,10 @@ BEFORE_THE_FIRST_BYTE: dict[str, tuple[Damage, str]] = {
         lambda model_dir: rename_tensor(model_dir, "lm_head.weight", f"{UP}.bias"),
         rf"{THIRD}: '{UP}\.bias' is not a tensor of a ModelOpt NVFP4 expert .*",
     ),
+    "description of another exporter": (
+        edit_config(quantization_config=OF_COMPRESSED_TENSORS),
+        rf"model-.*: '{LAYER}\..*' is not a tensor of a compressed-tensors NVFP4 expert .*",
+    ),
     "dtype unlike the others'": (
         lambda model_dir: change_entry(model_dir, f"{UP}.weight", dtype="I8"),
         rf"model-.*: '{UP}\.weight' is I8 \[128, 128\], expected U8 \[128, 128\] .*",
@@ -715,6 +724,10 @@ def record_nothing(folder: Path) -> None:
 
 
 TO_RESTORE: dict[str, tuple[Damage, str]] = {
+    "no such folder": (
+        shutil.rmtree,
+        r"{model_dir}: does not exist; expected a converted checkpoint",
+    ),
     "not a converted checkpoint, or unfinished": (
         lambda folder: (folder / MANIFEST).unlink(),
         rf"{{model_dir}}: not a converted checkpoint, or unfinished: it has no {MANIFEST}",
@@ -1009,19 +1022,28 @@ def test_refuses_a_url(
     assert (tmp_path / url / "config.json").exists() is ("--dry-run" not in command)
 
 
+def fails_dry_too(model_dir: Path, out_dir: Path) -> str:
+    """What a conversion says, and a dry run as well."""
+    said = fails(model_dir, out_dir)
+    assert fails(model_dir, out_dir, "--dry-run") == said
+    return said
+
+
 def test_refuses_an_out_dir_that_is_the_source(model_dir: Path) -> None:
     message = f"{model_dir}: is the source folder {model_dir}"
-    assert fails(model_dir, model_dir) == message
+    assert fails_dry_too(model_dir, model_dir) == message
 
 
 def test_refuses_an_out_dir_inside_the_source(model_dir: Path) -> None:
     out_dir = model_dir / "deep" / "out"
-    assert fails(model_dir, out_dir) == f"{out_dir}: is inside the source folder {model_dir}"
+    assert (
+        fails_dry_too(model_dir, out_dir) == f"{out_dir}: is inside the source folder {model_dir}"
+    )
 
 
 def test_refuses_an_out_dir_around_the_source(model_dir: Path) -> None:
     out_dir = model_dir.parent
-    assert fails(model_dir, out_dir) == f"{out_dir}: holds the source folder {model_dir}"
+    assert fails_dry_too(model_dir, out_dir) == f"{out_dir}: holds the source folder {model_dir}"
 
 
 @pytest.mark.parametrize(
@@ -1034,13 +1056,13 @@ def test_refuses_such_an_out_dir_by_a_link_too(
     (model_dir / "sub").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / target)
-    assert fails(model_dir, link) == f"{link}: {relation} the source folder {model_dir}"
+    assert fails_dry_too(model_dir, link) == f"{link}: {relation} the source folder {model_dir}"
 
 
 def test_refuses_a_source_by_a_link_too(model_dir: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(model_dir)
-    assert fails(link, model_dir / "out") == (
+    assert fails_dry_too(link, model_dir / "out") == (
         f"{model_dir / 'out'}: is inside the source folder {link}"
     )
 
@@ -1055,9 +1077,8 @@ def test_refuses_an_out_dir_that_is_not_empty(tiny: Path, tmp_path: Path, name: 
         (out_dir / name).write_text("mine")
     before = fingerprints(out_dir)
     held = name.rstrip("/")
-    assert (
-        fails(tiny, out_dir) == f"{out_dir}: is not empty: it holds {held!r}; choose another folder"
-    )
+    message = f"{out_dir}: is not empty: it holds {held!r}; choose another folder"
+    assert fails_dry_too(tiny, out_dir) == message
     assert fingerprints(out_dir) == before
 
 
@@ -1073,7 +1094,7 @@ def test_the_top_of_a_file_system_will_do(model_dir: Path, tmp_path: Path) -> No
 
 def test_refuses_an_out_dir_that_is_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    assert fails(tiny, tmp_path / "out") == f"{tmp_path / 'out'}: is not a folder"
+    assert fails_dry_too(tiny, tmp_path / "out") == f"{tmp_path / 'out'}: is not a folder"
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -1086,7 +1107,22 @@ def test_refuses_an_out_dir_under_a_file(tiny: Path, tmp_path: Path) -> None:
 def test_refuses_an_out_dir_that_links_to_itself(tiny: Path, tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    assert fails(tiny, loop).startswith(f"{loop}: ")
+    why = "is a link that leads nowhere; remove it, or name another"
+    for out_dir in (loop, loop / "sub"):
+        assert fails(tiny, out_dir) == f"{loop}: {why}"
+
+
+@pytest.mark.parametrize("command", ["convert", "convert --dry-run", "ci", "restore"])
+def test_refuses_an_out_dir_that_links_to_nothing(
+    tiny: Path, tiny_converted: Path, tmp_path: Path, command: str
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    source = tiny_converted if command == "restore" else tiny
+    result = CliRunner().invoke(app, [*command.split(), str(source), str(link)])
+    assert result.exit_code == 1
+    assert one_error(result.stderr).startswith(f"{link}: is a link that leads nowhere; ")
+    assert not list(tmp_path.glob("nowhere*"))
 
 
 def test_refuses_an_out_dir_of_too_long_a_name(tiny: Path, tmp_path: Path) -> None:

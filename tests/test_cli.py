@@ -260,7 +260,7 @@ def test_convert_prints_a_table(tiny: Path, tmp_path: Path) -> None:
         r"tensors +[\d,]+ -> [\d,]+",
         r"bytes +[\d,]+ -> [\d,]+",
         r"other files +4, [\d,]+ bytes, copied as they are",
-        r"time +[\d.]+ s, [\d.]+ GB/s",
+        r"time +[\d.]+ s, [\d.]+ [GM]B/s",
         r"peak memory +\d+ MB",
         r"verified +every byte against the source",
         r"row order +xxh3_128:[0-9a-f]{32} \(flashinfer [\w.]+(\)|, the newest on record)",
@@ -325,12 +325,18 @@ def test_a_dry_run_says_what_a_run_says(
     arguments = ["convert", model_dir, tmp_path / "out"]
     planned = run(*arguments, "--dry-run", "--json")
     plan = one_json(planned.stdout)
+    assert plan["to_fetch_bytes"] is None
     needed = plan["bytes_out"] + plan["other_bytes"]
     for free, code in ((needed - 1, os.EX_TEMPFAIL), (needed, 0)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        dry = run(*arguments, "--dry-run", "--json")
         done = run(*arguments, "--quiet", "--json")
-        assert done.exit_code == code, done.stderr
+        assert (dry.exit_code, done.exit_code) == (0, code), done.stderr
+        short = f"{tmp_path / 'out'}: needs {needed:,} bytes of free disk, there are {free:,}"
+        assert (f"warning: {short}" in dry.stderr) is bool(code)
+        assert (short in one_json(dry.stdout)["warnings"]) is bool(code)
+        assert (short in done.stderr) is bool(code)
     report = one_json(done.stdout)
     assert planned.stderr == done.stderr
     assert planned.stderr.splitlines() == [f"warning: {line}" for line in plan["warnings"]]
@@ -508,6 +514,21 @@ def test_a_phase_may_come_back() -> None:
     ]
 
 
+def test_a_log_of_a_slow_network() -> None:
+    """The first of what is done says nothing of the time that all will take."""
+    stream, now = io.StringIO(), 0.0
+    write = log_writer(Console(file=stream, width=200), clock=lambda: now)
+    for second, done in ((0, 0), (12, 2), (22, 20), (32, 600)):
+        now = float(second)
+        write(Progress("converting", "a layer", done * 10**5, 600 * 10**5))
+    assert stream.getvalue().splitlines() == [
+        "converting   0%, 0.00 of 0.06 GB, a layer",
+        "converting   0%, 0.00 of 0.06 GB, 0.0 MB/s, a layer",
+        "converting   3%, 0.00 of 0.06 GB, 0.1 MB/s, 638 s left, a layer",
+        "converting 100%, 0.06 of 0.06 GB, 1.9 MB/s, 32.0 s, a layer",
+    ]
+
+
 def test_a_log_of_nothing() -> None:
     """An upload may lack nothing but empty files."""
     stream = io.StringIO()
@@ -546,6 +567,13 @@ def test_progress_on_a_terminal_is_a_bar(tiny: Path, converted: Path) -> None:
     assert re.search(rb"\d\.\d/\d\.\d MB", written)
     hidden, shown = written.rfind(b"\x1b[?25l"), written.rfind(b"\x1b[?25h")
     assert hidden < shown  # the cursor is back
+
+
+def test_progress_on_a_dumb_terminal_is_a_log(converted: Path) -> None:
+    """As in editors: nothing can be drawn again there."""
+    written = on_a_terminal(command("verify", converted), TERM="dumb").decode()
+    assert re.search(r"^verifying 100%, ", written, re.MULTILINE)
+    assert ESCAPE not in written
 
 
 def test_a_third_phase_on_a_terminal(source: Path, tmp_path: Path) -> None:
@@ -782,11 +810,13 @@ def test_names_that_a_terminal_cannot_show(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
-def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words", ["inspect MODEL", "inspect MODEL --json", "--help", "convert --help"]
+)
+def test_a_full_stdout_is_one_error(tiny: Path, words: str) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            command("inspect", tiny, *options),
+            command(*words.replace("MODEL", str(tiny)).split()),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -794,4 +824,28 @@ def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*: No space left on device\n", done.stderr)
+    assert done.stderr == "error: stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("convert '' out", "convert MODEL ''", "convert MODEL out --cache-dir ''"),
+        *("ci '' out", "ci MODEL ''", "ci MODEL out --report ''"),
+        *("finish ''", "finish CONVERTED --source=", "verify ''", "verify CONVERTED --source ''"),
+        *("restore '' out", "restore CONVERTED ''", "inspect ''", "push '' org/name"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    tiny: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """A script has a variable that is not set."""
+    here = Path(shutil.copytree(tiny, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    before = contents(here)
+    places = {"MODEL": tiny, "CONVERTED": converted}
+    result = run(*(places.get(word, word) for word in shlex.split(line)))
+    assert result.exit_code == 2
+    assert "is empty; is a variable not set?" in result.stderr
+    assert contents(here) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

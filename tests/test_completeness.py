@@ -191,6 +191,17 @@ WARNED: dict[str, tuple[str, str]] = {
     "no head": ("lm_head", NOT_BOTH),
     "no norm at the end": (r"^model\.norm", "no shard has a norm after the layers"),
 }
+FIRST = "model.layers.1.mlp.experts: has"
+OTHERWISE = {
+    "experts of another width": (
+        {"moe_intermediate_size": 32},
+        f"{FIRST} I = 64, config.json says moe_intermediate_size 32, and 3 more",
+    ),
+    "experts of another hidden size": (
+        {"hidden_size": 512},
+        f"{FIRST} H = 256, config.json says hidden_size 512, and 3 more",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WARNED)
@@ -202,7 +213,36 @@ def test_what_seems_to_be_missing_is_named(without: Callable[..., Path], case: s
 def test_the_documented_warnings_are_those_that_are_tested() -> None:
     text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
     documented = re.findall(r"^\| (.*?) \| `warning: (.*)` \|$", text, re.MULTILINE)
-    assert documented == [(case, line) for case, (_, line) in WARNED.items()]
+    tested = {**WARNED, **OTHERWISE}
+    assert documented == [(case, line) for case, (_, line) in tested.items()]
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_sizes_that_config_has_otherwise_are_named(tmp_path: Path, case: str) -> None:
+    changes, line = OTHERWISE[case]
+    folder = tmp_path / "model"
+    make_checkpoint(folder, SPEC)
+    edit_json(folder / "config.json", **changes)
+    warns(folder, line)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 512, "moe_latent_size": 256},
+        {"hidden_size": 512, "routed_expert_hidden_size": 256},
+        {"hidden_size": None, "moe_intermediate_size": None},
+        {"moe_intermediate_size": [64, 32]},  # ERNIE's of text and of vision
+    ],
+    ids=str,
+)
+def test_sizes_that_config_has_alike_or_not_are_no_matter(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint(folder, SPEC)
+    edit_json(folder / "config.json", **changes)
+    warns(folder)
 
 
 def test_one_of_two_layers_may_be_the_broken_one(without: Callable[..., Path]) -> None:

@@ -879,6 +879,16 @@ def test_without_a_terminal_it_wants_yes(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_it_does_not_ask_where_nobody_sees_the_question(source: Path, tmp_path: Path) -> None:
+    """As with 2>log."""
+    ours, theirs = os.openpty()
+    call = [*FP4MOE_CONVERT, source, tmp_path / "out", "--drop-source"]
+    done = subprocess.run(call, stdin=theirs, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(ours)
+    os.close(theirs)
+    assert (done.returncode, b"--yes" in done.stderr) == (2, True)
+
+
 CTRL_D = "\x04"
 
 
@@ -886,14 +896,15 @@ CTRL_D = "\x04"
 def test_on_a_terminal_it_asks(source: Path, tmp_path: Path, answer: str, code: int) -> None:
     before = every_file(source)
     ours, theirs = os.openpty()
+    shown, screen = os.openpty()
     call = [*FP4MOE_CONVERT, source, tmp_path / "out", "--drop-source", "--quiet"]
-    with subprocess.Popen(call, stdin=theirs, stderr=subprocess.PIPE, text=True) as process:
+    dumb = {**os.environ, "TERM": "dumb"}
+    with subprocess.Popen(call, stdin=theirs, stderr=screen, env=dumb) as process:
         os.write(ours, answer.encode())
-        assert process.stderr is not None
-        said = process.stderr.read()
         assert process.wait(timeout=60) == code
-    os.close(ours)
-    os.close(theirs)
+    said = os.read(shown, 10_000).decode().replace("\r\n", "\n")
+    for each in (ours, theirs, shown, screen):
+        os.close(each)
     nbytes = sum(len(data) for name, data in before.items() if name.endswith(".safetensors"))
     assert said.startswith(f"{source}: 3 shards of the source, {nbytes:,} bytes, are deleted as")
     assert "Delete them? [y/N]:" in said

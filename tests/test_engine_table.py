@@ -29,7 +29,9 @@ from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
 from fp4moe_convert.format.contract import Geometry
 from fp4moe_convert.prospects import CannotServe, CanServe, Prospects
-from fp4moe_convert.source.linears import Linear
+from fp4moe_convert.source.checkpoint import open_checkpoint
+from fp4moe_convert.source.linears import Linear, blocks_of, decoder_linears
+from fp4moe_convert.storage.local import LocalFolder
 
 ANY = Model((), {}, {})
 
@@ -75,12 +77,12 @@ def test_the_rule_of_an_engine_agrees_with_its_recorded_runs(engine: Engine, cas
 def test_sizes_that_engines_can_serve(
     intermediate: int, sglang: list[int], vllm: list[int]
 ) -> None:
-    geometry = Geometry(4, 256, intermediate)
+    geometry = Geometry(64, 256, intermediate)
     assert tensor_parallel_sizes(ANY, [geometry]) == {"sglang": sglang, "vllm": vllm}
 
 
 def test_a_size_must_suit_all_layers() -> None:
-    layers = [Geometry(4, 256, 192), Geometry(4, 256, 128), Geometry(8, 256, 192)]
+    layers = [Geometry(64, 256, 192), Geometry(64, 256, 128), Geometry(128, 256, 192)]
     sizes = tensor_parallel_sizes(ANY, layers)
     assert sizes == {"sglang": [1, 2, 4, 8, 16, 32, 64], "vllm": [1, 2, 4]}
     assert tensor_parallel_sizes(ANY, iter(layers)) == sizes
@@ -601,8 +603,108 @@ def test_a_step_whose_gate_and_up_differ_is_refused(tmp_path: Path) -> None:
 def test_attention_is_cut_by_heads(heads: object, kv_heads: object, sizes: list[int]) -> None:
     model = Model((), {"num_attention_heads": heads, "num_key_value_heads": kv_heads}, {})
     cut = [size for size in sizes if size <= 48]  # I is 1536
-    geometry = Geometry(4, 256, 1536)
+    geometry = Geometry(64, 256, 1536)
     assert tensor_parallel_sizes(model, [geometry]) == {"sglang": sizes, "vllm": cut}
+
+
+POWERS = [1, 2, 4, 8, 16, 32, 64]
+
+
+def powers(text: dict[str, Any], *linears: Linear, experts: int = 256) -> dict[str, list[int]]:
+    """The powers of two at which a model can be cut whose I is no matter."""
+    model = Model((), text, {}, linears=frozenset(linears))
+    sizes = tensor_parallel_sizes(model, [Geometry(experts, 256, 2**20)])
+    return {name: [size for size in POWERS if size in own] for name, own in sizes.items()}
+
+
+def up_to(size: int) -> dict[str, list[int]]:
+    return {name: [power for power in POWERS if power <= size] for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ({"num_attention_heads": 64, "o_groups": 8}, 8),  # DeepSeek-V4-Flash
+        ({"linear_num_key_heads": 16, "linear_num_value_heads": 64}, 16),  # Qwen3.5
+        ({"mamba_num_heads": 64, "n_groups": 8}, 8),  # Nemotron-3 Nano
+        ({"mamba_num_heads": 64, "n_groups": 1}, 64),
+        ({"linear_attn_config": {"num_heads": 32}}, 32),  # Kimi K3
+        ({"attention_other_setting": {"num_attention_heads": 4}}, 4),  # Step-3.5
+        ({"swa_num_attention_heads": 32, "swa_num_key_value_heads": 8}, 32),  # MiMo-V2
+        ({"num_global_key_value_heads": 2, "num_attention_groups": 8}, 64),
+        ({"num_global_key_value_heads": 6}, 2),
+        ({"n_group": 2, "index_n_heads": 2, "vision_config": {"num_heads": 2}}, 64),
+        ({"linear_attn_config": None, "n_groups": "8", "o_groups": True}, 64),
+    ],
+    ids=str,
+)
+def test_what_else_config_counts_is_cut(text: dict[str, Any], most: int) -> None:
+    assert powers(text) == up_to(most)
+
+
+@pytest.mark.parametrize(
+    ("linear", "most"),
+    [
+        (Linear("mlp.shared_experts.down_proj", "U8", (7168, 2048), (1, 16)), 64),
+        (Linear("mlp.shared_expert.down_proj", "U8", (3072, 512), (1, 16)), 32),
+        (Linear("mlp.down_proj", "U8", (2816, 2112), (1, 16)), 4),  # Gemma 4
+        (Linear("mlp.down_proj", "BF16", (2816, 2112), (1, 1)), 64),
+        (Linear("mlp.down_proj", "BF16", (2816, 48), (1, 1)), 16),
+        (Linear("ffn.shared_experts.w2", "F8_E4M3", (4096, 2048), (128, 128)), 16),
+        (Linear("ffn.shared_experts.w1", "F8_E4M3", (2048, 4096), (128, 128)), 16),
+        (Linear("self_attn.q_b_proj", "F8_E4M3", (96 * 192, 1536), (128, 128)), 16),
+        (Linear("mixer.out_proj", "U8", (2688, 4096), (1, 16)), 64),
+        (Linear("self_attn.q_a_proj", "F8_E4M3", (128, 7168), (128, 128)), 64),
+        (Linear("attn.indexer.wq_b", "F8_E4M3", (128, 1024), (128, 128)), 64),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_blocks_of_linear_layers_stay_whole(linear: Linear, most: int) -> None:
+    assert powers({}, linear) == up_to(most)
+
+
+def test_there_are_no_more_ranks_than_experts() -> None:
+    assert powers({}, experts=8) == up_to(8)
+
+
+def test_linear_layers_are_those_of_the_decoder(tmp_path: Path) -> None:
+    model_zoo.make(tmp_path / "model", "deepseek_v4")
+    checkpoint = open_checkpoint(LocalFolder(tmp_path / "model"))
+    prefixes = inspect(tmp_path / "model").layers
+    found = {each.name: each[1:] for each in decoder_linears(checkpoint, prefixes)}
+    assert found["ffn.shared_experts.w2"] == ("F8_E4M3", (256, 512), (128, 128))
+    assert found["attn.wq_b"] == ("F8_E4M3", (2048, 128), (128, 128))
+    assert found["ffn.gate"] == ("BF16", (8, 256), (1, 1))
+    assert not any("expert" in name and "shared" not in name for name in found)
+    assert decoder_linears(checkpoint, []) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("features", "scales", "block"),
+    [
+        ((2048, 7168), None, (1, 1)),
+        ((2048, 7168), (2048, 448), (1, 16)),
+        ((2048, 7168), (16, 56), (128, 128)),
+        ((2112, 192), (17, 2), (128, 128)),
+        ((2048, 7168), (2048, 1), (1, 1)),  # one for each row
+        ((2048, 7168), (2048, 224), (1, 32)),
+        ((2048, 7168), (0, 1), (1, 1)),
+    ],
+    ids=str,
+)
+def test_blocks_are_told_by_the_number_of_scales(
+    features: tuple[int, int], scales: tuple[int, int] | None, block: tuple[int, int]
+) -> None:
+    assert blocks_of(features, scales) == block
+
+
+def test_a_shared_expert_in_nvfp4_sets_a_limit(tmp_path: Path) -> None:
+    """Where I is 48, SGLang itself loads the original at T = 1 alone."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_checkpoint(model, replace(MANY_SHARDS, intermediate=48, experts=8))
+    convert(model, out)
+    for each in (model, out):
+        assert inspect(each).prospects.tensor_parallel == {"sglang": [1], "vllm": [1]}
 
 
 @pytest.mark.parametrize(
@@ -616,7 +718,7 @@ def test_attention_is_cut_by_heads(heads: object, kv_heads: object, sizes: list[
     ],
 )
 def test_vllm_cuts_the_vocabulary_in_equal_parts(rows: object, vllm: list[int]) -> None:
-    sizes = tensor_parallel_sizes(Model((), {"vocab_size": rows}, {}), [Geometry(4, 256, 768)])
+    sizes = tensor_parallel_sizes(Model((), {"vocab_size": rows}, {}), [Geometry(64, 256, 768)])
     assert [size for size in sizes["vllm"] if size in {1, 2, 3, 4, 6, 8, 16}] == vllm
     assert {3, 6} <= set(sizes["sglang"])
 

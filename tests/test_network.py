@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -206,6 +208,35 @@ def test_a_shard_goes_on_where_it_stopped(
     # headers. Without what is kept the last run alone would fetch all.
     assert hub.sent_nbytes - before < 0.5 * every_byte
     assert hub.sent_nbytes < 1.5 * every_byte
+
+
+@pytest.mark.parametrize("max_shard_nbytes", [SMALL_SHARD_NBYTES, 10**9])
+def test_the_dry_run_counts_what_is_there(
+    hub: Hub, source: Path, tmp_path: Path, max_shard_nbytes: int
+) -> None:
+    """Finished shards, and what an unfinished one holds."""
+    hub.add(ID, source)
+    out, size = tmp_path / "out", ("--max-shard-size", max_shard_nbytes)
+
+    def foreseen(*options: str) -> tuple[int, int, int]:
+        arguments = ("convert", ID, out, *size, "--dry-run", *options)
+        plan, shown = json.loads(run(*arguments, "--json").stdout), run(*arguments).stdout
+        assert f"{plan['to_fetch_bytes']:,} bytes, " in shown
+        [disk] = re.findall(r"^disk +([\d,]+) bytes", shown, re.MULTILINE)
+        return plan["to_fetch_bytes"], int(disk.replace(",", "")), plan["fetched"]["bytes"]
+
+    afresh = foreseen()
+    run_until(hub, out, 0.6, max_shard_nbytes)
+    shards = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert bool(shards) is (max_shard_nbytes == SMALL_SHARD_NBYTES)
+    to_fetch, disk, headers = foreseen()
+    assert disk == afresh[1] - shards
+    assert foreseen("--overwrite")[:2] == afresh[:2]
+    report = json.loads(run("convert", ID, out, *size, "--json").stdout)
+    # A small file that is copied may be among what the dry run has fetched.
+    assert report["fetched"]["bytes"] == pytest.approx(to_fetch + headers, abs=1000)
+    assert to_fetch < 0.8 * afresh[0]
+    assert foreseen()[1] == 0
 
 
 def test_bytes_that_a_crash_has_lost_are_fetched_again(

@@ -31,7 +31,10 @@ from .options import (
     TakesBareRay,
     Threads,
     argument,
+    not_empty,
     parse_part,
+    parse_path,
+    path_argument,
 )
 from .output import fails_plainly, print_result, print_with_push, running, say, warn
 
@@ -174,7 +177,9 @@ def convert_command(
         raise typer.BadParameter("--part and --ray are two ways of sharing the work; take one")
     if drop_source and (part or ray is not None):
         raise typer.BadParameter("--drop-source is for one machine; others may need the source")
-    if drop_source and not (yes or dry_run or (sys.stdin and sys.stdin.isatty())):
+    # The question goes to stderr.
+    can_ask = all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    if drop_source and not (yes or dry_run or can_ask):
         raise typer.BadParameter("--drop-source asks first; without a terminal it takes --yes")
     store = open_store(model, revision=revision, cache_dir=cache_dir, connections=connections)
     _check_repository(push_to_hub, store, max_shard_size, private=private)
@@ -191,7 +196,7 @@ def convert_command(
         )
         if part:
             foreseen = foreseen.only(part)
-        warn(foreseen.warnings)
+        warn([*foreseen.warnings, *foreseen.shortage])
         print_result(foreseen.as_json(out_dir) if as_json else preview_tables(foreseen, out_dir))
         return
     if drop_source and not yes:
@@ -253,11 +258,12 @@ def _convert(
 @fails_plainly
 def finish_command(
     out_dir: Annotated[
-        Path, argument(metavar="OUT_DIR", help="A folder with all parts of a conversion.")
+        Path, path_argument(metavar="OUT_DIR", help="A folder with all parts of a conversion.")
     ],
     source: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="MODEL",
             help="The checkpoint that was converted, where it lies elsewhere than for the parts.",
             show_default=False,
@@ -307,8 +313,8 @@ def ci_command(
     report: Annotated[
         Path | None,
         typer.Option(
+            parser=parse_path,
             metavar="FILE",
-            readable=False,
             show_default=False,
             help="Where the report goes, if not to OUT_DIR.report.json. The next job looks there.",
         ),
@@ -364,10 +370,11 @@ def _add_summary(text: str) -> None:
 @app.command("verify")
 @fails_plainly
 def verify_command(
-    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
+    out_dir: Annotated[Path, path_argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     source: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="MODEL",
             help="The checkpoint it was converted from: undo each layout and compare.",
             show_default=False,
@@ -400,11 +407,13 @@ def verify_command(
 @fails_plainly
 def restore_command(
     converted_dir: Annotated[
-        Path, argument(metavar="CONVERTED_DIR", help="A converted checkpoint.")
+        Path, path_argument(metavar="CONVERTED_DIR", help="A converted checkpoint.")
     ],
     out_dir: Annotated[
         Path,
-        argument(metavar="OUT_DIR", help="The original: a new or empty folder, or one to resume."),
+        path_argument(
+            metavar="OUT_DIR", help="The original: a new or empty folder, or one to resume."
+        ),
     ],
     verify: Annotated[
         bool,
@@ -459,7 +468,7 @@ def inspect_command(
 @app.command("push")
 @fails_plainly
 def push_command(
-    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
+    out_dir: Annotated[Path, path_argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     repo_id: Annotated[
         str,
         argument(

@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # it takes huggingface_hub along
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log."""
+FORESEEABLE = 0.01
+"""Of a phase, from which on a log says how long the rest takes."""
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[OnProgress | None]:
     console = Console(file=stream, highlight=False, emoji=False)
     if quiet:
         yield None
-    elif console.is_terminal:
+    elif console.is_terminal and not console.is_dumb_terminal:  # where nothing can be redrawn
         bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -117,8 +119,9 @@ def log_writer(console: Console, clock: Callable[[], float] = time.monotonic) ->
         ]
         if seconds > 0 and progress.done:
             rate = progress.done / seconds
-            words.append(f"{rate / 1e9:.2f} GB/s")
-            words.append(f"{left / rate:.0f} s left" if left else f"{seconds:.1f} s")
+            words.append(_rate(rate))
+            if share >= FORESEEABLE:
+                words.append(f"{left / rate:.0f} s left" if left else f"{seconds:.1f} s")
         words.append(progress.item)
         console.print(printable(", ".join(words)), markup=False, soft_wrap=True)
 
@@ -196,7 +199,7 @@ def _written(report: RunReport, source: str) -> dict[str, str]:
 
 def _effort(report: Written) -> dict[str, str]:
     """What was left to do, and what it took."""
-    rate = f", {report.bytes_per_second / 1e9:.2f} GB/s" if report.bytes_written else ""
+    rate = f", {_rate(report.bytes_per_second)}" if report.bytes_written else ""
     return {
         "kept": f"{report.shards_kept} of {report.shards} shards, finished by an earlier run"
         if report.shards_kept
@@ -213,7 +216,7 @@ def _release(report: ConversionReport) -> str:
 
 def pushed_table(report: PushReport) -> Table:
     """What a push did."""
-    rate = f", {report.bytes_per_second / 1e6:.1f} MB/s" if report.uploaded_files else ""
+    rate = f", {_rate(report.bytes_per_second)}" if report.uploaded_files else ""
     return _table(
         {
             "pushed": report.url,
@@ -229,7 +232,6 @@ def pushed_table(report: PushReport) -> Table:
 
 def verified_table(verified: Verified) -> Table:
     """What was compared."""
-    rate = verified.nbytes / verified.seconds / 1e9
     against = "the manifest's checksums"
     if verified.source is not None:
         against += f", and every byte with {verified.source}"
@@ -242,7 +244,7 @@ def verified_table(verified: Verified) -> Table:
             "left aside": "\n".join(
                 ["what no engine reads:", *verified.documentation] if verified.documentation else []
             ),
-            "time": f"{verified.seconds:.1f} s, {rate:.2f} GB/s",
+            "time": f"{verified.seconds:.1f} s, {_rate(verified.nbytes / verified.seconds)}",
         }
     )
 
@@ -281,12 +283,11 @@ def _to_fetch(preview: Preview) -> dict[str, str]:
     """Where the source is on the network: what a conversion costs there, and what this has cost."""
     if (fetched := preview.fetched) is None:
         return {}
-    nbytes, rate = preview.to_fetch_nbytes, fetched.bytes_per_second
-    written = preview.work.plan.bytes_out + sum(preview.work.copied_nbytes.values())
+    nbytes, rate = preview.to_fetch_nbytes or 0, fetched.bytes_per_second
     return {
-        "to fetch": f"{nbytes:,} bytes, {nbytes / rate / 60:,.0f} min at the {rate / 1e6:.1f} MB/s "
+        "to fetch": f"{nbytes:,} bytes, {nbytes / rate / 60:,.0f} min at the {_rate(rate)} "
         "at which the headers came; larger reads are faster",
-        "disk": f"{written:,} bytes, nothing of the source",
+        "disk": f"{preview.to_write_nbytes:,} bytes, nothing of the source",
         "fetched": f"{_fetched(fetched)}, headers and configurations",
     }
 
@@ -347,6 +348,12 @@ def _geometry_table(layers: Mapping[str, Geometry], families: Mapping[str, str])
         stored = [_cell(families[prefix])] if families else []
         table.add_row(_cell(prefix), *map(str, sizes), *stored)
     return table
+
+
+def _rate(bytes_per_second: float) -> str:
+    if bytes_per_second < 1e8:
+        return f"{bytes_per_second / 1e6:.1f} MB/s"
+    return f"{bytes_per_second / 1e9:.2f} GB/s"
 
 
 def _layers(count: int) -> str:

@@ -16,8 +16,8 @@ ENGINES: tuple[Engine, ...] = (SGLANG, VLLM)
 
 
 def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[str, list[int]]:
-    """The sizes at which each engine can cut a model with these layers, as far as config.json
-    tells; none without layers."""
+    """The sizes at which each engine can cut a model with these layers, as far as config.json and
+    headers tell; none without layers."""
     geometries = set(geometries)
     if not geometries:
         return {}
@@ -26,5 +26,9 @@ def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[
         least = engine.least_share(model)
         of_layers = [engine.tensor_parallel_sizes(each, least_share=least) for each in geometries]
         of_all = sorted(set.intersection(*map(set, of_layers)))
+        experts = min(
+            each.experts for each in geometries
+        )  # most models refuse more ranks than that
+        of_all = [size for size in of_all if size <= experts]
         sizes[engine.name] = [size for size in of_all if engine.can_cut_rest(model, size)]
     return sizes

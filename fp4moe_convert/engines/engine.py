@@ -15,7 +15,36 @@ MAX_TENSOR_PARALLEL = 64
 NO_LIST = "{} wants a list in the ignore, or exclude_modules, of the quantization"
 """Of an engine, by its title."""
 
-_CUT_BY = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+_HEADS = (
+    "num_attention_heads",
+    "swa_num_attention_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "mamba_num_heads",
+    "num_heads",
+    "o_groups",
+)
+"""What T has to divide. The last are Kimi K3's linear attention's and DeepSeek-V4's."""
+_KV_HEADS = (
+    "num_key_value_heads",
+    "swa_num_key_value_heads",
+    "num_global_key_value_heads",
+    "num_attention_groups",
+)
+"""They are cut, or each of them is repeated: `QKVParallelLinear`, layers/linear.py:1066 in vLLM
+0.33.0 and :1140 in SGLang 0.5.23."""
+_MAMBA_GROUPS = ("n_groups", "mamba_n_groups")
+"""They are cut, or a single one is repeated: layers/mamba/mamba_mixer2.py:320 in vLLM 0.33.0,
+layers/attention/mamba/mamba.py:249 in SGLang 0.5.23."""
+_NESTED = ("linear_attn_config", "attention_other_setting")
+"""Kimi K3's and Step-3.5's, for some of their layers."""
+
+_BY_ROWS = {"q_proj", "q_b_proj", "kv_b_proj", "wq_b", "gate_proj", "up_proj", "w1", "w3"}
+_BY_COLUMNS = {"o_proj", "out_proj", "wo_b", "down_proj", "w2"}
+"""Linear layers of which each rank has a part of the outputs or of the inputs, by the last of their
+names. Blocks that share a scale must stay whole (quantization/modelopt.py:2026 and
+utils/fp8_utils.py:1318 in vLLM 0.33.0, quantization/modelopt_quant.py:1822 and fp8.py:591 in SGLang
+0.5.23)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +123,21 @@ class Engine:
         )
 
     def can_cut_rest(self, model: Model, size: int) -> bool:
-        """Whether T ranks can share attention and embedding, as far as config.json tells."""
-        heads, kv_heads, vocabulary = (
-            value if type(value) is int and value > 0 else None
-            for value in map(model.text.get, _CUT_BY)
-        )
-        # KV heads are cut, or each of them is repeated: `QKVParallelLinear`, layers/linear.py:1066
-        # in vLLM 0.33.0 and :1140 in SGLang 0.5.23.
+        """Whether T ranks can share what surrounds the experts, as far as config.json and headers
+        tell."""
+
+        def counts(keys: Iterable[str]) -> list[int]:
+            values = [each.get(key) for each in described for key in keys]
+            return [value for value in values if type(value) is int and value > 0]
+
+        nested = [model.text.get(key) for key in _NESTED]
+        described = [model.text, *(each for each in nested if isinstance(each, dict))]
         return (
-            (heads is None or heads % size == 0)
-            and (kv_heads is None or kv_heads % size == 0 or size % kv_heads == 0)
-            and (vocabulary is None or self.can_cut_vocabulary(vocabulary, size))
+            all(count % size == 0 for count in counts(_HEADS))
+            and all(count % size == 0 or size % count == 0 for count in counts(_KV_HEADS))
+            and all(count % size == 0 or count == 1 for count in counts(_MAMBA_GROUPS))
+            and all(self.can_cut_vocabulary(rows, size) for rows in counts(["vocab_size"]))
+            and all(_can_cut_linear(each, size) for each in model.linears)
         )
 
     def tensor_parallel_sizes(self, geometry: Geometry, *, least_share: int = 1) -> list[int]:
@@ -114,3 +147,12 @@ class Engine:
         divisors = (t for t in range(1, MAX_TENSOR_PARALLEL + 1) if whole % t == 0)
         shares = (t for t in divisors if t == 1 or whole // t >= least_share)
         return [size for size in shares if self.can_cut(geometry, size)]
+
+
+def _can_cut_linear(linear: Linear, size: int) -> bool:
+    """Whether each rank gets whole blocks. The weights of an indexer are on every rank."""
+    *parents, name = linear.name.split(".")
+    if size == 1 or "indexer" in parents or name not in _BY_ROWS | _BY_COLUMNS:
+        return True
+    axis = 1 if name in _BY_COLUMNS else 0
+    return linear.features[axis] % (size * linear.block[axis]) == 0

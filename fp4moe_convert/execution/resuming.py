@@ -79,17 +79,22 @@ def recorded_shards(
     return recorded, difference
 
 
-def foresee_kept(work: Work, out_dir: Path) -> set[str]:
-    """Names of the shards that a run would keep, as far as that can be told without the lock.
+def foresee(work: Work, out_dir: Path) -> tuple[set[str], Mapping[str, Mapping[int, str]]]:
+    """What a run would keep, as far as that can be told without the lock.
+
+    Returns:
+        Names of finished shards; unfinished ones, as `take_up` has them.
 
     Raises:
         OutputError: the folder, or a journal, cannot be read.
     """
     with naming(out_dir, OutputError):
         if not out_dir.is_dir():
-            return set()
-    recorded, _ = recorded_shards(work, Records.of(out_dir), find_manifest(out_dir))
-    return set(take_stock(work, recorded, out_dir, was_finished=False)[0])
+            return set(), {}
+    records = Records.of(out_dir)
+    recorded, _ = recorded_shards(work, records, find_manifest(out_dir))
+    kept, _ = take_stock(work, recorded, out_dir, was_finished=False)
+    return set(kept), take_up(work, records.filled, out_dir)
 
 
 def take_up(

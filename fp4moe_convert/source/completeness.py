@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
 
 from ..errors import CheckpointError
+from ..format.contract import Geometry
 from ..format.files import CONFIG_NAME, INDEX_NAME
 from ..storage.header import TensorInfo
 from ..storage.local import UnlistedSnapshot
@@ -24,20 +25,26 @@ _DEEPEST = 8
 """How deep in a layer experts are looked for; mlp.experts is the rule."""
 _KINDS = 8
 """Of layers, beyond which a model's layers have nothing in common."""
+_SIZES = {
+    "H": ("hidden_size", "moe_latent_size", "routed_expert_hidden_size"),
+    "I": ("moe_intermediate_size",),
+}
+"""Keys that mean the experts' alone; the experts of Nemotron-H and of Kimi K3 may be narrower than
+the model."""
 _ATTENTION = re.compile(r"att|qkv|\b[qk]_proj|mamba|ssm|rwkv|conv|recurr|delta|A_log")
 """What is in the names of all that lets tokens see each other, and in those of some norms."""
 
 
-def warnings_on(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
+def warnings_on(checkpoint: Checkpoint, layers: Mapping[str, Geometry]) -> list[str]:
     """What a person should know of a checkpoint before it is converted.
 
     Args:
         checkpoint: NVFP4.
-        prefixes: of its expert layers that can be converted.
+        layers: its expert layers that can be converted, by prefix.
 
     Returns:
-        A line for each file that is not taken for part of the model, and for each part of a model
-        that seems to be missing.
+        A line for each file that is not taken for part of the model, for each part of a model that
+        seems to be missing, and for each size that config.json has otherwise.
 
     Raises:
         CheckpointError: something is missing without which no model works.
@@ -49,7 +56,7 @@ def warnings_on(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
             f"{checkpoint.location}: the cache has no list of this snapshot's files, so a "
             "tokenizer or another file may be missing unnoticed; download the model to be certain",
         )
-    decoder = _Decoder(checkpoint, prefixes)
+    decoder = _Decoder(checkpoint, layers)
     try:
         decoder.check()
     except CheckpointError as error:
@@ -64,6 +71,7 @@ def warnings_on(checkpoint: Checkpoint, prefixes: Iterable[str]) -> list[str]:
         *_counted(checkpoint),
         *decoder.differences(),
         *_around_the_layers(decoder.outside, checkpoint.text),
+        *_other_sizes(layers, checkpoint.text),
     ]
 
 
@@ -189,6 +197,21 @@ def _around_the_layers(outside: Sequence[TensorInfo], text: TextConfig) -> Itera
             )
         if not any(len(t.shape) == 1 for t in outside):
             yield "no shard has a norm after the layers"
+
+
+def _other_sizes(layers: Mapping[str, Geometry], text: TextConfig) -> Iterator[str]:
+    """Engines make the experts by config.json, and the plugins refuse those of other sizes."""
+    for letter, keys in _SIZES.items():
+        said = {key: text.own[key] for key in keys if type(text.own.get(key)) is int}
+        found = {
+            prefix: sizes.hidden if letter == "H" else sizes.intermediate
+            for prefix, sizes in layers.items()
+        }
+        others = {p: size for p, size in found.items() if said and size not in said.values()}
+        for prefix, size in islice(others.items(), 1):
+            more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+            words = " and ".join(f"{key} {value}" for key, value in said.items())
+            yield f"{prefix}: has {letter} = {size}, {CONFIG_NAME} says {words}{more}"
 
 
 def _named(stack: str, numbers: Iterable[int], count: int) -> str:

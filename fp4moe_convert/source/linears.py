@@ -47,12 +47,12 @@ def decoder_linears(checkpoint: Checkpoint, prefixes: Iterable[str]) -> frozense
     found = set()
     for (layer, module), (dtype, (rows, cols)) in weights.items():
         features = rows, 2 * cols if dtype == "U8" else cols
-        block = _block(features, scales.get((layer, module)))
+        block = blocks_of(features, scales.get((layer, module)))
         found.add(Linear(module, dtype, features, block))
     return frozenset(found)
 
 
-def _block(features: tuple[int, int], scales: tuple[int, ...] | None) -> tuple[int, int]:
+def blocks_of(features: tuple[int, int], scales: tuple[int, ...] | None) -> tuple[int, int]:
     """By the number of scales in each direction. A block at the edge may be a part of one, and
     blocks are powers of two."""
     if scales is None or 0 in scales or scales == (features[0], 1):  # one for each row

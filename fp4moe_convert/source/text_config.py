@@ -40,6 +40,11 @@ class TextConfig:
     path: Path
     """The keys that lead to the object; none where config.json itself is it."""
 
+    @property
+    def own(self) -> Json:
+        """The object itself."""
+        return self._around[0][1]
+
     @cached_property
     def layer_count(self) -> int | None:
         """How many layers the decoder has, without those of multi-token prediction.
@@ -47,10 +52,9 @@ class TextConfig:
         Raises:
             CheckpointError: it is not a positive integer.
         """
-        _, content = self._around[0]
-        if said := _layer_count(content):
+        if said := _layer_count(self.own):
             return _positive(self.path, *said)
-        lists = [content[key] for key in PER_LAYER_LISTS if _is_list(content.get(key))]
+        lists = [self.own[key] for key in PER_LAYER_LISTS if _is_list(self.own.get(key))]
         return len(lists[0]) if lists else None
 
     def expert_count(self, layer: int) -> int | None:
@@ -59,7 +63,7 @@ class TextConfig:
         Raises:
             CheckpointError: it is not a positive integer.
         """
-        blocks = self._around[0][1].get("block_configs")
+        blocks = self.own.get("block_configs")
         if isinstance(blocks, list) and layer < len(blocks) and isinstance(blocks[layer], dict):
             for path, key, value in _expert_counts(blocks[layer]):
                 return _positive((*self.path, "block_configs", str(layer), *path), key, value)
@@ -82,8 +86,7 @@ class TextConfig:
     @cached_property
     def announces_mtp(self) -> bool:
         """Whether it says that the model has layers of multi-token prediction."""
-        content = self._around[0][1]
-        return any(value for key, value in content.items() if "nextn" in key or "mtp" in key)
+        return any(value for key, value in self.own.items() if "nextn" in key or "mtp" in key)
 
     def owner_of(self, name: str) -> str | None:
         """Which other model with experts a tensor belongs to, by the first part of its name:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from driver import Outcomes, main
 from support import model_zoo, record_models
@@ -30,6 +31,7 @@ from support.folders import edit_json
 from fp4moe_convert.engines.engine import Engine, Model
 from fp4moe_convert.engines.sglang import SGLANG
 from fp4moe_convert.engines.vllm import VLLM
+from fp4moe_convert.source.linears import Linear
 
 W4A4 = {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}
 W4A16 = {"weights": {"num_bits": 4}}
@@ -121,6 +123,37 @@ def unfused(models: Path) -> Iterator[Path]:
             yield path
 
 
+def cuts_linears(engine: Engine, nvfp4: Callable[[int], None], fp8: Callable[..., None]) -> None:
+    """The engine refuses just those shares that the converter says it cannot cut.
+
+    Args:
+        engine: which.
+        nvfp4: makes a layer's weights for one of two ranks, given the inputs of that.
+        fp8: checks those of FP8 in blocks of 128, given the outputs and inputs of both ranks and
+            of one.
+    """
+
+    def accepts(check: Callable[..., None], *sizes: int) -> bool:
+        try:
+            check(*sizes)
+        except ValueError as error:
+            if re.search("not multiple of 16|not divisible by", str(error)):
+                return False
+            raise
+        return True
+
+    def says(name: str, dtype: str, features: tuple[int, int], block: tuple[int, int]) -> bool:
+        linears = frozenset([Linear(f"mlp.{name}", dtype, features, block)])
+        return engine.can_cut_rest(Model((), {}, {}, linears=linears), 2)
+
+    for share in (16, 24, 64, 192, 256):
+        whole = 2 * share
+        assert accepts(nvfp4, share) == says("down_proj", "U8", (512, whole), (1, 16)), share
+        down, up = (512, whole, 512, share), (whole, 512, share, 512)
+        assert accepts(fp8, *down) == says("down_proj", "F8_E4M3", down[:2], (128, 128)), share
+        assert accepts(fp8, *up) == says("q_b_proj", "F8_E4M3", up[:2], (128, 128)), share
+
+
 # --- vLLM -----------------------------------------------------------------------------------------
 
 
@@ -178,6 +211,28 @@ def unfused_in_vllm() -> None:
     stems = {path.stem for path in unfused(models_of("vllm", "model_executor/models"))}
     tables = registry._TEXT_GENERATION_MODELS | registry._MULTIMODAL_MODELS
     assert {name for name, (module, _) in tables.items() if module in stems} == unfused_by(VLLM)
+
+
+def linears_in_vllm() -> None:
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8_block_shape
+
+    def nvfp4(inputs: int) -> None:
+        shapes = SimpleNamespace(
+            input_size_per_partition=inputs, output_size_per_partition=64, num_partitions=1
+        )
+        scheme = modelopt.KNvfp4Static()
+        with mock.patch.object(type(scheme), "register_params"):  # they ask for their rank
+            scheme.create_weights(
+                None, modelopt.WEIGHT, SimpleNamespace(group_size=16), shapes, None
+            )
+
+    def fp8(outputs: int, inputs: int, own_outputs: int, own_inputs: int) -> None:
+        layer: Any = SimpleNamespace(tp_size=2)
+        with mock.patch("vllm.distributed.get_tensor_model_parallel_world_size"):
+            validate_fp8_block_shape(layer, inputs, outputs, own_inputs, [own_outputs], [128, 128])
+
+    cuts_linears(VLLM, nvfp4, fp8)
 
 
 # --- SGLang ---------------------------------------------------------------------------------------
@@ -332,6 +387,38 @@ def kimi_k3_in_sglang() -> None:
     assert SGLANG.why_not(Model(("KimiK3ForConditionalGeneration",), {}, section))
 
 
+def linears_in_sglang() -> None:
+    import torch
+    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4LinearMethod
+
+    config = SimpleNamespace(
+        is_checkpoint_nvfp4_serialized=True,
+        group_size=16,
+        is_awq=False,
+        weight_block_size=[128, 128],
+    )
+    method = object.__new__(ModelOptFp4LinearMethod)
+    method.quant_config = config
+
+    def nvfp4(inputs: int) -> None:
+        layer = torch.nn.Module()
+        method.create_weights(layer, inputs, [64], 0, 0, torch.bfloat16, weight_loader=print)
+
+    def fp8(outputs: int, inputs: int, own_outputs: int, own_inputs: int) -> None:
+        Fp8LinearMethod.validate_block_quant_shapes(
+            SimpleNamespace(tp_group=SimpleNamespace(world_size=2)),
+            config,
+            inputs,
+            own_inputs,
+            outputs,
+            own_outputs,
+            [own_outputs],
+        )
+
+    cuts_linears(SGLANG, nvfp4, fp8)
+
+
 def makes_fused_layer(call: ast.Call) -> bool:
     made_by = call.func.func if isinstance(call.func, ast.Call) else None
     return ast.unparse(call.func) == "FusedMoE" or (
@@ -346,6 +433,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "experts amid FP8": amid_fp8_in_vllm,
         "clamped SwiGLU of Step-3.5": swiglu_step_in_vllm,
         "experts that are not fused": unfused_in_vllm,
+        "shares of linear layers": linears_in_vllm,
     },
     "sglang": {
         "models on record": lambda: models_on_record(SGLANG),
@@ -357,6 +445,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "layers without names": names_in_sglang,
         "experts that are not fused": unfused_in_sglang,
         "Laguna": laguna_in_sglang,
+        "shares of linear layers": linears_in_sglang,
         "Kimi K3": kimi_k3_in_sglang,
     },
 }

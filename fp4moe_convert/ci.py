@@ -142,6 +142,7 @@ def run_job(
         path=report,
     )
     with naming(report, OutputError):
+        make_folder(report.parent)
         # A job that was killed while it wrote its report has left this.
         partial_path(report).unlink(missing_ok=True)
     write_file(report, to_json(job.as_json()))
@@ -173,9 +174,10 @@ def _try_place(report: Path, out_dir: Path, source: Path | None) -> None:
     with naming(report, OutputError):
         if report.is_symlink() or (report.exists() and not report.is_file()):
             raise OutputError(f"{report}: is not a regular file")
-        make_folder(report.parent)
+        # Folders are made when there is a report to write.
+        there = next(path for path in report.absolute().parents if path.exists())
         # Its name is as long as that of the unfinished report, which another job may be writing.
-        with tempfile.NamedTemporaryFile(dir=report.parent, prefix=report.name):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=report.name):
             pass
 
 

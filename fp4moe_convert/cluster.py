@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event, Thread
@@ -190,7 +191,7 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
             [task_done], _ = ray.wait(list(tasks), num_returns=1)
             shard = tasks[task_done]
             try:
-                node, checksums, failure, cause = ray.get(task_done)
+                outcome: _Filled | _Failed = ray.get(task_done)
             except ray.exceptions.RayTaskError as error:
                 # It is of the task's own error's class as well.
                 cannot_start = isinstance(error, (ImportError, AttributeError, TypeError))
@@ -203,16 +204,17 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
                 ) from error
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"{shard.name}: {str(error).splitlines()[0]}") from error
-            if failure is not None:
-                raise failure from cause
+            if isinstance(outcome, _Failed):
+                raise outcome.error from outcome.cause
             del tasks[task_done]
             try:
                 file = WriteFile(partial_path(request.out_dir / shard.name), None, direct=False)
             except OutputError as error:
                 raise OutputError(
-                    f"{error}, though {node} has written it: all nodes must share {request.out_dir}"
+                    f"{error}, though {outcome.node} has written it: all nodes must share "
+                    f"{request.out_dir}"
                 ) from error
-            request.on_filled(shard, file, checksums)
+            request.on_filled(shard, file, outcome.checksums)
             request.on_bytes(shard.name, shard.nbytes - len(shard.header))
     finally:
         if tasks:
@@ -221,6 +223,24 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
             for left in tasks:
                 ray.cancel(left)
             ray.wait(list(tasks), num_returns=len(tasks), timeout=STOPPING_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """A task has filled its shard's temporary file."""
+
+    node: str
+    checksums: dict[str, str]
+    """XXH3-128 of each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A task has not."""
+
+    error: ConvertError
+    cause: BaseException | None
+    """Of the error, which would lose it on its way."""
 
 
 def _write_shard(
@@ -236,13 +256,8 @@ def _write_shard(
     fingerprint: str,
     sources: Mapping[str, ShardIdentity],
     filled: Mapping[int, str],
-) -> tuple[str, dict[str, str] | None, ConvertError | None, BaseException | None]:
-    """A task: fill one shard's temporary file.
-
-    Returns:
-        This node's name, and the XXH3-128 of each tensor, or what went wrong and its cause, which
-        an exception would lose on its way.
-    """
+) -> _Filled | _Failed:
+    """A task: fill one shard's temporary file."""
     node = socket.gethostname()
     checksums: dict[str, str] = {}
 
@@ -269,8 +284,8 @@ def _write_shard(
         )
         work.check_unchanged(sources)
     except ConvertError as error:
-        return node, None, type(error)(f"{error} (on {node})"), error.__cause__
-    return node, checksums, None, None
+        return _Failed(type(error)(f"{error} (on {node})"), error.__cause__)
+    return _Filled(node, checksums)
 
 
 @lru_cache(maxsize=1)

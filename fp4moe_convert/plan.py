@@ -295,7 +295,7 @@ def _groups(checkpoint: Checkpoint, layers: Sequence[MoeLayer], layout: Layout) 
 
 
 def _marker(layout: Layout) -> _Group:
-    data = Marker(FORMAT_VERSION, layout.name, layout.parameters, layout.fingerprint).encode()
+    data = Marker(layout.name, layout.parameters, layout.fingerprint).encode()
     spec = TensorSpec(MARKER_NAME, "U8", (len(data),))
     return _Group((spec,), (Move(spec.name, 0, len(data), (), _Constant(data)),))
 

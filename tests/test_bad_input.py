@@ -724,6 +724,10 @@ def record_nothing(folder: Path) -> None:
 
 
 TO_RESTORE: dict[str, tuple[Damage, str]] = {
+    "no such folder": (
+        shutil.rmtree,
+        r"{model_dir}: does not exist; expected a converted checkpoint",
+    ),
     "not a converted checkpoint, or unfinished": (
         lambda folder: (folder / MANIFEST).unlink(),
         rf"{{model_dir}}: not a converted checkpoint, or unfinished: it has no {MANIFEST}",
@@ -1103,7 +1107,22 @@ def test_refuses_an_out_dir_under_a_file(tiny: Path, tmp_path: Path) -> None:
 def test_refuses_an_out_dir_that_links_to_itself(tiny: Path, tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    assert fails(tiny, loop).startswith(f"{loop}: ")
+    why = "is a link that leads nowhere; remove it, or name another"
+    for out_dir in (loop, loop / "sub"):
+        assert fails(tiny, out_dir) == f"{loop}: {why}"
+
+
+@pytest.mark.parametrize("command", ["convert", "convert --dry-run", "ci", "restore"])
+def test_refuses_an_out_dir_that_links_to_nothing(
+    tiny: Path, tiny_converted: Path, tmp_path: Path, command: str
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    source = tiny_converted if command == "restore" else tiny
+    result = CliRunner().invoke(app, [*command.split(), str(source), str(link)])
+    assert result.exit_code == 1
+    assert one_error(result.stderr).startswith(f"{link}: is a link that leads nowhere; ")
+    assert not list(tmp_path.glob("nowhere*"))
 
 
 def test_refuses_an_out_dir_of_too_long_a_name(tiny: Path, tmp_path: Path) -> None:

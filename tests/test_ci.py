@@ -298,7 +298,7 @@ BAD_REPORTS = {
     "link/../out/r": "is in the way of out",
     "source/config.json": "is in the way of source",
     ".": "is in the way of out",
-    "file/report": "File exists",
+    "file/report": "Not a directory",
     "link": "is not a regular file",
     "link to a file": "is not a regular file",
     "folder": "is not a regular file",
@@ -306,6 +306,13 @@ BAD_REPORTS = {
     "r" * 250: "File name too long",
     "s3:/bucket/report": "is a URL; name a path on this machine",
 }
+
+
+def test_a_job_that_fails_makes_no_folder_for_its_report(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("{}")
+    report = tmp_path / "new" / "deep" / "report"
+    assert job(source, tmp_path / "out", "--report", str(report)).exit_code == 1
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("report", BAD_REPORTS)

@@ -810,11 +810,13 @@ def test_names_that_a_terminal_cannot_show(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
-def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words", ["inspect MODEL", "inspect MODEL --json", "--help", "convert --help"]
+)
+def test_a_full_stdout_is_one_error(tiny: Path, words: str) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            command("inspect", tiny, *options),
+            command(*words.replace("MODEL", str(tiny)).split()),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -822,4 +824,28 @@ def test_a_full_stdout_is_one_error(tiny: Path, options: list[str]) -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*: No space left on device\n", done.stderr)
+    assert done.stderr == "error: stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("convert '' out", "convert MODEL ''", "convert MODEL out --cache-dir ''"),
+        *("ci '' out", "ci MODEL ''", "ci MODEL out --report ''"),
+        *("finish ''", "finish CONVERTED --source=", "verify ''", "verify CONVERTED --source ''"),
+        *("restore '' out", "restore CONVERTED ''", "inspect ''", "push '' org/name"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    tiny: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """A script has a variable that is not set."""
+    here = Path(shutil.copytree(tiny, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    before = contents(here)
+    places = {"MODEL": tiny, "CONVERTED": converted}
+    result = run(*(places.get(word, word) for word in shlex.split(line)))
+    assert result.exit_code == 2
+    assert "is empty; is a variable not set?" in result.stderr
+    assert contents(here) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -138,7 +138,7 @@ def test_any_marker_is_read_back_the_same(
     name: str, parameters: dict[str, Any], row_order: str
 ) -> None:
     own = {key: value for key, value in parameters.items() if key not in ("name", "row_order")}
-    marker = Marker(FORMAT_VERSION, name, own, row_order)
+    marker = Marker(name, own, row_order)
     data = marker.encode()
     assert Marker.decode(data) == marker
     assert len(data) % 4096 == 0

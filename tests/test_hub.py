@@ -447,6 +447,19 @@ def test_a_private_mirror_that_sends_large_files_itself(
     assert "the Hub answers 403" in result.stderr
 
 
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00003.safetensors"])
+def test_a_listed_file_that_is_not_there(
+    hub: Hub, source: Path, tmp_path: Path, name: str, status: int
+) -> None:
+    hub.add(ID, source)
+    hub.faults.append(Fault(f"/resolve/.*{name}", float("inf"), status=status))
+    result = run("convert", ID, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {ID}: {name}: the Hub answers {status} ")
+    assert result.stderr.endswith(f"; has it been deleted? look at {hub.endpoint}/{ID}\n")
+
+
 @pytest.mark.parametrize("revision", ["main", "v1", None])
 def test_a_revision(hub: Hub, source: Path, revision: str | None) -> None:
     repository = hub.add(ID, source)
@@ -521,6 +534,7 @@ URLS_REFUSED = {
     "a URL whose package is missing": "s3://bucket/model",
     "a URL of an unknown kind": "foo://model",
     "a URL with nothing behind it": "memory://nothing",
+    "a page of the Hub": "https://huggingface.co/org/model/tree/main",
 }
 
 

@@ -371,8 +371,7 @@ def test_a_task_replaces_what_a_dead_one_left(
     name = "model-00001-of-00008.safetensors"
     partial = tmp_path / f"{name}.partial"
     partial.write_bytes(b"x" * 10**6)
-    _, checksums, failure, _ = task(source, tmp_path)
-    assert failure is None
+    checksums = task(source, tmp_path).checksums
     assert partial.read_bytes() == expected[name]
     assert disk_calls[-1] == ("sync", partial.name)
     manifest = json.loads(expected["fp4moe_manifest.json"])
@@ -392,10 +391,9 @@ def test_a_task_replaces_what_a_dead_one_left(
 def test_a_task_that_sees_something_else(
     source: Path, tmp_path: Path, change: dict[str, Any], why: str
 ) -> None:
-    _, checksums, failure, _ = task(source, tmp_path, **change)
-    assert checksums is None
-    assert isinstance(failure, ConvertError)
-    assert why in str(failure)
+    error = task(source, tmp_path, **change).error
+    assert isinstance(error, ConvertError)
+    assert why in str(error)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -409,8 +407,7 @@ def test_a_task_whose_source_changes(
         os.utime(source / "model-00001-of-00003.safetensors")
 
     monkeypatch.setattr(cluster, "write_here", write_and_touch)
-    _, _, failure, _ = task(source, tmp_path)
-    assert "has changed while it was read" in str(failure)
+    assert "has changed while it was read" in str(task(source, tmp_path).error)
 
 
 def test_a_failure_that_may_pass_still_may_on_the_driver(
@@ -420,9 +417,9 @@ def test_a_failure_that_may_pass_still_may_on_the_driver(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "pwrite", full)
-    _, _, failure, cause = task(source, tmp_path)
+    failed = task(source, tmp_path)
     with pytest.raises(ConvertError) as caught:
-        raise failure from cause
+        raise failed.error from failed.cause
     assert caught.value.try_again
     assert not CheckpointError("x").try_again
 

@@ -31,7 +31,10 @@ from .options import (
     TakesBareRay,
     Threads,
     argument,
+    not_empty,
     parse_part,
+    parse_path,
+    path_argument,
 )
 from .output import fails_plainly, print_result, print_with_push, running, say, warn
 
@@ -255,11 +258,12 @@ def _convert(
 @fails_plainly
 def finish_command(
     out_dir: Annotated[
-        Path, argument(metavar="OUT_DIR", help="A folder with all parts of a conversion.")
+        Path, path_argument(metavar="OUT_DIR", help="A folder with all parts of a conversion.")
     ],
     source: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="MODEL",
             help="The checkpoint that was converted, where it lies elsewhere than for the parts.",
             show_default=False,
@@ -309,8 +313,8 @@ def ci_command(
     report: Annotated[
         Path | None,
         typer.Option(
+            parser=parse_path,
             metavar="FILE",
-            readable=False,
             show_default=False,
             help="Where the report goes, if not to OUT_DIR.report.json. The next job looks there.",
         ),
@@ -366,10 +370,11 @@ def _add_summary(text: str) -> None:
 @app.command("verify")
 @fails_plainly
 def verify_command(
-    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
+    out_dir: Annotated[Path, path_argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     source: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="MODEL",
             help="The checkpoint it was converted from: undo each layout and compare.",
             show_default=False,
@@ -402,11 +407,13 @@ def verify_command(
 @fails_plainly
 def restore_command(
     converted_dir: Annotated[
-        Path, argument(metavar="CONVERTED_DIR", help="A converted checkpoint.")
+        Path, path_argument(metavar="CONVERTED_DIR", help="A converted checkpoint.")
     ],
     out_dir: Annotated[
         Path,
-        argument(metavar="OUT_DIR", help="The original: a new or empty folder, or one to resume."),
+        path_argument(
+            metavar="OUT_DIR", help="The original: a new or empty folder, or one to resume."
+        ),
     ],
     verify: Annotated[
         bool,
@@ -461,7 +468,7 @@ def inspect_command(
 @app.command("push")
 @fails_plainly
 def push_command(
-    out_dir: Annotated[Path, argument(metavar="OUT_DIR", help="A converted checkpoint.")],
+    out_dir: Annotated[Path, path_argument(metavar="OUT_DIR", help="A converted checkpoint.")],
     repo_id: Annotated[
         str,
         argument(

@@ -37,6 +37,17 @@ def parse_part(text: str) -> Part:
         raise typer.BadParameter(f"{text!r} is not a part such as 2/4") from None
 
 
+def not_empty(text: str) -> str:
+    """An unset variable of a script must not mean the current folder."""
+    if not text:
+        raise typer.BadParameter("is empty; is a variable not set?")
+    return text
+
+
+def parse_path(text: str) -> Path:
+    return Path(not_empty(text))
+
+
 class TakesBareRay(TyperCommand):
     """A command whose --ray may stand alone, for --ray auto. Typer has no such options."""
 
@@ -58,8 +69,8 @@ class TakesBareRay(TyperCommand):
         return not isinstance(values.get("out_dir"), str)
 
 
-# readable=False: what may not be read is for the library to refuse, by one line and exit code 1.
-argument = functools.partial(typer.Argument, show_default=False, readable=False)
+argument = functools.partial(typer.Argument, show_default=False, parser=not_empty)
+path_argument = functools.partial(typer.Argument, show_default=False, parser=parse_path)
 Model = Annotated[
     str,
     argument(
@@ -74,8 +85,9 @@ Revision = Annotated[
 CacheDir = Annotated[
     Path | None,
     typer.Option(
+        parser=parse_path,
+        metavar="PATH",
         help="The Hub's cache, where it is not in its usual place. It is read, never written.",
-        readable=False,
         show_default=False,
     ),
 ]
@@ -84,7 +96,7 @@ Connections = Annotated[
 ]
 OutDir = Annotated[
     Path,
-    argument(
+    path_argument(
         metavar="OUT_DIR", help="The converted checkpoint: a new or empty folder, or one to resume."
     ),
 ]

@@ -35,18 +35,8 @@ def fails_plainly(command: Callable[Params, None]) -> Callable[Params, None]:
         except ConvertError as error:
             say(f"error: {error}", style="red")
             raise typer.Exit(os.EX_TEMPFAIL if error.try_again else 1) from None
-        except _StdoutError as error:
-            # The interpreter would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error.__cause__, BrokenPipeError):  # its reader left on purpose
-                say(f"error: stdout: {error}", style="red")
-            raise typer.Exit(1) from None
 
     return wrapped
-
-
-class _StdoutError(Exception):
-    """The result could not be printed."""
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -63,7 +53,7 @@ def warn(warnings: Iterable[str]) -> None:
         say(f"warning: {warning}", style="yellow")
 
 
-def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
+def print_result(result: dict[str, Any] | Iterable[RenderableType]) -> None:
     """The result, on stdout: JSON values as one object, or tables."""
     if isinstance(result, dict):
         print(json.dumps(result, indent=2))
@@ -78,14 +68,6 @@ def _render(result: dict[str, Any] | Iterable[RenderableType]) -> None:
     with console.capture() as captured:
         console.print(*result, sep="\n")
     print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
-
-
-def print_result(result: dict[str, Any] | Iterable[RenderableType]) -> None:
-    try:
-        _render(result)
-        sys.stdout.flush()
-    except OSError as error:
-        raise _StdoutError(error.strerror) from error
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,7 +54,8 @@ def run(command: Callable[[], None]) -> None:
         except SystemExit as end:
             code = end.code
         except BaseException:
-            traceback.print_exc()
+            if _stdout_failure() is None:  # the end says that
+                traceback.print_exc()
         finally:
             ended.set()
 
@@ -70,10 +71,11 @@ def _finish(code: int) -> None:
     """End the process without the interpreter's shutdown, during which Ctrl-C would kill it."""
     global _stopping
     _stopping = True  # there is nothing left to interrupt
-    try:
+    with suppress(OSError):
         sys.stdout.flush()
-    except OSError as error:
-        print(f"error: stdout: {error.strerror}", file=sys.stderr)
+    if (failure := _stdout_failure()) is not None:
+        if not isinstance(failure, BrokenPipeError):  # its reader left on purpose
+            print(f"error: stdout: {failure.strerror}", file=sys.stderr)
         code = code or 1
     sys.stderr.flush()
     os._exit(code)
@@ -100,6 +102,39 @@ def _say_interrupted() -> None:
         if _clean_up is not None:
             _clean_up()
         print(f"error: interrupted{_advice}", file=sys.stderr, flush=True)
+
+
+class _Noting:
+    """A stream that remembers that it has failed. Whoever writes the result, the table or a help
+    text need not catch that."""
+
+    failure: OSError | None = None
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._noting():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._noting():
+            self._stream.flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _stdout_failure() -> OSError | None:
+    return getattr(sys.stdout, "failure", None)
 
 
 class _Unfailing:
@@ -132,4 +167,5 @@ def prepare_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = cast("TextIO", _Noting(sys.stdout))
     sys.stderr = cast("TextIO", _Unfailing(sys.stderr))

@@ -36,11 +36,15 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*:/")
 
 
 def check_local(path: Path) -> None:
-    """Raises OutputError: it is a URL, and would be taken for a folder that is not there yet."""
+    """Raises OutputError: it is a URL, and would be taken for a folder that is not there yet, or
+    a link that leads nowhere, and nothing can be made there."""
     if (scheme := _URL.match(os.fspath(path))) and not os.path.isdir(scheme[0]):
         raise OutputError(
             f"{path}: is a URL; name a path on this machine, and upload the result from there"
         )
+    for each in (path, *path.parents):
+        if os.path.islink(each) and not os.path.exists(each):
+            raise OutputError(f"{each}: is a link that leads nowhere; remove it, or name another")
 
 
 def check_place(path: Path, source: Path | None) -> None:

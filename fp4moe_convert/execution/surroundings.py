@@ -44,6 +44,9 @@ def read_manifest(out_dir: Path) -> Manifest:
     """
     path = out_dir / MANIFEST_NAME
     with naming(out_dir, VerifyError):
+        if not out_dir.is_dir():
+            reason = "is not a folder" if out_dir.exists() else "does not exist"
+            raise VerifyError(f"{out_dir}: {reason}; expected a converted checkpoint")
         if not path.is_file():
             raise VerifyError(
                 f"{out_dir}: not a converted checkpoint, or unfinished: it has no {MANIFEST_NAME}"

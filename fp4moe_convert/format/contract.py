@@ -74,33 +74,31 @@ class LayoutRecord:
     """The FlashInfer release that it is of."""
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            **self.parameters,
-            "row_order": self.row_order,
-            "flashinfer": self.flashinfer,
-        }
+        return {**self.marker.layout_json(), "flashinfer": self.flashinfer}
 
     @property
     def marker(self) -> Marker:
         """What the marker of a checkpoint with this layout says."""
-        return Marker(FORMAT_VERSION, self.name, self.parameters, self.row_order)
+        return Marker(self.name, self.parameters, self.row_order)
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What the tensor `MARKER_NAME` says. The release of FlashInfer is not part of it: releases
-    with the same row order make the same bytes."""
+    """What the tensor `MARKER_NAME` says, besides the format version. The release of FlashInfer is
+    not part of it: releases with the same row order make the same bytes."""
 
-    format_version: int
     layout: str
     parameters: Mapping[str, Any]
     row_order: str
 
+    def layout_json(self) -> dict[str, Any]:
+        """The layout as JSON values."""
+        return {"name": self.layout, **self.parameters, "row_order": self.row_order}
+
     def encode(self) -> bytes:
         """The tensor's bytes."""
-        layout = {"name": self.layout, **self.parameters, "row_order": self.row_order}
-        text = json.dumps({"format_version": self.format_version, "layout": layout}).encode()
+        content = {"format_version": FORMAT_VERSION, "layout": self.layout_json()}
+        text = json.dumps(content).encode()
         return text.ljust(round_up(len(text), MARKER_MULTIPLE))
 
     @classmethod
@@ -120,7 +118,7 @@ class Marker:
         except ValueError as error:
             raise FormatError(f"{MARKER_NAME}: is malformed: {error}") from None
         parameters = _parameters(content["layout"], _MarkedLayoutForm)
-        return cls(FORMAT_VERSION, form.name, parameters, form.row_order)
+        return cls(form.name, parameters, form.row_order)
 
 
 def check_format_version(where: str, content: Mapping[str, Any]) -> None:

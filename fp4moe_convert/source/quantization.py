@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
 from ..format.contract import GROUP_SIZE, QUANT_METHOD
@@ -34,6 +34,9 @@ _EXPERTS = re.compile(
 )
 """A module of routed experts: of all, of one, or a projection; not a router or a shared expert that
 lies beside them."""
+
+_Modules: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""What a description of mixed precision says of each module, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def described_by(checkpoint: Checkpoint) -> Nvfp4Source:
     if is_compressed_tensors(source):
         return Nvfp4Source("compressed-tensors NVFP4", COMPRESSED_TENSORS_LEAVES, True, {})
     algorithms: dict[str, frozenset[str]] = {}
-    for layer, algorithm in _quantized_experts(settings_of(source), file):
+    for layer, algorithm in _quantized_experts(_quantized_modules(settings_of(source), file)):
         algorithms[layer] = algorithms.get(layer, frozenset()) | {algorithm}
     mixed = is_mixed_precision(source) or is_fp8_hybrid(source)
     return Nvfp4Source("ModelOpt NVFP4", MODELOPT_LEAVES, mixed, algorithms)
@@ -93,10 +96,11 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
     producer = section.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
     method = section.get("quant_method", maker or "modelopt")
-    sizes = _group_sizes(section, str(method), checkpoint.hf_quant_config)
+    modules = _quantized_modules(settings, checkpoint.hf_quant_config)
+    sizes = _group_sizes(section, str(method), modules)
     if sizes is None:
         kind = _words(method, settings.get("quant_algo"), section.get("format"))
-        why = _why_not(settings, checkpoint.hf_quant_config)
+        why = _why_not(settings, modules)
         raise CheckpointError(
             f"{file}: no NVFP4 experts to convert: the quantization is {kind}{why}"
         )
@@ -105,9 +109,7 @@ def require_nvfp4(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{file}: group size is {group_size!r}, NVFP4 has {GROUP_SIZE}")
 
 
-def _group_sizes(
-    section: Mapping[str, Any], method: str, hf_quant_config: Mapping[str, Any] | None
-) -> list[Any] | None:
+def _group_sizes(section: Mapping[str, Any], method: str, modules: _Modules) -> list[Any] | None:
     """The group sizes that are given for NVFP4, a None where none is given; None if a section does
     not describe experts that can be converted."""
     settings = settings_of(section)
@@ -122,10 +124,9 @@ def _group_sizes(
     if not method.lower().startswith("modelopt"):
         return None
     if is_mixed_precision(section):
-        experts = _algorithms_of_experts(settings, hf_quant_config)
-        layers = _quantized_layers(settings, hf_quant_config).values()
-        four_bits = [layer for layer in layers if algorithm_of(layer) == "NVFP4"]
-        return [_group_size(layer) for layer in four_bits] if "NVFP4" in experts else None
+        if "NVFP4" not in _algorithms_of_experts(settings, modules):
+            return None
+        return [_group_size(each) for each in modules.values() if algorithm_of(each) == "NVFP4"]
     if algorithm_of(settings) != "NVFP4":
         return None
     weights = [group.get("weights") for group in groups]
@@ -133,10 +134,10 @@ def _group_sizes(
     return [_group_size(each) for each in described]
 
 
-def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> str:
+def _why_not(settings: Mapping[str, Any], modules: _Modules) -> str:
     """What there is to say of experts that have four bits and yet are not converted."""
     algorithm = algorithm_of(settings)
-    experts = _algorithms_of_experts(settings, hf_quant_config)
+    experts = _algorithms_of_experts(settings, modules)
     if not experts:
         experts = {"W4A16_NVFP4"} if _has_weights_alone(settings) else {algorithm}
     if experts == {"W4A16_NVFP4"}:
@@ -153,28 +154,25 @@ def _why_not(settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | N
     return ""
 
 
-def _algorithms_of_experts(
-    settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
-) -> set[str]:
+def _algorithms_of_experts(settings: Mapping[str, Any], modules: _Modules) -> set[str]:
     """Those that a description of mixed precision gives the decoder's experts."""
     if settings.get("moe_quant_algo"):  # amid FP8
         return {algorithm_of(settings, "moe_quant_algo")}
-    return {algorithm for _, algorithm in _quantized_experts(settings, hf_quant_config)}
+    return {algorithm for _, algorithm in _quantized_experts(modules)}
 
 
-def _quantized_experts(
-    settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
-) -> Iterator[tuple[str, str]]:
+def _quantized_experts(modules: _Modules) -> Iterator[tuple[str, str]]:
     """The layers of modules of the decoder's experts, each with the module's algorithm."""
-    for name, module in _quantized_layers(settings, hf_quant_config).items():
+    for name, module in modules.items():
         if (match := _EXPERTS.fullmatch(name)) and not is_mtp_by_name(name):
             yield match["layer"], algorithm_of(module)
 
 
-def _quantized_layers(
+def _quantized_modules(
     settings: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None
-) -> dict[str, Mapping[str, Any]]:
-    """By module. Engines read the file where the section does not say it."""
+) -> _Modules:
+    """As a description of mixed precision has them. Engines read the file where the section says
+    nothing of it."""
     layers = settings.get("quantized_layers")
     if not layers and hf_quant_config is not None:
         layers = settings_of(hf_quant_config).get("quantized_layers")
@@ -185,10 +183,14 @@ def _quantized_layers(
 def _is_nvfp4(group: Mapping[str, Any]) -> bool:
     """Whether a group of compressed-tensors has weights and activations in FP4."""
     both = (group.get("weights"), group.get("input_activations"))
-    return all(
-        isinstance(each, dict) and (each.get("num_bits"), each.get("type")) == (4, "float")
-        for each in both
-    )
+    return all(map(_is_fp4, both))
+
+
+def _is_fp4(tensors: object) -> bool:
+    """Whether a group of compressed-tensors says so of its weights, or of its activations."""
+    if not isinstance(tensors, dict):
+        return False
+    return (tensors.get("num_bits"), tensors.get("type")) == (4, "float")
 
 
 def _group_size(settings: Mapping[str, Any]) -> object:
@@ -208,8 +210,7 @@ def _has_weights_alone(settings: Mapping[str, Any]) -> bool:
     four_bits = [
         group.get("input_activations")
         for group in _groups(settings)
-        if isinstance(weights := group.get("weights"), dict)
-        and (weights.get("num_bits"), weights.get("type")) == (4, "float")
+        if _is_fp4(group.get("weights"))
     ]
     return bool(four_bits) and not any(four_bits)
 

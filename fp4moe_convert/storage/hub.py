@@ -191,7 +191,7 @@ class HubStore(RemoteStore):
             "Range": f"bytes={offset}-{offset + into.size - 1}",
         }
         is_plain = name in self._is_plain
-        with _explained(self._repo_id, self._commit):
+        with _explained(self._repo_id, self._commit, name):
             address = url if is_plain else self._address(name, url)
             if _is_hubs(address):
                 headers |= build_hf_headers(**LIBRARY)
@@ -319,8 +319,8 @@ def _without_first(pieces: Iterable[bytes], skip: int) -> Iterator[bytes]:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn failures of a request into what they mean, and what to do.
+def _explained(repo_id: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """Turn failures of a request, for a file or for the list, into what they mean, and what to do.
 
     Raises:
         TryAgainError: it may pass.
@@ -330,12 +330,12 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except TRANSPORT_ERRORS as error:
         meaning = passing(error) or CheckpointError(
-            f"{repo_id}: {_refusal(error, repo_id, revision)}"
+            f"{repo_id}: {_refusal(error, repo_id, revision, file)}"
         )
         raise meaning from error
 
 
-def _refusal(error: Exception, repo_id: str, revision: str | None) -> str:
+def _refusal(error: Exception, repo_id: str, revision: str | None, file: str | None) -> str:
     match error:
         case GatedRepoError():
             return (
@@ -349,7 +349,9 @@ def _refusal(error: Exception, repo_id: str, revision: str | None) -> str:
         case RevisionNotFoundError():
             return f"has no revision {revision!r}; name a branch, a tag or a commit of it"
         case HfHubHTTPError():
-            return answer(error) + (
-                f"; {LOG_IN}" if error.response.status_code in (401, 403) else ""
-            )
+            page = f"has it been deleted? look at {constants.ENDPOINT}/{repo_id}"
+            advice = {401: LOG_IN, 403: LOG_IN, 404: page, 410: page}
+            way = advice.get(error.response.status_code)
+            said = f"{file}: {answer(error)}" if file else answer(error)
+            return f"{said}; {way}" if way else said
     return "HF_HUB_OFFLINE is set"

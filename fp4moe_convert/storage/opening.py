@@ -14,6 +14,10 @@ from .reader import Store
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w-][\w.-]*/[\w.-]+)", re.A
+)
+
 
 def open_store(
     location: str | Path | Store,
@@ -52,6 +56,8 @@ def open_store(
         )
     if revision is not None:
         raise CheckpointError(f"{location}: has no revisions: it is not a model on the Hub")
+    if isinstance(location, str) and (page := _HUB_PAGE.match(location)):
+        raise CheckpointError(f"{location}: is a web page of the Hub; give the model as {page[1]}")
     if isinstance(location, str) and _URL.match(location):
         from .urls import UrlStore
 

@@ -100,7 +100,7 @@ def other_order(converted: Path, folder: Path) -> Path:
     tensors = load_file(shard)
     marker = tensors["fp4moe.layout"]
     data = Marker.decode(marker.numpy().tobytes())
-    other = Marker(data.format_version, data.layout, data.parameters, "xxh3_128:00").encode()
+    other = Marker(data.layout, data.parameters, "xxh3_128:00").encode()
     tensors["fp4moe.layout"] = marker.new_tensor(list(other))
     save_file(tensors, shard, metadata={"format": "pt"})
     return folder

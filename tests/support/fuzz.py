@@ -159,10 +159,10 @@ def converted_folder() -> tuple[bytes, ...]:
 def marker() -> bytes:
     """What a plugin reads first, less the spaces at its end."""
     from fp4moe_convert import layouts
-    from fp4moe_convert.format.contract import FORMAT_VERSION, Marker
+    from fp4moe_convert.format.contract import Marker
 
     layout = layouts.DEFAULT
-    return Marker(FORMAT_VERSION, layout.name, layout.parameters, "1234").encode().rstrip()
+    return Marker(layout.name, layout.parameters, "1234").encode().rstrip()
 
 
 def seeds(target: str) -> list[bytes]:

@@ -611,6 +611,35 @@ def test_experts_of_another_model_pass() -> None:
     assert other.reason == "it is a layer of the talker, not of the text model"
 
 
+OTHER_STACKS = ["draft", "eagle3", "model.mtp_0", "vision_tower.encoder", "a.model", "z.model"]
+
+
+@pytest.mark.parametrize("other", OTHER_STACKS)
+def test_the_smaller_of_two_models_passes(other: str) -> None:
+    """A plugin tells experts by the number of their layer. It passes where the larger is converted,
+    too."""
+    name = f"{other}.layers.1.mlp.experts"
+    tensors = layer() | layer(PREFIX.replace("1", "2")) | layer(name, experts=2)
+    layers, [small] = find_layers(checkpoint(tensors))
+    assert {moe.prefix for moe in layers} == {PREFIX, PREFIX.replace("1", "2")}
+    reason = "model.layers has such a layer 1, and more of them than this other model"
+    assert small == PassedLayer(name, reason)
+    left = find_layers(checkpoint(layer(name)), converted=[moe.prefix for moe in layers])
+    assert left == ([], [small])
+
+
+def test_layers_of_other_numbers_are_of_the_same_model() -> None:
+    others = layer("other.layers.0.mlp.experts")
+    assert len(found(layer() | layer(PREFIX.replace("1", "2")) | others)) == 3
+
+
+@pytest.mark.parametrize("other", OTHER_STACKS)
+def test_refuses_two_models_of_a_size(other: str) -> None:
+    message = f"{PREFIX} and {other}.layers.1.mlp.experts are of two models with NVFP4 experts"
+    with pytest.raises(CheckpointError, match=f"^{message}, and nothing tells"):
+        find_layers(checkpoint(layer() | layer(f"{other}.layers.1.mlp.experts")))
+
+
 @pytest.mark.parametrize("config", ["model", {"num_hidden_layers": 3}, {"num_experts": 5}], ids=str)
 def test_a_name_alone_makes_no_other_model(config: object) -> None:
     text = {"num_hidden_layers": 3, "num_experts": E}

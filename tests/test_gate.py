@@ -67,14 +67,11 @@ ORIGINAL_WEIGHTS = [EMBED, SINGLE, HEAD]
 class Model(torch.nn.Module):
     """Takes note of what it is given."""
 
-    def __init__(
-        self, converted: ConvertedSection | None, layer: str = LAYER, *, in_order: bool = True
-    ) -> None:
+    def __init__(self, converted: ConvertedSection | None, layer: str | None = LAYER) -> None:
         super().__init__()
         self.given: list[str] = []
         self.delivered: list[str] = []
-        layers = {layer: self._deliver} if converted else {}
-        guard(self, Gate(converted, layers, in_order=in_order))
+        guard(self, Gate(converted, {layer: self._deliver} if converted and layer else {}))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         for name, _ in weights:
@@ -88,6 +85,13 @@ class Model(torch.nn.Module):
     @property
     def untouched(self) -> bool:
         return not self.given and not self.delivered
+
+
+def running(converted: ConvertedSection | None, layer: str | None = LAYER) -> Model:
+    """A model that has been loaded before."""
+    model = Model(converted, layer)
+    model.load_weights([])
+    return model
 
 
 def as_iterator(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,7 +132,7 @@ def test_another_marker_is_refused_before_anything_changes(
 ) -> None:
     weights = list(CONVERTED_WEIGHTS)
     weights.insert(place, marker(**changes))
-    model = Model(CONVERTED)
+    model = running(CONVERTED)
     with pytest.raises(ServingError, match=rf"^fp4moe: .*{message}.*, or serve the original"):
         model.load_weights(form(weights))
     assert model.untouched
@@ -137,7 +141,7 @@ def test_another_marker_is_refused_before_anything_changes(
 @pytest.mark.parametrize("order", list(permutations(CONVERTED_WEIGHTS)))
 @pytest.mark.parametrize("form", [list, as_iterator])
 def test_converted_layers_without_a_marker_are_refused(order: tuple[Any, ...], form: Any) -> None:
-    model = Model(CONVERTED)
+    model = running(CONVERTED)
     with pytest.raises(ServingError, match=r"comes without fp4moe\.layout"):
         model.load_weights(form(order))
     assert model.untouched
@@ -146,7 +150,7 @@ def test_converted_layers_without_a_marker_are_refused(order: tuple[Any, ...], f
 @pytest.mark.parametrize("order", list(permutations(ORIGINAL_WEIGHTS)))
 @pytest.mark.parametrize("form", [list, as_iterator])
 def test_a_converted_model_refuses_an_original(order: tuple[Any, ...], form: Any) -> None:
-    model = Model(CONVERTED)
+    model = running(CONVERTED)
     with pytest.raises(ServingError, match=r"not converted, .*; convert them first with fp4moe-"):
         model.load_weights(form(order))
     assert model.untouched
@@ -186,15 +190,94 @@ def test_any_other_model_refuses_converted_weights(order: tuple[Any, ...], form:
     with pytest.raises(ServingError, match="weights are converted, the model was built for a chec"):
         model.load_weights(form(order))
     assert form is as_iterator or model.untouched
-    assert not any(".w13_" in name or ".w2_" in name for name in model.given)
+
+
+def test_after_a_stop_tensor_no_other_model_sees_what_is_converted() -> None:
+    """By name a layer's stop tensor comes first in its file, and the marker may come last."""
+    model = Model(None)
+    with pytest.raises(ServingError, match="weights are converted"):
+        model.load_weights(as_iterator([EMBED, STOP, W13, HEAD, OTHER_W2, marker()]))
+    assert model.given == [EMBED[0], HEAD[0]]
 
 
 @pytest.mark.parametrize("form", [list, as_iterator])
-def test_any_other_model_takes_everything_else(form: Any) -> None:
-    """Converted layers' names without a marker too: they may be another exporter's."""
-    model = Model(None)
-    model.load_weights(form([EMBED, SINGLE, W13, HEAD]))
-    assert sorted(model.given) == sorted([EMBED[0], SINGLE[0], W13[0], HEAD[0]])
+@pytest.mark.parametrize("model", [Model(None), running(None)])
+def test_any_other_model_takes_everything_else_in_its_order(model: Model, form: Any) -> None:
+    """Converted layers' names, too: an ordinary Inkling has experts of these names."""
+    model.given.clear()
+    weights = [EMBED, SINGLE, W13, HEAD, OTHER_W2]
+    model.load_weights(form(weights))
+    assert model.given == [name for name, _ in weights]
+
+
+class Ring:
+    """A streamer that hands out views of the same few pieces of memory, as Run:ai's does, and
+    knows how many tensors are alive."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.most = 0
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        pieces = torch.zeros(3, 1)
+        handed_out: list[weakref.ref[torch.Tensor]] = []
+        for number, (name, _) in enumerate(self.weights):
+            tensor = pieces[number % len(pieces)]
+            tensor.fill_(number)
+            handed_out.append(weakref.ref(tensor))
+            self.most = max(self.most, sum(each() is not None for each in handed_out))
+            yield name, tensor
+            del tensor
+
+
+class Copying(torch.nn.Module):
+    """Keeps a copy of each tensor that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.values[name] = float(tensor)
+
+
+def test_an_ordinary_checkpoint_loads_from_the_memory_that_stock_needs() -> None:
+    """Experts under names of ours, in a first load and in a later one."""
+    weights = [
+        (f"model.llm.layers.{number}.mlp.experts.{leaf}", WEIGHT)
+        for number in range(12)
+        for leaf in ("w13_weight", "w2_weight")
+    ]
+    stock, model = Ring(weights), Copying()
+    Copying.load_weights(model, stock)
+    expected = model.values.copy()
+    assert list(expected.values()) == [float(number) for number in range(24)]
+    guard(model, Gate(None, {}))
+    for _ in range(2):
+        model.values.clear()
+        ring = Ring(weights)
+        model.load_weights(iter(ring))
+        assert model.values == expected
+        assert ring.most == stock.most
+
+
+def test_what_waits_for_the_marker_in_a_running_model_is_a_copy() -> None:
+    """Its loader may use the memory again."""
+    weights = [EMBED, HEAD, ("model.norm.weight", WEIGHT), ("model.bias", WEIGHT), EMBED]
+    model = Copying()
+    guard(model, Gate(CONVERTED, {LAYER: lambda _leaf, _tensor: ""}))
+    model.load_weights([])
+    stream = iter(Ring(weights))
+    ours = [(f"{LAYER}.{leaf}", WEIGHT) for leaf in LEAVES]
+
+    def marked_last() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from stream
+        yield from [*ours, marker()]
+
+    model.load_weights(marked_last())
+    names = [name for name, _ in weights]
+    assert model.values == {name: float(number) for number, name in enumerate(names)}
 
 
 STEP = "model.language_model.layers.1.moe"
@@ -271,28 +354,18 @@ def test_a_loader_does_not_see_what_the_gate_fills(fails: bool) -> None:
         assert all(after[name] is before[name] for name in before)
 
 
-@pytest.mark.parametrize(("load_format", "in_order"), [("auto", True), ("runai_streamer", False)])
-def test_the_gate_of_a_model_that_an_engine_has_built(
-    caplog: pytest.LogCaptureFixture, load_format: str, in_order: bool
-) -> None:
+def test_the_gate_of_a_model_that_an_engine_has_built(caplog: pytest.LogCaptureFixture) -> None:
     """One line tells that the plugin is at work, where it has a layer to take over."""
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
 
     def gate(layers: dict[str, Any], layer_count: int | None) -> Gate:
-        return gate_for(
-            model,
-            CONVERTED,
-            layers,
-            layer_count=layer_count,
-            load_format=load_format,
-            engine=SGLANG,
-        )
+        return gate_for(model, CONVERTED, layers, layer_count=layer_count, engine=SGLANG)
 
     with caplog.at_level(logging.INFO):
         assert gate({}, None).layers == {}
         assert caplog.messages == []
-        assert gate({LAYER: print}, 2).in_order is in_order
+        assert gate({LAYER: print}, 2).layers == {LAYER: print}
     (line,) = caplog.messages
     assert line.startswith("fp4moe: format version 2, 1 MoE layers taken over, row order xxh3_128:")
     assert line.endswith(" checked against this SGLang's FlashInfer")
@@ -307,8 +380,9 @@ def test_a_marker_may_have_a_prefix() -> None:
     assert model.delivered == [*LEAVES]
 
 
-def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
-    model = Model(CONVERTED, in_order=False)
+def test_the_first_load_keeps_no_tensor() -> None:
+    """A loader may hand tensors out as they come."""
+    model = Model(CONVERTED)
     handed_out: list[weakref.ref[torch.Tensor]] = []
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -319,6 +393,8 @@ def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
             handed_out.append(weakref.ref(own))
             yield name, own
             del own
+            if name == HEAD[0]:
+                assert model.given[-1] == HEAD[0]
 
     model.load_weights(stream())
     assert model.given == 2 * [EMBED[0], HEAD[0]]
@@ -333,19 +409,46 @@ def test_the_first_load_out_of_order_keeps_no_tensor() -> None:
         ([EMBED, SINGLE], "these weights are not converted"),
     ],
 )
-def test_the_first_load_out_of_order_is_refused_in_the_end(weights: Weights, message: str) -> None:
+def test_the_first_load_is_refused_in_the_end(weights: Weights, message: str) -> None:
     with pytest.raises(ServingError, match=message):
-        Model(CONVERTED, in_order=False).load_weights(as_iterator(weights))
+        Model(CONVERTED).load_weights(as_iterator(weights))
 
 
-def test_a_later_load_out_of_order_is_refused_before_anything_changes() -> None:
-    model = Model(CONVERTED, in_order=False)
+def test_a_later_load_is_refused_before_anything_changes() -> None:
+    model = Model(CONVERTED)
     model.load_weights(as_iterator([*WHOLE, marker()]))
     model.given.clear()
     model.delivered.clear()
     with pytest.raises(ServingError, match="row order"):
         model.load_weights(as_iterator([*CONVERTED_WEIGHTS, marker(row_order="xxh3_128:00")]))
     assert model.untouched
+
+
+@pytest.mark.parametrize("form", [list, as_iterator])
+@pytest.mark.parametrize("start", [Model, running])
+def test_a_model_without_converted_layers_needs_no_marker(start: Any, form: Any) -> None:
+    """For a draft vLLM passes over files that have nothing for it: the marker's, but not each that
+    also has tensors of converted layers."""
+    model = start(CONVERTED, None)
+    model.load_weights(form([EMBED, W13, HEAD, OTHER_W2, STOP]))
+    assert model.given == [EMBED[0], HEAD[0]]
+    with pytest.raises(ServingError, match="these weights are not converted"):
+        model.load_weights(form([EMBED, SINGLE]))
+    with pytest.raises(ServingError, match="row order xxh3_128:00"):
+        model.load_weights(form([W13, marker(row_order="xxh3_128:00")]))
+
+
+def test_nothing_waits_for_a_marker_that_is_not_needed() -> None:
+    model = running(CONVERTED, None)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        yield EMBED
+        yield W13
+        assert model.given == [EMBED[0]]
+        yield HEAD
+
+    model.load_weights(stream())
+    assert model.given == [EMBED[0], HEAD[0]]
 
 
 def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
@@ -355,6 +458,8 @@ def test_a_stream_is_judged_once_and_by_its_first_tensor() -> None:
     with pytest.raises(ServingError):
         gate.judge(as_iterator([EMBED, marker(row_order="xxh3_128:00")]))
     assert list(gate.judge(iter(()))) == []
+    ((_, given),) = gate.judge([EMBED])
+    assert given is EMBED[1]  # a list stays where it is
 
 
 INCOMPLETE = [

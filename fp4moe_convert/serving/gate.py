@@ -38,56 +38,45 @@ Deliver = Callable[[str, "torch.Tensor"], str]
 """Loads a tensor into the parameter of a layer that has this leaf; returns the parameter's name in
 the model."""
 
-OUT_OF_ORDER = ("runai_streamer",)
-"""Load formats of both engines' that hand out a checkpoint's tensors as they come."""
-
 
 class Gate:
     """Stands before one model's ``load_weights``."""
 
-    def __init__(
-        self,
-        converted: ConvertedSection | None,
-        layers: Mapping[str, Deliver],
-        *,
-        in_order: bool = True,
-    ) -> None:
+    def __init__(self, converted: ConvertedSection | None, layers: Mapping[str, Deliver]) -> None:
         """
         Args:
             converted: the section of the checkpoint that the model was built for; None if that is
                 not a converted one.
             layers: its converted layers that this model has, by their prefix in the checkpoint.
                 Tensors of the others are passed over: they are another process's.
-            in_order: whether the engine's loader hands out a checkpoint in the order of its files,
-                and so the marker first.
         """
         self.converted = converted
         self.layers = layers
-        self.in_order = in_order
 
     def judge(self, weights: Iterable[tuple[str, torch.Tensor]], *, hold: bool = True) -> Judged:
         """Make sure that tensors are for this model.
 
-        Nothing comes out before the marker has been checked, so that a refusal leaves a running
-        model as it was. Tensors that come before the marker wait for it. A converted checkpoint
-        begins with it, and has all tensors of each layer that is here.
+        A converted checkpoint begins with its marker, and has all tensors of each layer that is
+        here. Those of any other come out as they come, in their order.
 
         Args:
             weights: names and tensors. A list is judged whole before this returns. An iterator is
                 judged as it is read. This reads from it until the first tensor may come out.
-            hold: let tensors wait for the marker. If not, they come out at once, and a refusal may
-                come last.
+            hold: let copies of what an iterator has before the marker wait for it, so that a
+                refusal leaves a running model as it was. If not, all comes out at once, and a
+                refusal may come last.
 
         Raises:
             ServingError: they are not. From an iterator, when the tensor comes that tells.
         """
         if isinstance(weights, Judged):
             return weights
+        is_list = isinstance(weights, (list, tuple))
         if self.converted is None:
             judged = _unless_marked(weights)
         else:
-            judged = _once_marked(weights, self.converted, self.layers, hold=hold)
-        return Judged(iter(list(judged)) if isinstance(weights, (list, tuple)) else judged)
+            judged = _once_marked(weights, self.converted, self.layers, hold=hold and not is_list)
+        return Judged(iter(list(judged)) if is_list else judged)
 
     def check_folder(self, folder: str) -> None:
         """Judge a local folder by the names of its tensors, before anything is changed for it. A
@@ -97,7 +86,7 @@ class Gate:
             ServingError: its tensors are not for this model, or a file cannot be read.
         """
         files = _files_of_tensors(Path(folder))
-        for _ in self.judge(self._described(Path(folder), files)):
+        for _ in self.judge(self._described(Path(folder), files), hold=False):
             pass
 
     def _described(self, folder: Path, files: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -154,10 +143,9 @@ class GuardedLoader:
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kw: Any) -> Any:
         delivered: set[str] = set()
-        # The first load of a model has nothing to leave as it was. Out of order, nearly all of a
-        # checkpoint would wait for the marker in the host's memory.
-        hold = self.gate.in_order or self.called
-        self.called = True
+        # The first load of a model has nothing to leave as it was. Of a loader that hands out
+        # tensors as they come, nearly all of a checkpoint would wait for the marker in memory.
+        hold, self.called = self.called, True
         ours = self.gate.distribute(self.gate.judge(weights, hold=hold), delivered)
         try:
             with self.unlisted():
@@ -213,7 +201,6 @@ def gate_for(
     layers: Mapping[str, Deliver],
     *,
     layer_count: int | None,
-    load_format: str,
     engine: Engine,
 ) -> Gate:
     """The gate of a model that an engine has built for a converted checkpoint. Logs that the plugin
@@ -225,7 +212,6 @@ def gate_for(
         layers: the converted layers that the plugin has taken over in this model.
         layer_count: the decoder's layers, wherever they are; None if the model is a draft with
             layers of its own, which are never converted.
-        load_format: the engine's option.
 
     Raises:
         ServingError: a layer that is converted in the checkpoint is not so in the model.
@@ -241,7 +227,7 @@ def gate_for(
             converted.layout.row_order,
             engine.title,
         )
-    return Gate(converted, layers, in_order=load_format not in OUT_OF_ORDER)
+    return Gate(converted, layers)
 
 
 def gate_of(model: torch.nn.Module) -> Gate:
@@ -289,7 +275,8 @@ def _once_marked(
     *,
     hold: bool,
 ) -> Iterator[tuple[str, Any]]:
-    """For a converted model that has some layers here."""
+    """For a converted model. Of the layers that are not ``here`` nothing is used. Where none is, as
+    in a draft, an engine may pass over whole files, that of the marker too."""
     waiting: list[tuple[str, Any]] = []
     marked = False
     came: dict[str, None] = {}  # names of converted layers' tensors, in order
@@ -321,14 +308,14 @@ def _once_marked(
             case kind, _:
                 if kind is _Kind.CONVERTED:
                     came[name] = None
-                if marked or not hold:
+                if marked or not (hold and here):
                     yield name, tensor
-                else:
-                    waiting.append((name, tensor))
+                else:  # a copy: loaders use a tensor's memory again
+                    waiting.append((name, tensor.clone()))
     if marked:
         wanted = (f"{layer}.{leaf}" for layer in here for leaf in LEAVES)
         check_none_missing(name for name in wanted if name not in came)
-    elif came:
+    elif came and here:
         raise refusal(
             f"{next(iter(came))!r} comes without {MARKER_NAME}, which tells how it is laid out",
             "load all of a converted folder in one call",
@@ -338,7 +325,8 @@ def _once_marked(
 
 def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """For any other model."""
-    # These names alone are no proof: another exporter may give them to another layout.
+    # These names are no proof: another exporter may give them to another layout. After an empty
+    # tensor of an expert they are, and wait, so that this refuses them and not the model.
     waiting: list[tuple[str, Any]] = []
     for name, tensor in weights:
         match _kind(name, tensor):
@@ -347,7 +335,7 @@ def _unless_marked(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
                     "these weights are converted, the model was built for a checkpoint that is not",
                     "start the engine from the converted folder, with its own config.json",
                 )
-            case ((_Kind.CONVERTED | _Kind.STOP), _):
+            case kind, _ if kind is _Kind.STOP or (kind is _Kind.CONVERTED and waiting):
                 waiting.append((name, tensor))
             case _:
                 yield name, tensor

@@ -26,7 +26,7 @@ from .families import (
     Role,
     leaf_name,
 )
-from .names import converted_layer, is_mtp_by_name, layer_number
+from .names import IN_LAYER, converted_layer, is_mtp_by_name, layer_number
 from .quantization import WEIGHT_ONLY, Nvfp4Source, described_by
 from .spans import Matrix, Shard
 from .text_config import TextConfig
@@ -100,13 +100,17 @@ def find_layers(
     layers: list[MoeLayer] = []
     passed: list[PassedLayer] = []
     by_layer, unknown = _by_layer(checkpoint.shards, families)
-    for prefix, tensors in by_layer.items():
-        if prefix in converted:
+    stays = {
+        prefix: _passed(prefix, layer_number(prefix), text, tensors, source)
+        for prefix, tensors in by_layer.items()
+        if prefix not in converted
+    }
+    stays |= _of_other_stacks([*(p for p, why in stays.items() if why is None), *converted])
+    for prefix, why in stays.items():
+        if why is not None:
+            passed.append(why)
             continue
-        number = layer_number(prefix)
-        if stays := _passed(prefix, number, text, tensors, source):
-            passed.append(stays)
-            continue
+        tensors, number = by_layer[prefix], layer_number(prefix)
         assert number is not None
         family = _family_of(tensors, families)
         expert_count = text.expert_count(number)
@@ -220,6 +224,37 @@ def _of_another_kind(
         found = " and ".join(sorted(scales))
         return because(f"its block scales are {found}, those of NVFP4 are F8_E4M3")
     return None
+
+
+def _of_other_stacks(prefixes: Iterable[str]) -> dict[str, PassedLayer]:
+    """Of stacks of layers that have the same numbers, all but the largest are of other models, such
+    as a draft. A plugin knows experts by the number of their layer.
+
+    Returns:
+        Their layers, by prefix.
+
+    Raises:
+        CheckpointError: two have as many layers with experts.
+    """
+    stacks: dict[str, dict[int, str]] = {}
+    for prefix in prefixes:
+        if match := IN_LAYER.fullmatch(prefix):
+            stacks.setdefault(match[1], {})[int(match[2])] = prefix
+    found: dict[str, PassedLayer] = {}
+    largest = max(stacks, key=lambda stack: len(stacks[stack]), default="")
+    for stack, layers in stacks.items():
+        shared = layers.keys() & stacks[largest].keys()
+        if stack == largest or not shared:
+            continue
+        first = min(shared)
+        if len(layers) == len(stacks[largest]):
+            raise CheckpointError(
+                f"{stacks[largest][first]} and {layers[first]} are of two models with NVFP4 "
+                "experts, and nothing tells which of them is the text model; serve the original"
+            )
+        reason = f"{largest} has such a layer {first}, and more of them than this other model"
+        found |= {prefix: PassedLayer(prefix, reason) for prefix in layers.values()}
+    return found
 
 
 def _check_layer(

@@ -10,6 +10,9 @@ from typing import Any
 Tensors = dict[str, Any]
 """By name; torch is imported where it is needed."""
 
+SHARD_NBYTES = 400_000
+"""Of a converted checkpoint: a layer's experts fill some shards, and engines may pass over some."""
+
 Edit = Callable[[dict[str, Any]], Any]
 """Changes a JSON object in place."""
 

@@ -30,7 +30,7 @@ from unittest import mock
 
 import originals
 from driver import Outcome, Outcomes, main
-from edits import Tensors, edit_tensors
+from edits import SHARD_NBYTES, Tensors, edit_tensors
 from sglang_driver import (
     FUSED,
     Setup,
@@ -287,7 +287,7 @@ class Run:
             originals.make(self.work / family / "otherwise", "kimi_k25")
         elif family in UNLOADABLE or family in originals.REFUSED:
             return
-        convert(original, converted, direct_io=False)
+        convert(original, converted, direct_io=False, max_shard_nbytes=SHARD_NBYTES)
         shutil.copytree(converted, mistake)
         for path in original.glob("*config.json"):
             shutil.copy(path, mistake)

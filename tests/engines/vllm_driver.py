@@ -38,7 +38,7 @@ from typing import Any
 from unittest import mock
 
 from driver import Outcomes, main
-from edits import Tensors, edit_section, edit_tensors, without
+from edits import SHARD_NBYTES, Tensors, edit_section, edit_tensors, without
 from support.make_checkpoint import Spec, make_checkpoint
 
 State = dict[str, Any]  # name -> tensor or plain value
@@ -215,6 +215,16 @@ REFUSED: dict[str, tuple[Setup, Callable[[Path], None], str]] = {
         "vLLM chose flashinfer_cutlass; use --moe-backend flashinfer_trtllm",
     ),
     "I/T not a multiple of 16": (Setup("qwen-I96", 4), leave, "for one of 1, 2, 3, 6 ranks"),
+    "LoRA": (
+        Setup("qwen", options={"enable_lora": True, "moe_backend": "auto"}),
+        leave,
+        "flashinfer_trtllm, which has no LoRA; leave --enable-lora out",
+    ),
+    "quantized by --quantization": (
+        Setup("qwen", options={"quantization": "nvfp4_per_token"}),
+        leave,
+        "drop that from --quantization or --quantization-config",
+    ),
     "activations per token": (Setup("deepseek", options=PER_TOKEN), leave, "per token"),
     "experts quantized anew": (
         Setup("deepseek", options=ANEW),
@@ -469,7 +479,7 @@ class Bench:
 
         folder = self.work / f"{name}-converted"
         if not folder.exists():
-            convert(self.original(name), folder)
+            convert(self.original(name), folder, max_shard_nbytes=SHARD_NBYTES)
         return folder
 
     def edited(self, name: str, change: Callable[[Path], None]) -> Path:
@@ -677,24 +687,6 @@ def dropped(bench: Bench) -> str:
     return "freed"
 
 
-def out_of_order(bench: Bench) -> str:
-    """Run:ai's loader hands out tensors as they come. It is not installed: the model is built for
-    it, and loaded by nobody."""
-    from vllm.model_executor.model_loader import base_loader
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    from fp4moe_convert.serving.gate import gate_of
-
-    found = []
-    for load_format in ("auto", "runai_streamer"):
-        config = engine_config(bench.converted("qwen"), Setup("qwen"), load_format=load_format)
-        with as_rank(config, 1, 0), set_default_torch_dtype(config.model_config.dtype):
-            found.append(gate_of(base_loader.initialize_model(config)).in_order)
-    if found != [True, False]:
-        raise AssertionError(found)
-    return "known"
-
-
 def while_building_elsewhere(bench: Bench) -> str:
     """vLLM builds a model with its GPU as the default device; here any other than the CPU does."""
     import torch
@@ -721,7 +713,6 @@ OTHERS: dict[str, tuple[Callable[[Bench], str], str | None]] = {
         "experts.w2_weight_scale was not loaded: missing from the checkpoint",
     ),
     "a model that is dropped": (dropped, None),
-    "tensors in any order": (out_of_order, None),
 }
 UNCHANGED = ("deepseek: tp 2", "qwen: ep 2, redundant experts")
 

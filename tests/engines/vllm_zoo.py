@@ -49,8 +49,7 @@ from fp4moe_convert.format.contract import MARKER_NAME
 # --- what vLLM's models do ------------------------------------------------------------------------
 
 STOPS = "There is no module or parameter named 'fp4moe'"
-"""No model has a part of that name. The marker is a converted checkpoint's first tensor, but the
-safetensors library hands them out by name."""
+"""No model has a part of that name. The marker is a converted checkpoint's first tensor."""
 
 STOPS_LLAMA4 = "'Llama4ForConditionalGeneration' object has no attribute 'fp4moe'"
 """Its loader looks for the part itself."""
@@ -197,9 +196,7 @@ def cases() -> Iterator[Case]:
     yield Case(f"{FILE_BESIDE}: original, draft", False, loads_draft, "never written")
     for plugin in (False, True):
         for family in FAMILIES:
-            # The names of Nemotron-H, backbone.layers and so on, come before the marker's.
-            stops = STOPS_UNMARKED if family in model_zoo.UNGATED else STOPS
-            stops = STOPS_LLAMA4 if family in model_zoo.BATCHED else stops
+            stops = STOPS_LLAMA4 if family in model_zoo.BATCHED else STOPS
             stops = REFUSED if plugin else stops
             label = f"{family}: mistake{', with the plugin' if plugin else ''}"
             yield Case(label, plugin, partial(start, family, "disguised"), stops)

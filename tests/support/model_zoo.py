@@ -127,6 +127,8 @@ class Family:
     """Modules that are not quantized, besides those of `make_checkpoint`; names as in `many`."""
     in_file: bool = False
     """Whether hf_quant_config.json alone describes the quantization."""
+    says_kv_cache: bool = True
+    """Whether hf_quant_config.json has a key for the KV cache; of mixed precision alone."""
     beside: tuple[str, str] | None = None
     """A file that the index does not name, and the pattern of the final names of what is in it."""
 
@@ -865,7 +867,9 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
     "deepseek_v4": DEEPSEEK_V4,
     "minimax_m3_text": MINIMAX_M3,
-    "minimax_m3_text-mixed": replace(MINIMAX_M3, section="mixed by linear", mxfp8=r"self_attn\b"),
+    "minimax_m3_text-mixed": replace(
+        MINIMAX_M3, section="mixed by linear", mxfp8=r"self_attn\b", says_kv_cache=False
+    ),
     "minimax_m2-ct": replace(MINIMAX_M2, section="compressed-tensors"),
     "glm4_moe": GLM4_MOE,
     "glm4_moe-mtp-file": replace(GLM4_MOE, beside=("mtp.safetensors", r"^model\.layers\.3\.")),
@@ -1525,6 +1529,8 @@ def hf_quant_config_of(family: Family) -> Json:
     if family.is_mixed:  # published ones say of the KV cache only here
         settings.update(quant_algo="MIXED_PRECISION", kv_cache_quant_algo="FP8")
         settings["quantized_layers"] = quantized_layers(family)
+        if not family.says_kv_cache:
+            del settings["kv_cache_quant_algo"]
     return file
 
 

@@ -67,15 +67,17 @@ def take_over(quant_config: Any, converted: ConvertedSection, model_config: Any)
     Raises:
         ServingError: it is none that has NVFP4 experts, or they are not served as such.
     """
+    is_draft: bool = model_config.is_draft_model
     # Of a mixed one, that of NVFP4.
     nvfp4_config = getattr(quant_config, "nvfp4_config", quant_config)
     if type(quant_config) not in CONFIGS or getattr(nvfp4_config, "is_w4a16", False):
         section = model_config.hf_config.quantization_config
+        draft = "speculative-draft-model-" if is_draft else ""
         raise refusal(
             f"{section.get('quant_algo') or section.get('format')} experts served as "
             f"{model_config.quantization} are not supported, NVFP4 as modelopt_fp4, modelopt_mixed "
             "or compressed-tensors is, and amid fp8",
-            "leave --quantization out",
+            f"leave --{draft}quantization out",
         )
     if getattr(nvfp4_config, "use_per_token_activation", False):
         raise refusal(
@@ -83,7 +85,6 @@ def take_over(quant_config: Any, converted: ConvertedSection, model_config: Any)
             "unset SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION",
         )
     stock = type(quant_config)
-    is_draft: bool = model_config.is_draft_model
 
     def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
         method = stock.get_quant_method(self, layer, prefix)
@@ -201,7 +202,8 @@ class ExpertLoader:
 
         Returns:
             Whether something was loaded into this layer. Nothing was by an update of other tensors
-            alone, or by one that was refused; SGLang then ends it as any other.
+            alone, by one that was refused, or by one that wrote into the parameters from outside;
+            SGLang then ends it as any other.
 
         Raises:
             ServingError: a tensor was missing.
@@ -268,8 +270,7 @@ class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedM
         self.converted_layer = converted_layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not getattr(layer, LOADER).check_loaded():
-            return
+        loaded = getattr(layer, LOADER).check_loaded()
         runner = layer.moe_runner_config
         # SiTU, which is Kimi K3's, has its own use for these limits.
         clamps = (runner.gemm1_clamp_limit or runner.swiglu_limit) and runner.activation != "situ"
@@ -278,10 +279,11 @@ class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedM
             if not torch.equal(gate, up):
                 # Through linear block scales.
                 raise refusal(f"{UNTIED}, as in {self.converted_layer.prefix}")
+        if loaded:
+            _lay_out_shared_experts(layer)
         super().process_weights_after_loading(layer)
 
     def _align_fp4_moe_weights_for_flashinfer_trtllm(self, layer: Any) -> None:
-        _lay_out_shared_experts(layer)
         layer.trtllm_padded_hidden_size = None
         g1_scale_c = _compute_g1_scale_c(
             layer.w2_input_scale_quant,
@@ -303,8 +305,7 @@ class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensors
     def process_weights_after_loading(self, layer: Any) -> None:
         """What stock does to the scales; the layout is there. An update writes into the same
         memory, which captured CUDA graphs read."""
-        if not getattr(layer, LOADER).check_loaded():
-            return
+        loaded = getattr(layer, LOADER).check_loaded()
         for name in ("w13_weight", "w2_weight"):
             if (packed := getattr(layer, f"{name}_packed", None)) is not None:
                 delattr(layer, f"{name}_packed")
@@ -314,7 +315,8 @@ class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensors
             logger.warning(
                 "fp4moe: %s: gate and up weight_global_scale differ", self.converted_layer.prefix
             )
-        _lay_out_shared_experts(layer, gate_first=True)
+        if loaded:
+            _lay_out_shared_experts(layer, gate_first=True)
         copy_or_rebind_param(layer, "w13_weight_scale_2", 1 / gate)
         copy_or_rebind_param(layer, "w2_weight_scale_2", 1 / layer.w2_weight_global_scale.data)
         for matrix, alphas in (("w13", "g1_alphas"), ("w2", "g2_alphas")):

@@ -12,7 +12,8 @@
    loaders, which copy a rank's share out of them, on any thread.
 5. After loading, the method does what stock does, except for the layout: it pads, interleaves and
    shuffles nothing. A parameter that was not loaded stops the engine.
-6. An update from a folder is judged before SGLang touches the model.
+6. An update from a folder is judged before SGLang touches the model. One from tensors that is
+   refused is answered with the reason.
 
 A draft that SGLang builds from another class than the checkpoint's, as for multi-token prediction,
 has layers of its own, which are never converted; a whole model as a draft is a model like others.
@@ -67,8 +68,10 @@ def _restore_section(config: Any, *_args: Any, **_kwargs: Any) -> None:
     source = settings_of(converted.source)
     if is_mixed_precision(source):
         # SGLang reads that file, too, for what the section lacks (model_loader/weight_utils.py:283
-        # in 0.5.23): the layers' algorithms, or that of the KV cache.
-        source = {**settings_of(converted.source_hf_quant_config or {}), **source}
+        # in 0.5.23): the layers' algorithms, or that of the KV cache. It is not here, so that the
+        # section says what a file without that key says.
+        file = settings_of(converted.source_hf_quant_config or {})
+        source = {"kv_cache_quant_algo": None, **file, **source}
     config.quantization_config = {
         "quant_method": "modelopt",
         **source,
@@ -91,7 +94,9 @@ def _is_whole(model_config: Any) -> bool:
     return named == list(model_config.hf_config.architectures or ())
 
 
-def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> Any:
+def _take_over(
+    quant_config: Any, model_config: Any, load_config: Any, *_args: Any, **_kwargs: Any
+) -> Any:
     """After ``_get_quantization_config``: check a converted checkpoint and return a config of ours.
 
     Returns:
@@ -108,6 +113,11 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
     for option, reason in OPTIONS.items():
         if getattr(get_exec().moe, option):
             raise refusal(reason, f"leave --{option.replace('_', '-')} out")
+    if (load_format := load_config.load_format) in LOAD_FORMATS:
+        raise refusal(
+            f"the load format {load_format.value} does not load a checkpoint's tensors",
+            "leave --load-format out",
+        )
     check_row_order(converted, SGLANG)
     warn_if_untested(SGLANG, sglang.__version__, TESTED)
     for prefix, geometry in converted.layers.items():
@@ -118,7 +128,7 @@ def _take_over(quant_config: Any, model_config: Any, *_args: Any, **_kwargs: Any
     return quant_config
 
 
-def _put_gate(model: Any, model_config: Any, load_config: Any, *_args: Any, **_kwargs: Any) -> None:
+def _put_gate(model: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
     """After ``_initialize_model``, of any model."""
     converted = _converted(model_config)
     if converted is None:
@@ -135,11 +145,21 @@ def _put_gate(model: Any, model_config: Any, load_config: Any, *_args: Any, **_k
             for name, loader in loaders.items()
         },
         layer_count=model_config.num_hidden_layers if _is_whole(model_config) else None,
-        load_format=load_config.load_format,
         engine=SGLANG,
     )
     layers = [loader.layer for loader in loaders.values()]
     guard(model, gate, filled=[each for each in layers if not each.num_fused_shared_experts])
+
+
+def _answer_update(
+    update: Callable[..., tuple[bool, str]], *args: Any, **options: Any
+) -> tuple[bool, str]:
+    """Around ``update_weights_from_tensor``, the one update that lets what a model raises through
+    to the scheduler, which then ends."""
+    try:
+        return update(*args, **options)
+    except ServingError as error:
+        return False, str(error)
 
 
 def _judge_update(
@@ -153,9 +173,10 @@ def _judge_update(
     """Around ``update_weights_from_disk``, which cannot go back once it has begun: it would load
     the same folder once more."""
     gate = gate_of(updater.get_model())
-    if weight_name_filter is not None and gate.converted is not None:
-        # Elastic expert parallelism looks for the tensors of an expert, and goes on without.
-        raise refusal("single experts cannot be loaded again from a converted checkpoint")
+    if gate.converted is not None:
+        # Elastic expert parallelism wants single experts again. As with models of which SGLang
+        # cannot tell what these are called, all is loaded.
+        weight_name_filter = None
     try:
         gate.check_folder(model_path)
     except ServingError as error:
@@ -171,6 +192,10 @@ OPTIONS = {
 """Options of SGLang's with which another kernel or loader takes the experts, and why the plugin
 cannot serve them."""
 
+LOAD_FORMATS = ("dummy", "sharded_state", "presharded", "remote")
+"""Load formats of SGLang's that make weights up, or load what a model has made of a checkpoint, and
+then let the layers process it as if it were one."""
+
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
@@ -178,6 +203,7 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "sglang.srt.model_loader.loader._get_quantization_config": (_take_over, "after"),
     "sglang.srt.model_loader.loader._initialize_model": (_put_gate, "after"),
     f"{UPDATER}.update_weights_from_disk": (_judge_update, "around"),
+    f"{UPDATER}.update_weights_from_tensor": (_answer_update, "around"),
 }
 
 

@@ -54,6 +54,8 @@ from ..converted_layer import (
 
 TESTED = ("0.33.*",)
 
+DROP = "drop that from --quantization or --quantization-config"
+
 logger = init_logger(__name__)
 
 
@@ -87,7 +89,7 @@ class ConvertedLayers(QuantizationConfig):
         if online and online.resolve_quant_method_cls(type(layer), prefix):
             raise refusal(
                 f"{converted_prefix} is laid out already, it cannot be quantized anew",
-                "drop that from --quantization-config",
+                DROP,
             )
         stock = super().get_quant_method(layer, prefix)
         if type(stock) not in _TAKE_OVER:
@@ -120,6 +122,11 @@ class ConvertedExperts(FusedMoEMethodBase):
         """
         self.converted_layer = converted_layer
         moe_config = self.moe
+        if moe_config.is_lora_enabled:
+            raise refusal(
+                "the weights are laid out for the MoE backend flashinfer_trtllm, which has no LoRA",
+                "leave --enable-lora out",
+            )
         if self.nvfp4_backend != NvFp4MoeBackend.FLASHINFER_TRTLLM:
             raise refusal(
                 f"the weights are laid out for the MoE backend flashinfer_trtllm, vLLM chose "
@@ -129,7 +136,7 @@ class ConvertedExperts(FusedMoEMethodBase):
         if getattr(self, "per_token_activation", False):
             raise refusal(
                 "activations quantized per token are not supported",
-                "drop that from --quantization-config",
+                DROP,
             )
         converted_layer.check_geometry(
             Geometry(

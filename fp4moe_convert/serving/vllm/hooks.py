@@ -95,7 +95,6 @@ def _gate_of_model(
             if isinstance(getattr(module, "quant_method", None), ConvertedExperts)
         },
         layer_count=model_config.get_total_num_hidden_layers() if is_whole else None,
-        load_format=vllm_config.load_config.load_format,
         engine=VLLM,
     )
 

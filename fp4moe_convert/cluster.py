@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 from . import defaults
 from .conversion import ConversionReport, convert_with, write_here
 from .errors import CheckpointError, ClusterError, ConvertError, OutputError, one_line
+from .execution.dropping import remaining
 from .execution.scatter import WriteRequest
 from .execution.work import Conversion
 from .format.manifest import ShardIdentity
 from .plan import PlannedShard
-from .preparation import preview
+from .preparation import plan_of
 from .progress import Running, RunOptions
+from .source.checkpoint import open_checkpoint
 from .storage.durable import WriteFile, partial_path
 from .storage.opening import open_store
 from .storage.reader import Store
@@ -298,4 +300,5 @@ def _prepared(
 ) -> Conversion:
     """The whole plan, made once a ``run`` in each process that works at its tasks."""
     store = open_store(source, connections=connections)
-    return preview(store, out_dir, max_shard_nbytes=max_shard_nbytes).work
+    checkpoint = open_checkpoint(remaining(store, out_dir))
+    return Conversion(checkpoint, plan_of(checkpoint, max_shard_nbytes=max_shard_nbytes))

@@ -21,7 +21,6 @@ from .execution.surroundings import write_surroundings
 from .execution.work import Conversion
 from .format.contract import TensorSpec
 from .format.manifest import ShardRecord
-from .inspection import inspect
 from .layouts.base import Move, RowOrder, source_ranges
 from .plan import Plan, PlannedShard
 from .preparation import preview
@@ -245,8 +244,7 @@ def convert_with(
         other_bytes=sum(work.copied_nbytes.values()),
         seconds=seconds,
         peak_rss=peak_rss(),
-        # Values of what has gone are in the result alone.
-        prospects=inspect(out_dir).prospects if work.gone else foreseen.prospects,
+        prospects=foreseen.prospects,
         flashinfer=row_order.flashinfer,
         flashinfer_installed=row_order.installed,
         row_order=row_order.fingerprint,

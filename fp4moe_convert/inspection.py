@@ -113,8 +113,7 @@ class _Experts:
 
 
 def inspect(folder: str | Path | Store) -> Inspection:
-    """Describe a model folder without reading its weights, but for scalars of experts that clamp
-    their SwiGLU.
+    """Describe a model folder without reading its weights.
 
     Raises:
         CheckpointError: not a model folder, or one that contradicts itself.

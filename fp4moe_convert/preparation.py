@@ -138,8 +138,7 @@ def preview(
     drop_source: bool = False,
     overwrite: bool = False,
 ) -> Preview:
-    """Open a checkpoint and plan its conversion; reads headers, and scalars of experts that clamp
-    their SwiGLU; writes nothing.
+    """Open a checkpoint and plan its conversion; reads headers, writes nothing.
 
     Args:
         model_dir: as for `convert`.

@@ -1,5 +1,5 @@
-"""Which engines can serve a checkpoint once it is converted, as far as config.json, headers and
-scalars tell."""
+"""Which engines can serve a checkpoint once it is converted, as far as config.json and headers
+tell."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from .engines.engine import Engine, Model
 from .errors import CheckpointError
 from .format.contract import Geometry
 from .source.checkpoint import Checkpoint
-from .source.description import is_compressed_tensors
 from .source.experts import PassedLayer
+from .source.families import FAMILIES
 from .source.linears import decoder_linears
-from .source.names import DOWNS, layer_number, original_layer
-from .source.scales import untied_layer
+from .source.names import original_layer
+
+_DOWNS = {
+    part.partition(".")[0]
+    for family in FAMILIES
+    for part, (projections, leaf) in family.parts.items()
+    if "down" in projections and leaf == "weight"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +118,6 @@ def prospects(
         section: the original's description of its quantization.
         geometries: of the layers that are converted, or would be, by prefix.
         passed: the other layers with experts.
-
-    Raises:
-        CheckpointError: a shard cannot be read. Scalars are read where experts clamp their SwiGLU.
     """
     text = checkpoint.text.own
     names = checkpoint.config.get("architectures")
@@ -127,7 +130,6 @@ def prospects(
         gated=all(each.gated for each in geometries.values()),
         downs=frozenset(_down_projections(checkpoint, geometries)),
         linears=decoder_linears(checkpoint, geometries),
-        untied=untied_layer(checkpoint, _clamped(text, section, geometries)),
     )
     sizes = tensor_parallel_sizes(model, geometries.values())
     weight_only = next((layer.prefix for layer in passed if layer.is_weight_only), None)
@@ -162,29 +164,10 @@ def _verdict(engine: Engine, model: Model, sizes: list[int], weight_only: str | 
     return CanServe(sizes)
 
 
-def _clamped(
-    text: Mapping[str, Any], section: Mapping[str, Any], geometries: Mapping[str, Geometry]
-) -> dict[str, Geometry]:
-    """The layers of ModelOpt whose experts clamp their SwiGLU: by a ``swiglu_limit``, or by a list
-    such as Step-3.5's ``swiglu_limits`` and Ling's ``expert_swiglu_limit_list``."""
-    limits = [value for key, value in text.items() if "swiglu_limit" in key and "share" not in key]
-
-    def clamps(prefix: str) -> bool:
-        number = layer_number(prefix) or 0
-        return any(
-            any(limit[number : number + 1]) if isinstance(limit, list) else limit
-            for limit in limits
-        )
-
-    if is_compressed_tensors(section):
-        return {}
-    return {prefix: each for prefix, each in geometries.items() if each.gated and clamps(prefix)}
-
-
 def _down_projections(checkpoint: Checkpoint, prefixes: Collection[str]) -> Iterator[str]:
     """What those of the layers' experts are called; of a converted layer its stop tensor says."""
     for shard in checkpoint.shards:
         for tensor in shard.header.tensors:
             if original_layer(tensor.name) in prefixes:
                 # The last of the name where all experts are in one tensor of a batch.
-                yield from DOWNS.intersection(tensor.name.split(".")[-2:])
+                yield from _DOWNS.intersection(tensor.name.split(".")[-2:])

@@ -11,17 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from support import model_zoo
 from support.folders import edit_json
 from support.golden import CASES, runs_of
 from support.make_checkpoint import Spec, make_checkpoint
 from support.specs import MANY_SHARDS
-from support.tensors import StoredTensor, home_of, range_of, read_tensors, write_tensors
+from support.tensors import StoredTensor, read_tensors, write_tensors
 from typer.testing import CliRunner
 
-from fp4moe_convert import CheckpointError, convert, inspect, preview
+from fp4moe_convert import CheckpointError, convert, inspect
 from fp4moe_convert.cli.commands import app
 from fp4moe_convert.engines import ENGINES, tensor_parallel_sizes
 from fp4moe_convert.engines.engine import Engine, Model
@@ -517,73 +516,6 @@ def test_a_model_that_no_engine_can_serve_is_refused(model_dir: Path, tmp_path: 
     found = inspect(model_dir)
     assert found.state == "unsupported"
     assert "no engine could serve it" in str(found.reason)
-
-
-CLAMPED = [0, 0, 7.0]
-UNTIED = replace(MANY_SHARDS, differing_scales=True)
-
-
-@pytest.mark.parametrize(
-    ("said", "served"),
-    [
-        ({"swiglu_limit": 7.0}, False),
-        ({"swiglu_limits": CLAMPED}, False),
-        ({"expert_swiglu_limit_list": CLAMPED}, False),
-        ({"swiglu_limits": [7.0, 0]}, True),
-        ({"swiglu_limit": 0.0}, True),
-        ({"swiglu_limits_shared": CLAMPED, "share_expert_swiglu_limit_list": CLAMPED}, True),
-        ({}, True),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("differing", [True, False])
-def test_sglang_serves_no_clamped_experts_whose_gate_and_up_differ(
-    tmp_path: Path, said: dict[str, Any], served: bool, differing: bool
-) -> None:
-    """As every command says it, of the original and of the result."""
-    model, out = tmp_path / "model", tmp_path / "out"
-    make_checkpoint(model, replace(UNTIED, differing_scales=differing))
-    edit_json(model / "config.json", **said)
-    found = [preview(model), inspect(model), convert(model, out), inspect(out)]
-    for each in found:
-        reason = each.prospects.cannot_serve.get("sglang", "")
-        assert (reason == "") == (served or not differing)
-        first = "model.layers.1" if "swiglu_limit" in said else "model.layers.2"
-        assert reason == "" or reason.endswith(f", as in {first}.mlp.experts")
-        assert "vllm" in each.prospects.tensor_parallel
-
-
-def test_a_clamp_does_not_matter_to_compressed_tensors(tmp_path: Path) -> None:
-    """SGLang passes none to the kernel."""
-    model_zoo.make(tmp_path / "model", "qwen3_moe-ct")
-    edit_json(tmp_path / "model" / "config.json", swiglu_limit=7.0)
-    assert inspect(tmp_path / "model").prospects.cannot_serve == {}
-
-
-def test_what_a_deleted_source_held_is_read_from_the_result(tmp_path: Path) -> None:
-    model, out = tmp_path / "model", tmp_path / "out"
-    make_checkpoint(model, UNTIED)
-    edit_json(model / "config.json", swiglu_limit=7.0)
-    first = convert(model, out, drop_source=True)
-    again = convert(model, out, drop_source=True)
-    assert not list(model.glob("*.safetensors"))
-    assert again.prospects == first.prospects
-    assert again.prospects.cannot_serve.keys() == {"sglang"}
-
-
-def test_a_step_whose_gate_and_up_differ_is_refused(tmp_path: Path) -> None:
-    """vLLM has no such clamp, so no engine is left. Nothing is written."""
-    model, scale = tmp_path / "model", "model.layers.2.moe.gate_proj.weight_scale_2"
-    model_zoo.make(model, "step3p5")
-    assert inspect(model).prospects.tensor_parallel.keys() == {"sglang"}
-    start, stop = range_of(shard := home_of(model, scale), scale)
-    data = shard.read_bytes()
-    doubled = (2 * np.frombuffer(data[start:stop], "<f4")).tobytes()
-    shard.write_bytes(data[:start] + doubled + data[stop:])
-    with pytest.raises(CheckpointError, match=r"no engine .* SGLang rescales .* model\.layers\.2"):
-        convert(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert inspect(model).state == "unsupported"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ utils/fp8_utils.py:1318 in vLLM 0.33.0, quantization/modelopt_quant.py:1822 and 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What can be said of a model before an engine loads it."""
+    """What an engine learns of a model from its config.json, before it has seen a tensor."""
 
     architectures: tuple[str, ...]
     """As config.json names them."""
@@ -63,9 +63,6 @@ class Model:
     """What the down projections of its experts are called."""
     linears: frozenset[Linear] = frozenset()
     """The decoder's, without its routed experts."""
-    untied: str | None = None
-    """A layer that clamps its SwiGLU and has experts whose gate and up differ in
-    ``weight_scale_2``."""
 
 
 @dataclass(frozen=True, slots=True)

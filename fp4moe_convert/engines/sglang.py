@@ -41,12 +41,6 @@ _KIMI_K3 = {"KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM"}
 NO_UNGATED = "SGLang lays out experts of compressed-tensors as if they had a gate"
 """schemes/compressed_tensors_w4a4_nvfp4_moe.py:77 and :215 in 0.5.23."""
 
-UNTIED = (
-    "SGLang rescales experts that clamp their SwiGLU and whose gate and up differ in "
-    "weight_scale_2, which the plugin does not"
-)
-"""quantization/modelopt_quant.py:2858 in 0.5.23."""
-
 
 def _why_not(model: Model) -> str | None:
     # model_loader/utils.py:209 in 0.5.23: QuantMixtralForCausalLM, with a module for each expert.
@@ -63,8 +57,6 @@ def _why_not(model: Model) -> str | None:
         )
     ):
         return "SGLang does not load a Llama 4 whose attention is NVFP4, too"
-    if model.untied is not None:
-        return f"{UNTIED}, as in {model.untied}"
     if not is_modelopt and not model.gated:
         return NO_UNGATED
     # models/kimi_k3.py:3209 in 0.5.23 looks for packed weights under other names, and

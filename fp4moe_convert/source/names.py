@@ -28,13 +28,6 @@ _IN_EXPERTS = _parts_in("experts")
 """Llama 4's: ``down_proj_weight_scale``."""
 _IN_MOE = frozenset(part.partition(".")[0] for part in _parts_in("moe"))
 """Step-3.5's, without a leaf: ``down_proj``, but not the router, ``gate``."""
-DOWNS = {
-    part.partition(".")[0]
-    for family in FAMILIES
-    for part, (projections, leaf) in family.parts.items()
-    if "down" in projections and leaf == "weight"
-}
-"""What down projections of experts are called."""
 
 
 def layer_number(name: str) -> int | None:

@@ -14,7 +14,8 @@ Here both stay. SGLang serves with the maximum over all experts, which is then t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ from sglang.srt.layers.quantization.modelopt_quant import (
     ModelOptFp4Config,
     ModelOptMixedPrecisionConfig,
     ModelOptNvFp4FusedMoEMethod,
+    _compute_gemm1_alphas,
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
 
-from ...engines.sglang import NO_UNGATED, UNTIED
+from ...engines.sglang import NO_UNGATED
 from ...format.contract import ConvertedSection, Geometry
 from ..checks import refusal
 from ..converted_layer import (
@@ -271,17 +273,10 @@ class ConvertedModelOptNvFp4FusedMoEMethod(ConvertedExperts, ModelOptNvFp4FusedM
 
     def process_weights_after_loading(self, layer: Any) -> None:
         loaded = getattr(layer, LOADER).check_loaded()
-        runner = layer.moe_runner_config
-        # SiTU, which is Kimi K3's, has its own use for these limits.
-        clamps = (runner.gemm1_clamp_limit or runner.swiglu_limit) and runner.activation != "situ"
-        if runner.is_gated and clamps:
-            gate, up = layer.w13_weight_scale_2.unbind(dim=1)
-            if not torch.equal(gate, up):
-                # Through linear block scales.
-                raise refusal(f"{UNTIED}, as in {self.converted_layer.prefix}")
         if loaded:
             _lay_out_shared_experts(layer)
-        super().process_weights_after_loading(layer)
+        with _tied_halves(layer, loaded=loaded):
+            super().process_weights_after_loading(layer)
 
     def _align_fp4_moe_weights_for_flashinfer_trtllm(self, layer: Any) -> None:
         layer.trtllm_padded_hidden_size = None
@@ -329,6 +324,77 @@ class ConvertedCompressedTensorsW4A4Nvfp4MoE(ConvertedExperts, CompressedTensors
         copy_or_rebind_param(layer, "g1_scale_c", g1_scale_c.to(torch.float32))
 
 
+@contextmanager
+def _tied_halves(layer: Any, *, loaded: bool) -> Iterator[None]:
+    """Give gate and up of an expert one scale where a layer clamps its SwiGLU.
+
+    SGLang does so, because the kernel clamps both with one limit, and takes the block scales for
+    linear ones. Here that has been done when SGLang looks.
+
+    Args:
+        layer: a FusedMoE.
+        loaded: whether its block scales have just been loaded. Others have been moved before.
+    """
+    runner = layer.moe_runner_config
+    scales = layer.w13_weight_scale_2.data
+    # SiTU, which is Kimi K3's, has its own use for these limits.
+    clamps = (runner.gemm1_clamp_limit or runner.swiglu_limit) and runner.activation != "situ"
+    if not (runner.is_gated and clamps) or torch.equal(scales[:, 0], scales[:, 1]):
+        yield
+        return
+    if loaded:
+        _rescale_blocks(layer)
+    own = scales.clone()
+    scales.copy_(own.amax(dim=1, keepdim=True).expand_as(own))
+    try:
+        yield
+    finally:
+        scales.copy_(own)
+
+
+def _rescale_blocks(layer: Any) -> None:
+    """Multiply the block scales of the half with the smaller scale, as SGLang does, wherever they
+    lie.
+
+    Source: SGLang 0.5.23, quantization/modelopt_quant.py:2858.
+    """
+    blocks = layer.w13_weight_scale.data
+    marks = torch.zeros_like(blocks[:1], dtype=torch.uint8)
+    marks[:, marks.shape[1] // 2 :] = 1  # linear rows are [up, gate]
+    laid_out = _lay_out(
+        layer,
+        layer.w13_weight.data[:1],
+        marks,
+        layer.w2_weight.data[:1],
+        layer.w2_weight_scale.data[:1],
+    )
+    is_gate = laid_out[1].view(torch.uint8).flatten() == 1
+    gate, up = _compute_gemm1_alphas(
+        layer.w13_weight_scale_2, layer.w13_input_scale.max().to(torch.float32), True
+    )
+    largest = torch.maximum(gate, up)
+    for expert in (gate != up).nonzero().flatten().tolist():
+        ratios = torch.stack([up, gate])[:, expert] / largest[expert]
+        own = blocks[expert].view(-1)
+        own.copy_(own.float().mul_(torch.where(is_gate, ratios[1], ratios[0])))
+
+
+def _lay_out(
+    layer: Any, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Lay experts out by SGLang's own function; new tensors, in the order of the arguments."""
+    return utils.prepare_static_weights_for_trtllm_fp4_moe(  # type: ignore[no-any-return]
+        w13,
+        w2,
+        w13_scale,
+        w2_scale,
+        hidden_size=w2.shape[1],
+        intermediate_size=w2.shape[2] * 2,
+        num_experts=w2.shape[0],
+        is_gated=layer.moe_runner_config.is_gated,
+    )
+
+
 def _lay_out_shared_experts(layer: Any, *, gate_first: bool = False) -> None:
     if not layer.num_fused_shared_experts:
         return
@@ -344,15 +410,5 @@ def _lay_out_shared_experts(layer: Any, *, gate_first: bool = False) -> None:
     w13, w13_scale, w2, w2_scale = shared
     if gate_first:
         w13, w13_scale = utils.reorder_w1w3_to_w3w1(w13, w13_scale, dim=-2)
-    laid_out = utils.prepare_static_weights_for_trtllm_fp4_moe(
-        w13,
-        w2,
-        w13_scale,
-        w2_scale,
-        hidden_size=w2.shape[1],
-        intermediate_size=w2.shape[2] * 2,
-        num_experts=w2.shape[0],
-        is_gated=layer.moe_runner_config.is_gated,
-    )
-    for slots, result in zip(shared, laid_out, strict=True):
+    for slots, result in zip(shared, _lay_out(layer, w13, w13_scale, w2, w2_scale), strict=True):
         slots.copy_(result)

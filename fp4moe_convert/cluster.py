@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 RETRIES = 5
 """Of a task whose node or process has died."""
+ENDING_SECONDS = 2
+"""For tasks to end by themselves where another one has failed."""
 STOPPING_SECONDS = 10
 ANSWER_SECONDS = 5
 """Until a machine is taken to be away."""
@@ -220,10 +222,12 @@ def _write_on_ray(work: Conversion, request: WriteRequest, options: RunOptions) 
             request.on_bytes(shard.name, shard.nbytes - len(shard.header))
     finally:
         if tasks:
-            # They end before the folder is tidied up. Not by force: Ray 2.60 then aborts the driver
+            # They end before the folder is tidied up. Not by force, nor at once, because where one
+            # has failed others often do: Ray 2.60 aborts a driver that cancels what is just ending
             # ("Tried to complete task that was not pending").
-            for left in tasks:
-                ray.cancel(left)
+            _, left = ray.wait(list(tasks), num_returns=len(tasks), timeout=ENDING_SECONDS)
+            for each in left:
+                ray.cancel(each)
             ray.wait(list(tasks), num_returns=len(tasks), timeout=STOPPING_SECONDS)
 
 

@@ -385,17 +385,27 @@ def as_stage(stage: int, stages: int) -> Iterator[None]:
         yield
 
 
+def forget_models() -> None:
+    """Let the next model be as the first of a process. What vLLM keeps beside models is not: of
+    rotary embeddings, which models share, some may be empty after a reload that failed, and some
+    are another family's; what a pipeline stage lacks is kept by the model's address, which a later
+    model may get."""
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.models import utils
+
+    rotary_embedding._ROPE_DICT.clear()
+    utils._model_to_pp_missing_layer_names.clear()
+
+
 def load(folder: Path, setup: Setup, rank: int = 0, **options: Any) -> tuple[Any, Any]:
     """A model as an engine process would hold it, and the configuration."""
     from vllm.model_executor.model_loader import get_model
-    from vllm.model_executor.models import utils
 
+    forget_models()
     config = engine_config(folder, setup, **options)
     model_config = config.model_config
     if setup.draft:
         model_config = config.speculative_config.draft_model_config
-    # vLLM keeps what a pipeline stage lacks by the model's address, which a later model may get.
-    utils._model_to_pp_missing_layer_names.clear()
     with as_rank(config, setup.ranks, rank), as_stage(setup.stage, setup.stages):
         return get_model(vllm_config=config, model_config=model_config), config
 

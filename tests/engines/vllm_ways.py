@@ -143,15 +143,12 @@ class Ways(Folders, Bench):
         return "equal to the process that has loaded it"
 
     def live(self, way: str, server: str, kind: str, name: str) -> str:
-        from vllm.model_executor.layers import rotary_embedding
-
         model, config = load(self.folder(server, name), ALONE)
         before = {key: clone(value) for key, value in state_of(model, config).items()}
         try:
             with as_rank(config, 1, 0):
                 LIVE[way](model, config, self.folder(kind, f"{name}-b"))
         except Exception as error:
-            rotary_embedding._ROPE_DICT.clear()  # models share these, and some may be empty now
             if leaves_unchanged(error, way, server):
                 after = {key: clone(value) for key, value in state_of(model, config).items()}
                 if found := difference(before, after):

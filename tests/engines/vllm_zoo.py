@@ -38,6 +38,7 @@ from vllm_driver import (
     difference,
     engine_config,
     experts_of,
+    forget_models,
     is_ours,
     load,
     load_plugins,
@@ -245,6 +246,7 @@ def load_draft(family: str, folder: Path, zoo: Zoo) -> tuple[Any, Any]:
     from vllm.config.utils import replace as with_other
     from vllm.model_executor.model_loader import get_model
 
+    forget_models()
     speculative = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 1}
     setup = replace(ALONE, options=OPTIONS | {"speculative_config": speculative})
     target = engine_config(zoo.original(family), setup)
@@ -279,16 +281,11 @@ def draft_of_all(zoo: Zoo) -> str:
 
 def reload(family: str, zoo: Zoo) -> str:
     """The converted folder into an engine that serves the original, as a worker would load it."""
-    from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader.reload import inplace
 
     model, config = load(zoo.original(family), ALONE)
-    try:
-        with as_rank(config, 1, 0):
-            inplace.reload_weights(config, model, None, str(zoo.disguised(family)), True)
-    finally:
-        # Models of a process share these, and vLLM leaves them empty where a reload fails.
-        rotary_embedding._ROPE_DICT.clear()
+    with as_rank(config, 1, 0):
+        inplace.reload_weights(config, model, None, str(zoo.disguised(family)), True)
     return "loaded again"
 
 

@@ -56,6 +56,6 @@ def outcomes_of(
 
 
 def shared_out(names: Sequence[str]) -> list[Sequence[str]]:
-    """Names for as many processes as there are cores, four at most: each takes 2 GB."""
+    """Names for as many processes as there are cores, four at most: each takes 4 GB."""
     processes = min(4, os.cpu_count() or 1)
     return [names[first::processes] for first in range(processes)]

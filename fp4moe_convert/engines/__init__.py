@@ -26,9 +26,8 @@ def tensor_parallel_sizes(model: Model, geometries: Iterable[Geometry]) -> dict[
         least = engine.least_share(model)
         of_layers = [engine.tensor_parallel_sizes(each, least_share=least) for each in geometries]
         of_all = sorted(set.intersection(*map(set, of_layers)))
-        experts = min(
-            each.experts for each in geometries
-        )  # most models refuse more ranks than that
+        # Most models refuse more ranks than experts.
+        experts = min(each.experts for each in geometries)
         of_all = [size for size in of_all if size <= experts]
         sizes[engine.name] = [size for size in of_all if engine.can_cut_rest(model, size)]
     return sizes

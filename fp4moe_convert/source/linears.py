@@ -23,7 +23,8 @@ class Linear(NamedTuple):
 
 
 def decoder_linears(checkpoint: Checkpoint, prefixes: Iterable[str]) -> frozenset[Linear]:
-    """
+    """The linear layers of the decoder, those of routed experts apart.
+
     Args:
         checkpoint: an original, or a converted one.
         prefixes: of expert layers, which tell the decoder's layers from those of other models.
@@ -53,8 +54,8 @@ def decoder_linears(checkpoint: Checkpoint, prefixes: Iterable[str]) -> frozense
 
 
 def blocks_of(features: tuple[int, int], scales: tuple[int, ...] | None) -> tuple[int, int]:
-    """By the number of scales in each direction. A block at the edge may be a part of one, and
-    blocks are powers of two."""
+    """The extents of a block, from the number of scales in each direction. They are powers of two,
+    and the last block may be cut short."""
     if scales is None or 0 in scales or scales == (features[0], 1):  # one for each row
         return 1, 1
     widths = [-(-size // count) for size, count in zip(features, scales, strict=True)]

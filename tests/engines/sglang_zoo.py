@@ -358,8 +358,9 @@ class Run:
             try:
                 model = load_model()
                 folder = self.work / case.family / case.folder
-                moved = load_again(model, folder) if case.again else []
+                moved = []
                 if case.again:
+                    moved = load_again(model, folder)
                     update_nothing(model, folder)
                 own = held(model)
                 found = moved + differences(self.stock[key(case)][rank], own)
